@@ -1,0 +1,31 @@
+"""diffsamp: samplers for pretrained diffusion and flow models in JAX.
+
+Three things a user does: wrap a pretrained network in a `ScoreFn`, run a solver's `Tableau` on it
+with `sample`, and `search` for the best tableau under a budget of network evaluations (NFE).
+"""
+
+from diffsamp import metrics, predictions, processes, schedules, solvers, targets
+from diffsamp.processes import reversed_flow_apply
+from diffsamp.sampling import State, Trajectory, init, sample, step, trajectory
+from diffsamp.score import ScoreFn
+from diffsamp.tableau import Tableau
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ScoreFn",
+    "State",
+    "Tableau",
+    "Trajectory",
+    "init",
+    "metrics",
+    "predictions",
+    "processes",
+    "reversed_flow_apply",
+    "sample",
+    "schedules",
+    "solvers",
+    "step",
+    "targets",
+    "trajectory",
+]

@@ -1,0 +1,615 @@
+"""Noise processes: how much signal and how much noise a state holds at time t.
+
+A process is the pair of functions in
+
+    x_t = alpha(t) x_0 + sigma(t) eps,      eps ~ N(0, I),
+
+with t falling from noise to data along a sampling run, for every process, flow matching included.
+From the pair follow
+
+    log-SNR   lambda(t) = log(alpha / sigma)          (nats; rises towards the data)
+    rho(t)    = sigma / alpha = exp(-lambda)          (the noise level of x / alpha)
+
+and the inverse map `time(log_snr)`. Each process knows three times: `t_max`, where sampling starts;
+`t_min`, the smallest time at which its network is asked; `t_clean`, where sigma is exactly 0.
+
+The methods take NumPy arrays or floats, and then answer in float64 on the host, or JAX arrays, and
+then answer in their dtype inside a traced program. A process is a pytree whose leaves are its
+numbers. Nothing here knows of networks or solvers.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp import random
+from diffsamp._numeric import as_float, namespace, silence
+
+__all__ = [
+    "EDM",
+    "VE",
+    "Flow",
+    "Process",
+    "VPCosine",
+    "VPDiscrete",
+    "VPLinear",
+    "beta_table",
+    "edm",
+    "flow",
+    "reversed_flow_apply",
+    "ve",
+    "vp_cosine",
+    "vp_discrete",
+    "vp_linear",
+]
+
+_T = TypeVar("_T")
+Array = Any  # a NumPy array, a float or a JAX array
+
+
+@dataclass_transform(frozen_default=True)
+def _pytree(cls: type[_T]) -> type[_T]:
+    """Register a frozen dataclass whose fields are all numbers (leaves)."""
+    new: Any = dataclasses.dataclass(frozen=True)(cls)
+    fields = [field.name for field in dataclasses.fields(new)]
+    jax.tree_util.register_dataclass(new, data_fields=fields, meta_fields=[])
+    return new
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"`{name}` must be a positive, finite number; got {value!r}.")
+
+
+class Process(abc.ABC):
+    """A Gaussian noise process x_t = alpha(t) x_0 + sigma(t) eps.
+
+    Subclasses give `alpha`, `sigma`, `time`, the two derivatives and the three times; the rest is
+    derived. Not enforced: that sigma / alpha rises with t.
+    """
+
+    @abc.abstractmethod
+    def alpha(self, t: Array) -> Array:
+        """Signal coefficient at times t; same shape as t."""
+
+    @abc.abstractmethod
+    def sigma(self, t: Array) -> Array:
+        """Noise standard deviation at times t; same shape as t."""
+
+    @abc.abstractmethod
+    def alpha_dot(self, t: Array) -> Array:
+        """d alpha / dt at times t."""
+
+    @abc.abstractmethod
+    def sigma_dot(self, t: Array) -> Array:
+        """d sigma / dt at times t; infinite at t_clean for variance-preserving processes."""
+
+    @abc.abstractmethod
+    def time(self, log_snr: Array) -> Array:
+        """Inverse of `log_snr`: the time with the given log-SNR (nats); +inf gives `t_clean`."""
+
+    @property
+    @abc.abstractmethod
+    def t_max(self) -> float:
+        """The time sampling starts from."""
+
+    @property
+    @abc.abstractmethod
+    def t_min(self) -> float:
+        """The default smallest time at which the network is asked."""
+
+    @property
+    def t_clean(self) -> float:
+        """The time at which sigma is exactly 0 and alpha exactly 1."""
+        return 0.0
+
+    @silence
+    def log_snr(self, t: Array) -> Array:
+        """log(alpha / sigma) at times t, in nats; +inf where sigma = 0, -inf where alpha = 0."""
+        xp = namespace(t, *jax.tree.leaves(self))
+        return xp.log(self.alpha(t)) - xp.log(self.sigma(t))
+
+    def uniform_time(self, u: Array) -> Array:
+        """Map u in [0, 1] (0 clean, 1 noise) to the time a grid "uniform in t" puts it at."""
+        return self.t_clean + (self.t_max - self.t_clean) * u
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the Gaussian prior: 1 if variance preserving, else sigma(t_max).
+
+        The usual convention; it neglects what is left of the data's own shape at t_max.
+        """
+        return self.sigma(self.t_max)
+
+    def prior_sample(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """Draw x_T ~ N(0, prior_std^2 I).
+
+        Args:
+          key: one key, or one key per sample. Sample i depends on its own key (or on `key` and i)
+            only, never on how many others are drawn.
+          shape: (batch, ...).
+          dtype: floating dtype of the result.
+
+        Returns:
+          An array of `shape`.
+        """
+        if len(shape) < 1:
+            raise ValueError(f"`shape` must have a leading batch axis; got {tuple(shape)}.")
+        keys = random.sample_keys(key, shape[0])
+        noise = jax.vmap(lambda k: jax.random.normal(k, tuple(shape[1:]), dtype))(keys)
+        return noise * jnp.asarray(self.prior_std, dtype)
+
+
+class _VariancePreserving(Process):
+    """alpha^2 + sigma^2 = 1: sigma and both derivatives follow from log alpha."""
+
+    @silence
+    def sigma_dot(self, t: Array) -> Array:
+        return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+
+@_pytree
+class VPLinear(_VariancePreserving):
+    """Variance preserving with beta(t) linear in t in [0, 1].
+
+    Song et al. 2021, arXiv:2011.13456, eq. 32:
+
+    log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2.
+    """
+
+    beta_min: float
+    beta_max: float
+
+    def _log_alpha(self, t: Array) -> Array:
+        t = as_float(t, self.beta_min)
+        low, high = as_float(self.beta_min, t), as_float(self.beta_max, t)
+        return -t * t * (high - low) / 4 - t * low / 2
+
+    def alpha(self, t: Array) -> Array:
+        return namespace(t, self.beta_min).exp(self._log_alpha(t))
+
+    def sigma(self, t: Array) -> Array:
+        xp = namespace(t, self.beta_min)
+        return xp.sqrt(-xp.expm1(2 * self._log_alpha(t)))
+
+    def alpha_dot(self, t: Array) -> Array:
+        t = as_float(t, self.beta_min)
+        low, high = as_float(self.beta_min, t), as_float(self.beta_max, t)
+        return -self.alpha(t) * (t * (high - low) + low) / 2
+
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.beta_min)
+        xp = namespace(log_snr)
+        low, high = as_float(self.beta_min, log_snr), as_float(self.beta_max, log_snr)
+        # L = -2 log alpha; the quadratic's root in the form that does not cancel for small L.
+        level = xp.logaddexp(xp.zeros_like(log_snr), -2 * log_snr)
+        return 2 * level / (xp.sqrt(low * low + 2 * (high - low) * level) + low)
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_min(self) -> float:
+        return 1e-3
+
+
+@_pytree
+class VPCosine(_VariancePreserving):
+    """Variance preserving, cosine alpha. Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
+
+    alpha(t) = cos(pi/2 (t + s) / (1 + s)) / cos(pi/2 s / (1 + s)), t in [0, 1].
+
+    At t = 1 alpha is exactly 0 and the log-SNR is -inf; sampling therefore starts at the time
+    where the log-SNR is -5.1 (t = 0.9946), as DPM-Solver does.
+    """
+
+    s: float
+
+    def _angles(self, t: Array) -> tuple[Array, Array]:
+        """(angle of t, angle of 0)."""
+        s = as_float(self.s, t)
+        return (t + s) / (1 + s) * (math.pi / 2), s / (1 + s) * (math.pi / 2)
+
+    def alpha(self, t: Array) -> Array:
+        t = as_float(t, self.s)
+        xp = namespace(t)
+        s = as_float(self.s, t)
+        # sin of the complement: exactly 0 at t = 1
+        return xp.sin((1 - t) / (1 + s) * (math.pi / 2)) / xp.cos(self._angles(t)[1])
+
+    def sigma(self, t: Array) -> Array:
+        t = as_float(t, self.s)
+        xp = namespace(t)
+        angle, start = self._angles(t)
+        # 1 - alpha^2 as a product, which keeps its relative accuracy for t -> 0
+        square = xp.sin(angle - start) * xp.sin(angle + start) / xp.cos(start) ** 2
+        return xp.sqrt(xp.maximum(square, 0))
+
+    def alpha_dot(self, t: Array) -> Array:
+        t = as_float(t, self.s)
+        xp = namespace(t)
+        angle, start = self._angles(t)
+        return -xp.sin(angle) / xp.cos(start) * (math.pi / 2) / (1 + as_float(self.s, t))
+
+    @silence
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.s)
+        xp = namespace(log_snr)
+        zero = xp.zeros_like(log_snr)
+        s = as_float(self.s, log_snr)
+        start = s / (1 + s) * (math.pi / 2)
+        alpha = xp.exp(-xp.logaddexp(zero, -2 * log_snr) / 2)
+        square = xp.exp(-xp.logaddexp(zero, 2 * log_snr))  # sigma^2
+        # near the data solve sin(angle - start) sin(angle + start) = sigma^2 cos^2(start), which is
+        # well conditioned there; near the noise invert the cosine, which is well conditioned there
+        near = xp.arcsin(xp.sqrt(xp.sin(start) ** 2 + square * xp.cos(start) ** 2))
+        ratio = square * xp.cos(start) ** 2 / xp.sin(near + start)
+        difference = xp.where(
+            square < 0.5,
+            xp.arcsin(xp.clip(ratio, 0, 1)),
+            xp.arccos(xp.clip(alpha * xp.cos(start), 0, 1)) - start,
+        )
+        return difference * (1 + s) / (math.pi / 2)
+
+    @property
+    def t_max(self) -> float:
+        return 0.9946
+
+    @property
+    def t_min(self) -> float:
+        return 1e-3
+
+
+@_pytree
+class VPDiscrete(_VariancePreserving):
+    """Variance preserving, trained on a table of T noise levels; t is the table's (real) index.
+
+    t = 0 .. T-1 are the levels the network was trained at, and the label it expects. Between them
+    the log-SNR is interpolated linearly. t = -1 is the clean end, and between -1 and 0 sigma is
+    linear in t. A table with zero terminal SNR has alpha = 0 at T-1; between T-2 and T-1 alpha is
+    then linear in t, since the log-SNR has no finite value to interpolate to.
+    """
+
+    log_snrs: Any  # (T,), falling
+
+    def _table(self, like: Array) -> Array:
+        return as_float(self.log_snrs, like)
+
+    def _parts(self, t: Array) -> tuple[Array, Array, Array, Array]:
+        """(alpha, sigma, d alpha/dt, d sigma/dt) from the three pieces of the definition."""
+        t = as_float(t, self.log_snrs)
+        xp = namespace(t, self.log_snrs)
+        table = self._table(t)
+        last = table.shape[0] - 1
+        index = xp.clip(xp.floor(t), 0, last - 1).astype(np.int32)
+        below, above = table[index], table[index + 1]
+        ends_at_zero_snr = xp.isneginf(above)
+        slope = xp.where(ends_at_zero_snr, 0.0, above - below)
+        log_snr = below + slope * (t - index)
+        zero = xp.zeros_like(log_snr)
+        alpha = xp.exp(-xp.logaddexp(zero, -2 * log_snr) / 2)
+        sigma = xp.exp(-xp.logaddexp(zero, 2 * log_snr) / 2)
+        alpha_dot, sigma_dot = alpha * sigma**2 * slope, -sigma * alpha**2 * slope
+
+        # last piece of a zero-terminal-SNR table: alpha falls linearly to 0
+        linear = alpha * (1 - (t - index))
+        linear_sigma = xp.sqrt(1 - linear**2)
+        linear_dot = linear * alpha / linear_sigma
+        # clean piece: sigma falls linearly to 0 at t = -1
+        first = xp.exp(-xp.logaddexp(xp.zeros_like(table[0]), 2 * table[0]) / 2)
+        clean = first * xp.clip(1 + t, 0, 1)
+        clean_alpha = xp.sqrt(1 - clean**2)
+
+        def pick(inner: Array, zero_snr: Array, near_clean: Array) -> Array:
+            return xp.where(t < 0, near_clean, xp.where(ends_at_zero_snr, zero_snr, inner))
+
+        return (
+            pick(alpha, linear, clean_alpha),
+            pick(sigma, linear_sigma, clean),
+            pick(alpha_dot, -alpha, -clean * first / clean_alpha),
+            pick(sigma_dot, linear_dot, first * xp.ones_like(t)),
+        )
+
+    @silence
+    def alpha(self, t: Array) -> Array:
+        return self._parts(t)[0]
+
+    @silence
+    def sigma(self, t: Array) -> Array:
+        return self._parts(t)[1]
+
+    @silence
+    def alpha_dot(self, t: Array) -> Array:
+        return self._parts(t)[2]
+
+    @silence
+    def sigma_dot(self, t: Array) -> Array:
+        return self._parts(t)[3]
+
+    @silence
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.log_snrs)
+        xp = namespace(log_snr, self.log_snrs)
+        table = self._table(log_snr)
+        zero = xp.zeros_like(log_snr)
+        last = table.shape[0] - 1
+        # a zero-SNR last entry has no finite value: interpolate up to the one before it
+        finite = xp.where(xp.isneginf(table), table[last - 1] - 1, table)
+        index = xp.arange(last + 1, dtype=finite.dtype)
+        inner = xp.interp(-log_snr, -finite, index)
+        alpha = xp.exp(-xp.logaddexp(zero, -2 * log_snr) / 2)
+        sigma = xp.exp(-xp.logaddexp(zero, 2 * log_snr) / 2)
+        tail = xp.exp(-xp.logaddexp(xp.zeros_like(table[0]), -2 * table[last - 1]) / 2)
+        first = xp.exp(-xp.logaddexp(xp.zeros_like(table[0]), 2 * table[0]) / 2)
+        in_tail = xp.isneginf(table[last]) & (log_snr < table[last - 1])
+        inner = xp.where(in_tail, last - alpha / tail, inner)
+        return xp.where(log_snr > table[0], sigma / first - 1, inner)
+
+    @property
+    def t_max(self) -> float:
+        return float(np.shape(self.log_snrs)[0] - 1)
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_clean(self) -> float:
+        return -1.0
+
+
+@_pytree
+class VE(Process):
+    """Variance exploding: alpha = 1, sigma(t) = sigma_min (sigma_max / sigma_min)^t, t in (0, 1].
+
+    Song et al. 2021, arXiv:2011.13456, eq. 31. As there, sigma jumps to exactly 0 at t = 0: no
+    time lies between the clean end and t = 1e-5.
+    """
+
+    sigma_min: float
+    sigma_max: float
+
+    def alpha(self, t: Array) -> Array:
+        t = as_float(t, self.sigma_min)
+        return namespace(t).ones_like(t)
+
+    def _growth(self, like: Array) -> Array:
+        low, high = as_float(self.sigma_min, like), as_float(self.sigma_max, like)
+        return namespace(low, high).log(high / low)
+
+    def sigma(self, t: Array) -> Array:
+        t = as_float(t, self.sigma_min)
+        xp = namespace(t)
+        value = as_float(self.sigma_min, t) * xp.exp(t * self._growth(t))
+        return xp.where(t <= 0, xp.zeros_like(t), value)
+
+    def alpha_dot(self, t: Array) -> Array:
+        return namespace(t, self.sigma_min).zeros_like(as_float(t, self.sigma_min))
+
+    def sigma_dot(self, t: Array) -> Array:
+        return self.sigma(t) * self._growth(as_float(t, self.sigma_min))
+
+    @silence
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.sigma_min)
+        xp = namespace(log_snr)
+        low = as_float(self.sigma_min, log_snr)
+        t = (-log_snr - xp.log(low)) / self._growth(log_snr)
+        return xp.where(xp.isposinf(log_snr), xp.zeros_like(t), xp.maximum(t, self.t_min))
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_min(self) -> float:
+        return 1e-5
+
+
+@_pytree
+class EDM(Process):
+    """alpha = 1, sigma(t) = t: time is the noise level. Karras et al. 2022, arXiv:2206.00364."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def alpha(self, t: Array) -> Array:
+        t = as_float(t, self.sigma_min)
+        return namespace(t).ones_like(t)
+
+    def sigma(self, t: Array) -> Array:
+        return as_float(t, self.sigma_min)
+
+    def alpha_dot(self, t: Array) -> Array:
+        return namespace(t, self.sigma_min).zeros_like(as_float(t, self.sigma_min))
+
+    def sigma_dot(self, t: Array) -> Array:
+        return namespace(t, self.sigma_min).ones_like(as_float(t, self.sigma_min))
+
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.sigma_min)
+        return namespace(log_snr).exp(-log_snr)
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+
+@_pytree
+class Flow(Process):
+    """Flow matching on the straight path: alpha = 1 - t, sigma = t; velocity = eps - x_0.
+
+    Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003. Time falls from 1
+    (noise) to 0 (data); see `reversed_flow_apply` for models trained the other way round.
+
+    `shift` is the resolution shift of Esser et al. 2024 (arXiv:2403.03206, eq. 23): it moves the
+    points of a grid that is uniform in t towards the noise, t' = shift t / (1 + (shift - 1) t). It
+    changes where schedules put their points, not what t means to the network.
+    """
+
+    shift: float
+
+    def alpha(self, t: Array) -> Array:
+        return 1 - as_float(t, self.shift)
+
+    def sigma(self, t: Array) -> Array:
+        return as_float(t, self.shift)
+
+    def alpha_dot(self, t: Array) -> Array:
+        return -namespace(t, self.shift).ones_like(as_float(t, self.shift))
+
+    def sigma_dot(self, t: Array) -> Array:
+        return namespace(t, self.shift).ones_like(as_float(t, self.shift))
+
+    @silence
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.shift)
+        xp = namespace(log_snr)
+        return xp.exp(-xp.logaddexp(xp.zeros_like(log_snr), log_snr))
+
+    def uniform_time(self, u: Array) -> Array:
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_min(self) -> float:
+        return 1e-3
+
+
+def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> VPLinear:
+    """The linear-beta variance-preserving process of ScoreSDE; t in [0, 1]."""
+    _positive(beta_min=beta_min, beta_max=beta_max)
+    if beta_max < beta_min:
+        raise ValueError(f"`beta_max` must be at least `beta_min`; got {beta_max} < {beta_min}.")
+    return VPLinear(float(beta_min), float(beta_max))
+
+
+def vp_cosine(s: float = 0.008) -> VPCosine:
+    """The cosine variance-preserving process of improved DDPM; t in [0, 1]."""
+    _positive(s=s)
+    return VPCosine(float(s))
+
+
+def beta_table(
+    name: str, num_levels: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> np.ndarray:
+    """The named table of per-step betas, shape (num_levels,), float64.
+
+    "linear": uniform between the two ends (Ho et al. 2020, arXiv:2006.11239);
+    "scaled_linear": uniform in sqrt(beta) (latent diffusion);
+    "squaredcos_cap_v2": from the cosine alpha-bar, capped at 0.999 (improved DDPM; the two ends
+    are not used).
+    """
+    if name == "linear":
+        return np.linspace(beta_start, beta_end, num_levels)
+    if name == "scaled_linear":
+        return np.linspace(beta_start**0.5, beta_end**0.5, num_levels) ** 2
+    if name == "squaredcos_cap_v2":
+        u = np.arange(num_levels + 1) / num_levels
+        alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    raise ValueError(
+        f'`betas` must be "linear", "scaled_linear", "squaredcos_cap_v2" or an array; got {name!r}.'
+    )
+
+
+@silence
+def vp_discrete(
+    betas: Any = "linear",
+    *,
+    num_levels: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    zero_terminal_snr: bool = False,
+) -> VPDiscrete:
+    """A variance-preserving process given by a table of betas; t is the index.
+
+    t = 0 .. T-1 are the trained levels, t = -1 is the clean end (see `VPDiscrete`).
+
+    Args:
+      betas: an array of T betas in (0, 1), or the name of a table (see `beta_table`).
+      num_levels: T, for a named table.
+      beta_start: first beta of a named table.
+      beta_end: last beta of a named table.
+      zero_terminal_snr: shift and scale sqrt(alpha-bar) so that the last is 0 and the first
+        unchanged (Lin et al. 2023, arXiv:2305.08891, algorithm 1).
+
+    Returns:
+      A `VPDiscrete` whose times are real; round them with `ds.schedules.rounded` if the network
+      takes integer labels only.
+
+    Raises:
+      ValueError: a beta outside [0, 1), or fewer than 2 of them.
+    """
+    if isinstance(betas, str):
+        betas = beta_table(betas, num_levels, beta_start, beta_end)
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.shape[0] < 2:
+        raise ValueError(f"`betas` must have shape (T,) with T >= 2; got shape {betas.shape}.")
+    if not np.all((betas > 0) & (betas < 1)):
+        bad = int(np.argmin((betas > 0) & (betas < 1)))
+        raise ValueError(f"`betas` must lie in (0, 1); got betas[{bad}] = {betas[bad]}.")
+    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    if zero_terminal_snr:
+        root = np.exp(log_alpha_bar / 2)
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        log_alpha_bar = 2 * np.log(root)
+    return VPDiscrete((log_alpha_bar - np.log(-np.expm1(log_alpha_bar))) / 2)
+
+
+def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> VE:
+    """The variance-exploding process of ScoreSDE; t in (0, 1], sigma geometric in t."""
+    _positive(sigma_min=sigma_min, sigma_max=sigma_max)
+    if sigma_max <= sigma_min:
+        raise ValueError(f"`sigma_max` must exceed `sigma_min`; got {sigma_max} <= {sigma_min}.")
+    return VE(float(sigma_min), float(sigma_max))
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> EDM:
+    """The EDM process: alpha = 1 and t = sigma, from `sigma_max` down to `sigma_min`, then 0."""
+    _positive(sigma_min=sigma_min, sigma_max=sigma_max)
+    if sigma_max <= sigma_min:
+        raise ValueError(f"`sigma_max` must exceed `sigma_min`; got {sigma_max} <= {sigma_min}.")
+    return EDM(float(sigma_min), float(sigma_max))
+
+
+def flow(shift: float = 1.0) -> Flow:
+    """The straight flow-matching path; t falls from 1 (noise) to 0 (data)."""
+    _positive(shift=shift)
+    return Flow(float(shift))
+
+
+def reversed_flow_apply(apply: Any) -> Any:
+    """Adapt a flow model trained with t = 0 noise, t = 1 data, velocity = x_0 - eps.
+
+    Returns `apply` with t replaced by 1 - t and the output negated, which is the convention of
+    `flow`: t = 1 noise, velocity = eps - x_0. Call it once and keep the result: a new function
+    each time would compile anew each time.
+    """
+
+    def adapted(params: Any, x: Any, t: Any, **cond: Any) -> Any:
+        return jax.tree.map(jnp.negative, apply(params, x, 1 - t, **cond))
+
+    return adapted

@@ -1,0 +1,75 @@
+"""Keys: one per sample and row, so that a sample depends on nothing but its own key.
+
+The rule, used by the prior and by the executor alike: sample i of a batch drawn with one key uses
+`fold_in(key, i)`; row n of a sampling run then uses `fold_in(sample_key, n)`. Batch size, sharding
+and the step counts of other samples do not enter. An array of keys, one per sample, is used as it
+is, which is how one sample of a batch is drawn again alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["normal_like", "sample_keys"]
+
+
+def _typed(key: Any) -> jax.Array:
+    """`key` as typed key(s); raw uint32 keys of `jax.random.PRNGKey` are wrapped."""
+    if not hasattr(key, "dtype"):
+        raise TypeError(
+            f"`key` must be a JAX random key, such as jax.random.key(0); got {type(key).__name__}."
+        )
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    if key.dtype == jnp.uint32 and key.ndim >= 1:
+        return jax.random.wrap_key_data(key)
+    raise TypeError(
+        "`key` must be a JAX random key, such as jax.random.key(0); got an array of dtype "
+        f"{key.dtype} and shape {key.shape}."
+    )
+
+
+def sample_keys(key: Any, batch: int | None) -> jax.Array:
+    """Keys of shape (batch,), or one key of shape () when there is no batch axis.
+
+    Args:
+      key: a key, or an array of `batch` keys, one per sample.
+      batch: number of samples, or None for a state without a batch axis.
+
+    Raises:
+      TypeError: not a key.
+      ValueError: as many keys as neither 1 nor `batch`.
+    """
+    key = _typed(key)
+    if batch is None:
+        if key.ndim:
+            raise ValueError(
+                f"`key` must be one key for a state without a batch axis; got {key.shape} keys."
+            )
+        return key
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(
+            f"`key` must be one key or one per sample, shape ({batch},); got shape {key.shape}."
+        )
+    return key
+
+
+def normal_like(keys: jax.Array, row: Any, tree: Any) -> Any:
+    """Standard normal noise shaped like `tree` for row `row`; `keys` come from `sample_keys`."""
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        key = jax.random.fold_in(key, row)
+        drop = keys.ndim  # the batch axis, when there is one
+        return [
+            jax.random.normal(jax.random.fold_in(key, i), leaf.shape[drop:], leaf.dtype)
+            for i, leaf in enumerate(leaves)
+        ]
+
+    drawn = jax.vmap(draw)(keys) if keys.ndim else draw(keys)
+    return jax.tree.unflatten(treedef, drawn)

@@ -1,0 +1,302 @@
+"""The executor: one `lax.scan` over the rows of a tableau, whose body calls the network once.
+
+It equals this program, in which u and m are the lists of all states and outputs:
+
+    u = [x_T]; m = []
+    for n in range(N):
+        m.append(predict(u[n], n) if evaluates[n] else 0)
+        u.append(sum(a[n, i] * u[n - i] for i in range(p))
+                 + sum(b[n, j] * m[n - j] for j in range(q))
+                 + c[n] * noise(n))
+    return u[N]
+
+Only the last p states and q outputs are kept, in ring buffers, so that a dense tableau (q = N)
+moves no more memory than a banded one. Nothing here knows of solvers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from diffsamp import random
+from diffsamp._checks import expect_state
+from diffsamp._numeric import is_concrete, silence, to_host
+from diffsamp.predictions import Level
+from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.tableau import Tableau
+
+__all__ = ["State", "Trajectory", "init", "sample", "step", "trajectory"]
+
+
+class State(NamedTuple):
+    """What the next row needs.
+
+    Attributes:
+      row: () int32, the row that comes next.
+      x: u_row, the present state.
+      points: the last p states, stacked in front; u_n lies in slot n mod p.
+      outputs: the last q outputs, stacked in front; m_n lies in slot n mod q.
+      keys: the samples' keys, or None.
+    """
+
+    row: Any
+    x: Any
+    points: Any
+    outputs: Any
+    keys: Any
+
+
+class Trajectory(NamedTuple):
+    """Every state and output of a run.
+
+    Attributes:
+      times: (N + 1,) the time of each state.
+      points: pytree like x_T with N + 1 in front, u_0 .. u_N.
+      outputs: pytree like x_T with N in front, m_0 .. m_{N-1}; 0 where a row made no evaluation.
+    """
+
+    times: Any
+    points: Any
+    outputs: Any
+
+
+class _Row(NamedTuple):
+    a: Any
+    b: Any
+    c: Any
+    evaluates: Any
+    bound: Any
+
+
+def sample(
+    score_fn: ScoreFn,
+    tableau: Tableau,
+    x_T: Any,
+    *,
+    key: Any = None,
+    cond: Mapping[str, Any] | None = None,
+    checkpoint: bool = False,
+) -> Any:
+    """Sample: run every row of `tableau` on x_T.
+
+    Compiled once per network, state shape and tableau *shape*: another solver, schedule or number
+    of evaluations padded to the same shape (`Tableau.pad`) reuses the program. May itself be
+    called under `jit`, `vmap` and `grad`, with the tableau's arrays as arguments if wanted.
+
+    Args:
+      score_fn: the network.
+      tableau: the sampler.
+      x_T: the start, u_0: an array or pytree of floating arrays, (batch, ...); without the batch
+        axis if `score_fn.batched` is False. See `process.prior_sample`.
+      key: a random key, or one key per sample; needed if the tableau is stochastic. Sample i of a
+        batch depends on its own key (for a single key, on `fold_in(key, i)`) and the row only.
+      cond: keyword arguments for the network, such as {"label": ...}.
+      checkpoint: recompute each row in the backward pass instead of storing the network's
+        intermediate values (`jax.checkpoint`).
+
+    Returns:
+      u_N, with the structure, shapes and dtypes of x_T.
+
+    Raises:
+      TypeError: x_T not floating, no valid key.
+      ValueError: a stochastic tableau without key, shapes that do not agree, a tableau built for
+        another process, or a prediction that the network does not determine at some row.
+    """
+    return _start(score_fn, tableau, x_T, key, cond, checkpoint=checkpoint, record=False)
+
+
+def trajectory(
+    score_fn: ScoreFn,
+    tableau: Tableau,
+    x_T: Any,
+    *,
+    key: Any = None,
+    cond: Mapping[str, Any] | None = None,
+    checkpoint: bool = False,
+) -> Trajectory:
+    """Every u_n and m_n of the run that `sample` makes; arguments as there."""
+    points, outputs = _start(score_fn, tableau, x_T, key, cond, checkpoint=checkpoint, record=True)
+    return Trajectory(tableau.times, points, outputs)
+
+
+def init(tableau: Tableau, x_T: Any, key: Any = None, *, batched: bool = True) -> State:
+    """The state before the first row, for a loop of one's own with `step`.
+
+    Args:
+      tableau: the sampler.
+      x_T: the start, as for `sample`.
+      key: as for `sample`.
+      batched: whether x_T has a leading batch axis.
+    """
+    batch = expect_state(x_T, "x_T", batched)
+    _expect_key(tableau, key)
+    x_T = jax.tree.map(jnp.asarray, x_T)
+    keys = None if key is None else random.sample_keys(key, batch)
+    return _initial(np.shape(tableau.a)[1], np.shape(tableau.b)[1], x_T, keys)
+
+
+def step(
+    score_fn: ScoreFn,
+    tableau: Tableau,
+    state: State,
+    *,
+    cond: Mapping[str, Any] | None = None,
+) -> State:
+    """Run row `state.row` of the tableau; N times `step` is `sample`.
+
+    Pure, and meant to be jitted in a loop of one's own. The state may be changed in between.
+
+    Raises:
+      ValueError: no row left (when the row number is a concrete value).
+    """
+    if is_concrete(state.row) and int(state.row) >= np.shape(tableau.a)[0]:
+        raise ValueError(
+            f"the tableau has {np.shape(tableau.a)[0]} rows and all have been run; start again "
+            "with `init`."
+        )
+    rows = _bind(score_fn, tableau)
+    row = jax.tree.map(
+        lambda array: lax.dynamic_index_in_dim(jnp.asarray(array), state.row, keepdims=False), rows
+    )
+    return _advance(score_fn, row, state, cond)[0]
+
+
+def _start(score_fn, tableau, x_T, key, cond, *, checkpoint, record):
+    """Check what can be checked, bind model and tableau, and enter the compiled part."""
+    if not isinstance(tableau, Tableau):
+        raise TypeError(
+            f"`tableau` must be a diffsamp.Tableau; got {type(tableau).__name__}. Build one with "
+            "diffsamp.solvers."
+        )
+    batch = expect_state(x_T, "x_T", score_fn.batched)
+    _expect_key(tableau, key)
+    _expect_per_sample(tableau, batch)
+    keys = None if key is None else random.sample_keys(key, batch)
+    rows = _bind(score_fn, tableau)
+    x_T = jax.tree.map(jnp.asarray, x_T)
+    return _run(score_fn, rows, x_T, keys, cond, checkpoint=checkpoint, record=record)
+
+
+def _expect_key(tableau: Tableau, key: Any) -> None:
+    if key is None and is_concrete(tableau.c) and np.any(to_host(tableau.c) != 0):
+        raise ValueError(
+            f"tableau {tableau.name!r} adds noise and needs a random key: pass `key`, such as "
+            "jax.random.key(0)."
+        )
+
+
+def _expect_per_sample(tableau: Tableau, batch: int | None) -> None:
+    tail = np.shape(tableau.times)[1:]
+    if tail and tail != (batch,):
+        raise ValueError(
+            f"the tableau is stacked for {tail[0]} samples; x_T has "
+            + ("no batch axis." if batch is None else f"a batch of {batch}.")
+        )
+
+
+@silence
+def _bind(score_fn: ScoreFn, tableau: Tableau) -> _Row:
+    """Rows with the numbers that turn the network's output into what each row wants.
+
+    On the host, in float64, whenever tableau and process are concrete; else in the program.
+    """
+    level = Level(*(_drop_last(v) for v in (tableau.times, tableau.alpha, tableau.sigma)))
+    target = (tableau.target[:, 0], tableau.target[:, 1])
+    bound = score_fn.bind(level, target)
+    evaluates = tableau.evaluates
+    score_fn.check_bound(bound, level, evaluates)
+    # padding and noise-only rows have no meaningful level: their numbers must not make NaN
+    xp = jnp if not is_concrete(bound, evaluates) else np
+    bound = jax.tree.map(
+        lambda v: xp.where(xp.asarray(evaluates), v, xp.zeros((), xp.asarray(v).dtype)), bound
+    )
+    return _Row(tableau.a, tableau.b, tableau.c, evaluates, bound)
+
+
+def _drop_last(array: Any) -> Any:
+    return array[:-1]
+
+
+@functools.partial(jax.jit, static_argnames=("checkpoint", "record"))
+def _run(score_fn, rows, x_T, keys, cond, *, checkpoint, record):
+    count, p = rows.a.shape[:2]
+    state = _initial(p, rows.b.shape[1], x_T, keys)
+
+    def body(state, row):
+        state, output = _advance(score_fn, row, state, cond)
+        return state, (state.x, output) if record else None
+
+    body = jax.checkpoint(body) if checkpoint else body
+    state, recorded = lax.scan(body, state, rows, length=count)
+    if not record:
+        return state.x
+    points, outputs = recorded
+    first = jax.tree.map(lambda x: x[None], x_T)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, points), outputs
+
+
+def _initial(p: int, q: int, x_T: Any, keys: Any) -> State:
+    def empty(size: int) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), x_T)
+
+    points = jax.tree.map(lambda slots, x: slots.at[0].set(x), empty(p), x_T)
+    return State(jnp.zeros((), jnp.int32), x_T, points, empty(q), keys)
+
+
+def _advance(
+    score_fn: ScoreFn, row: _Row, state: State, cond: Mapping[str, Any] | None
+) -> tuple[State, Any]:
+    """One row: the state after it, and the output m_n."""
+    n, x = state.row, state.x
+
+    def call() -> Any:
+        output = score_fn.predict(x, row.bound, cond)
+        if row.evaluates.ndim == 0:
+            return output
+        # stacked tableaux: a sample that is done must not see what the network says
+        return jax.tree.map(
+            lambda m: jnp.where(row.evaluates.reshape((-1,) + (1,) * (m.ndim - 1)), m, 0), output
+        )
+
+    output = lax.cond(jnp.any(row.evaluates), call, lambda: jax.tree.map(jnp.zeros_like, x))
+    outputs = _store(state.outputs, output, n)
+    new = jax.tree.map(
+        lambda u, m: _combine(row.a, u, n) + _combine(row.b, m, n), state.points, outputs
+    )
+    if state.keys is not None:
+        noise = lax.cond(
+            jnp.any(row.c != 0),
+            lambda: random.normal_like(state.keys, n, x),
+            lambda: jax.tree.map(jnp.zeros_like, x),
+        )
+        new = jax.tree.map(lambda v, z: v + scale_rows(row.c, z) * z, new, noise)
+    new = jax.tree.map(lambda v, old: v.astype(old.dtype), new, x)
+    points = _store(state.points, new, n + 1)
+    return State(n + 1, new, points, outputs, state.keys), output
+
+
+def _store(slots: Any, value: Any, n: Any) -> Any:
+    """Put `value` in slot n mod size."""
+    return jax.tree.map(
+        lambda s, v: lax.dynamic_update_index_in_dim(s, v, n % s.shape[0], 0), slots, value
+    )
+
+
+def _combine(weights: Any, slots: jax.Array, n: Any) -> jax.Array:
+    """sum_i weights[i] (value of row n - i), in at least float32.
+
+    A multiply and a sum, not a dot product: matrix units round their inputs.
+    """
+    size = slots.shape[0]
+    lags = (n - jnp.arange(size, dtype=jnp.int32)) % size
+    dtype = jnp.promote_types(slots.dtype, jnp.float32)
+    ordered = jnp.asarray(weights, dtype)[lags]
+    ordered = ordered.reshape(ordered.shape + (1,) * (slots.ndim - ordered.ndim))
+    return jnp.sum(ordered * slots.astype(dtype), axis=0)

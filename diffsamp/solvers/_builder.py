@@ -1,0 +1,236 @@
+"""Write a sampler as its algorithm reads, and get its tableau.
+
+A solver walks through its steps with linear combinations of symbols: the points u_k where the
+network was called, what it said there (m_k), and fresh noises. `Builder.evaluate(x, level)` makes
+the combination x the next point u_{k+1}, that is one row of the tableau, and returns the network's
+answer as two combinations, data and noise. Lags, columns and the number of rows follow from what
+was written, so a corrector, a stage or a momentum needs no bookkeeping of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffsamp._checks import expect_times
+from diffsamp._numeric import is_concrete
+from diffsamp.processes import Process
+from diffsamp.tableau import Tableau
+
+__all__ = [
+    "DATA",
+    "FLOW",
+    "NOISE",
+    "Answer",
+    "Builder",
+    "Combination",
+    "Point",
+    "total",
+    "transfer",
+]
+
+DATA, NOISE, FLOW = (1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)  # weights of (x_0, eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """A linear combination of symbols ("u", k), ("m", k) and ("z", k)."""
+
+    terms: dict[tuple[str, int], float]
+
+    def __add__(self, other: Combination) -> Combination:
+        terms = dict(self.terms)
+        for symbol, weight in other.terms.items():
+            terms[symbol] = terms.get(symbol, 0.0) + weight
+        return Combination(terms)
+
+    def __mul__(self, number: float) -> Combination:
+        return Combination({s: w * float(number) for s, w in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, number: float) -> Combination:
+        return self * (1.0 / float(number))
+
+    def __neg__(self) -> Combination:
+        return self * -1.0
+
+    def __sub__(self, other: Combination) -> Combination:
+        return self + -other
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A time, the process's numbers there, in float64, and two derived ones.
+
+    log_snr is +inf at the clean end and -inf where alpha = 0; rho = sigma / alpha likewise 0, inf.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+    log_snr: float
+
+    @property
+    def rho(self) -> float:
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the network says at a point: its data and its noise prediction, and the state there."""
+
+    state: Combination
+    data: Combination
+    noise: Combination
+    point: Point
+
+
+class Builder:
+    """Rows of a tableau, written step by step.
+
+    Attributes:
+      points: the given times as `Point`s, n + 1 of them.
+      start: the combination u_0 = x_T.
+    """
+
+    def __init__(self, process: Process, times: Any, target: tuple[float, float] = DATA) -> None:
+        if not isinstance(process, Process):
+            raise TypeError(
+                f"`process` must be a diffsamp process; got {type(process).__name__}. Solvers "
+                "take (process, times, **options)."
+            )
+        if not is_concrete(process):
+            raise TypeError("solvers are host functions: build the tableau outside `jit`.")
+        times = expect_times(times)
+        low, high = process.t_clean, process.t_max
+        if times[-1] < low or times[0] > high * (1 + 1e-9):
+            raise ValueError(
+                f"`times` must lie between t_clean = {low} and t_max = {high} of "
+                f"{type(process).__name__}; got {times[0]:g} .. {times[-1]:g}."
+            )
+        self.process = process
+        self.target = target
+        self.points = [self.point(t) for t in times]
+        self.start = Combination({("u", 0): 1.0})
+        self._levels = [self.points[0]]
+        self._states: list[Combination] = []  # u_1, u_2, ..
+        self._targets: dict[int, tuple[float, float]] = {}  # rows that evaluate
+        self._noises = 0
+
+    def point(self, t: float) -> Point:
+        """The point at time t."""
+        t = float(t)
+        return Point(
+            t,
+            float(self.process.alpha(t)),
+            float(self.process.sigma(t)),
+            float(self.process.log_snr(t)),
+        )
+
+    def point_at(self, log_snr: float) -> Point:
+        """The point with the given log-SNR."""
+        return self.point(float(self.process.time(np.float64(log_snr))))
+
+    def fresh_noise(self) -> Combination:
+        """A new standard normal; it can enter one row only."""
+        self._noises += 1
+        return Combination({("z", self._noises): 1.0})
+
+    def evaluate(
+        self, x: Combination, point: Point, target: tuple[float, float] | None = None
+    ) -> Answer:
+        """Call the network at state x, which lives at `point`; this ends the row of x.
+
+        The answer is recorded as the `target` prediction, except where that one does not
+        determine the data (noise at alpha = 0): there it is recorded as data.
+        """
+        if point.sigma == 0:
+            raise ValueError(
+                f"the network would be evaluated at t = {point.t:g}, where sigma = 0. End the "
+                "times there, or stop before it."
+            )
+        target = self.target if target is None else target
+        if point.alpha == 0 and target == NOISE:
+            target = DATA
+        current = Combination({("u", len(self._states)): 1.0})
+        latest = self._levels[-1]
+        if x.terms != current.terms or point != latest or len(self._states) in self._targets:
+            current = self.move(x, point)
+        k = len(self._states)
+        self._targets[k] = target
+        said = Combination({("m", k): 1.0})
+        w0, w1 = target
+        determinant = point.alpha * w1 - point.sigma * w0
+        # solve x = alpha D + sigma E, m = w0 D + w1 E for D and E; exact symbols where they are
+        data = said if target == DATA else (w1 * current - point.sigma * said) / determinant
+        noise = said if target == NOISE else (point.alpha * said - w0 * current) / determinant
+        return Answer(current, data, noise, point)
+
+    def move(self, x: Combination, point: Point) -> Combination:
+        """Make x the next state without calling the network on it (yet); returns its symbol."""
+        self._states.append(x)
+        self._levels.append(point)
+        return Combination({("u", len(self._states)): 1.0})
+
+    def finish(
+        self, x: Combination, point: Point, *, name: str, source: str, check: str = "full"
+    ) -> Tableau:
+        """The tableau whose sample is x, at `point`."""
+        self.move(x, point)
+        rows = len(self._states)
+        p = q = 1
+        for n, state in enumerate(self._states):
+            for (kind, k), weight in state.terms.items():
+                if weight != 0 and kind == "u":
+                    p = max(p, n - k + 1)
+                elif weight != 0 and kind == "m":
+                    q = max(q, n - k + 1)
+        a, b, c = np.zeros((rows, p)), np.zeros((rows, q)), np.zeros(rows)
+        used: set[int] = set()
+        for n, state in enumerate(self._states):
+            for (kind, k), weight in state.terms.items():
+                if weight == 0:
+                    continue
+                if kind == "u":
+                    a[n, n - k] = weight
+                elif kind == "m":
+                    b[n, n - k] = weight
+                else:
+                    if k in used:
+                        raise RuntimeError("one fresh noise entered two rows of a tableau.")
+                    used.add(k)
+                    c[n] = math.hypot(c[n], weight) if c[n] else weight
+        return Tableau.create(
+            times=[p.t for p in self._levels],
+            alpha=[p.alpha for p in self._levels],
+            sigma=[p.sigma for p in self._levels],
+            target=[self._targets.get(n, DATA) for n in range(rows)],
+            a=a,
+            b=b,
+            c=c,
+            evaluates=[n in self._targets for n in range(rows)],
+            name=name,
+            source=source,
+            check=check,
+        )
+
+
+def transfer(answer: Answer, to: Point) -> Combination:
+    """The DDIM step from the answer's point to `to`: alpha D + sigma E.
+
+    Exact when D and E are constant. At sigma = 0 it is the data prediction itself.
+    """
+    return to.alpha * answer.data + to.sigma * answer.noise
+
+
+def total(weights: Any, parts: Sequence[Combination]) -> Combination:
+    """sum_j weights[j] parts[j]."""
+    result = Combination({})
+    for weight, part in zip(weights, parts, strict=True):
+        result = result + weight * part
+    return result

@@ -1,0 +1,86 @@
+"""The two families of quadrature weights most samplers are made of, in float64.
+
+`exponential_weights`: integrals of exp(-rate (h - u)) against the Lagrange basis in log-SNR
+(DPM-Solver++, UniPC and their SDE forms). `adams_weights`: integrals of d rho against the Lagrange
+basis in any variable (DEIS, iPNDM, LMS). Both use Gauss-Legendre rules that are exact to rounding
+for the polynomial part; no finite difference and no Riemann sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+__all__ = ["adams_weights", "exponential_weights", "lagrange"]
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+def lagrange(nodes: Sequence[float], x: np.ndarray) -> np.ndarray:
+    """Lagrange basis polynomials on `nodes` at x; shape (len(nodes), len(x))."""
+    nodes = np.asarray(nodes, np.float64)
+    basis = np.ones((nodes.size, np.size(x)))
+    for j in range(nodes.size):
+        for i in range(nodes.size):
+            if i != j:
+                basis[j] *= (x - nodes[i]) / (nodes[j] - nodes[i])
+    return basis
+
+
+def exponential_weights(nodes: Sequence[float], h: float, rate: float = 1.0) -> np.ndarray:
+    """W_j = int_0^h rate exp(-rate (h - u)) l_j(u) du.
+
+    The weights of D_j in x_t = (sigma_t / sigma_s) exp(-(rate - 1) h) x_s + alpha_t sum_j W_j D_j
+    (variation of constants with D interpolated in log-SNR). rate 1 is the ODE, 2 the reverse SDE.
+
+    Args:
+      nodes: log-SNR of the past (and, for a corrector, coming) outputs minus that of the present
+        point, finite and distinct.
+      h: log-SNR step, positive, may be inf (a step to sigma = 0) only for the single node 0.
+      rate: positive.
+
+    Returns:
+      float64 array of len(nodes); it sums to 1 - exp(-rate h).
+    """
+    if len(nodes) == 1:
+        return np.array([-np.expm1(-rate * h)])
+    # the integrand is negligible further than 50 / rate from the end
+    low = max(0.0, h - 50.0 / rate)
+    u = low + (h - low) * (_NODES + 1) / 2
+    weight = (h - low) / 2 * _WEIGHTS * rate * np.exp(-rate * (h - u))
+    return lagrange(nodes, u) @ weight
+
+
+def adams_weights(
+    nodes: Sequence[float],
+    rho_start: float,
+    rho_end: float,
+    variable: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """C_j = int l_j(v(rho)) d rho from rho_start to rho_end.
+
+    The weights of eps_j in x_t / alpha_t = x_s / alpha_s + sum_j C_j eps_j, with eps interpolated
+    in the variable v.
+
+    Args:
+      nodes: v at the past outputs, newest first, finite and distinct.
+      rho_start: sigma / alpha at the present point, finite.
+      rho_end: sigma / alpha at the coming point; positive unless `variable` is None.
+      variable: v as a function of log rho; None: v is rho itself, and the rule is exact.
+
+    Returns:
+      float64 array of len(nodes); it sums to rho_end - rho_start.
+    """
+    if len(nodes) == 1:
+        return np.array([rho_end - rho_start])
+    if variable is None:
+        start, end = rho_start, rho_end
+    else:
+        # in log rho the integrand has no square-root singularity at the clean end
+        start, end = np.log(rho_start), np.log(rho_end)
+    point = start + (end - start) * (_NODES + 1) / 2
+    weight = (end - start) / 2 * _WEIGHTS
+    if variable is None:
+        return lagrange(nodes, point) @ weight
+    return lagrange(nodes, variable(point)) @ (weight * np.exp(point))

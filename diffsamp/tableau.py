@@ -1,0 +1,480 @@
+"""`Tableau`: a sampler as arrays.
+
+Every sampler that is linear in the network's outputs is an instance of
+
+    u_{n+1} = sum_{i<p} a[n,i] u_{n-i}  +  sum_{j<q} b[n,j] m_{n-j}  +  c[n] z_n,    n = 0 .. N-1
+
+with u_0 = x_T, u_N the sample, z_n ~ N(0, I) and m_n the network's prediction at (u_n, t_n): the
+combination target[n,0] x_0 + target[n,1] eps of what it says about data and noise. In numerical
+analysis this is a general linear method. A row with evaluates[n] False makes no evaluation; its
+m_n is 0.
+
+A tableau is built on the host in float64 and checks itself: when the network always answers the
+true x_0, row n must give mean alpha_n x_0 and standard deviation sigma_n. That is a necessary
+condition for any consistent sampler, deterministic or not, and a wrong coefficient breaks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffsamp._checks import expect_choice, expect_int
+from diffsamp._numeric import is_concrete
+
+__all__ = ["Tableau", "write_atomically"]
+
+_FORMAT = "diffsamp.tableau"
+_VERSION = 1
+_ARRAYS = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tableau:
+    """The arrays of a sampler with N rows, p past states and q past outputs.
+
+    Build with `Tableau.create` (checked) or a function of `diffsamp.solvers`. All arrays are
+    pytree leaves and may be traced, vmapped and differentiated. `name` and `source` are labels
+    for people: they are not part of the pytree, so a transformation such as `jax.tree.map`
+    returns a tableau without them, and two tableaux of one shape share a compiled program.
+
+    A trailing axis of size batch on every array but `evaluates` (see `Tableau.stack`) gives each
+    sample of the batch a sampler of its own.
+
+    Attributes:
+      times: (N + 1,) the process's time of u_0 .. u_N.
+      alpha: (N + 1,) signal coefficients there.
+      sigma: (N + 1,) noise standard deviations there.
+      target: (N, 2) weights of (x_0, eps) in the prediction the row wants: (1, 0) data, (0, 1)
+        noise.
+      a: (N, p) weights of the past states, newest first.
+      b: (N, q) weights of the past outputs, newest first.
+      c: (N,) weight of the fresh noise.
+      evaluates: (N,) bool, whether the row calls the network at u_n.
+      name: what it is, for people.
+      source: where it comes from (paper, equation), for people.
+    """
+
+    times: Any
+    alpha: Any
+    sigma: Any
+    target: Any
+    a: Any
+    b: Any
+    c: Any
+    evaluates: Any
+    name: str = ""
+    source: str = ""
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        times: Any,
+        alpha: Any,
+        sigma: Any,
+        target: Any,
+        a: Any,
+        b: Any,
+        c: Any = None,
+        evaluates: Any = None,
+        name: str = "",
+        source: str = "",
+        check: str = "full",
+    ) -> Tableau:
+        """A tableau from host arrays, validated.
+
+        Args:
+          times: (N + 1,).
+          alpha: (N + 1,).
+          sigma: (N + 1,).
+          target: (N, 2).
+          a: (N, p).
+          b: (N, q).
+          c: (N,); None: zeros.
+          evaluates: (N,); None: every row.
+          name: for people.
+          source: for people.
+          check: "full": mean and standard deviation of every row as the module says; "mean": only
+            the mean (samplers that add more or less noise on purpose); "none": shapes and
+            finiteness only (learned samplers).
+
+        Raises:
+          ValueError: shapes that do not agree, values that are not finite, or a row that is not
+            consistent, which is named.
+        """
+        expect_choice(check, "check", ("full", "mean", "none"))
+        arrays = {
+            "times": times,
+            "alpha": alpha,
+            "sigma": sigma,
+            "target": target,
+            "a": a,
+            "b": b,
+        }
+        arrays = {key: np.asarray(value, np.float64) for key, value in arrays.items()}
+        rows = arrays["times"].shape[0] - 1 if arrays["times"].ndim else 0
+        if rows < 1:
+            raise ValueError(
+                "a tableau needs at least one row: `times` must have shape (N + 1,) with N >= 1; "
+                f"got shape {arrays['times'].shape}."
+            )
+        arrays["c"] = np.zeros(rows) if c is None else np.asarray(c, np.float64)
+        arrays["evaluates"] = np.ones(rows, bool) if evaluates is None else np.asarray(evaluates)
+        _check_shapes(arrays, rows)
+        tableau = cls(**arrays, name=name, source=source)
+        if check != "none":
+            tableau.check(std=check == "full")
+        return tableau
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """N: rows, whether or not they evaluate."""
+        return int(np.shape(self.a)[0])
+
+    @property
+    def p(self) -> int:
+        """How many past states a row may use."""
+        return int(np.shape(self.a)[1])
+
+    @property
+    def q(self) -> int:
+        """How many past outputs a row may use."""
+        return int(np.shape(self.b)[1])
+
+    @property
+    def nfe(self) -> int:
+        """Number of network evaluations: the rows that make one, counted."""
+        self._expect_concrete("nfe")
+        return int(np.sum(np.asarray(self.evaluates)))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any row adds fresh noise, and a key is therefore needed."""
+        self._expect_concrete("stochastic")
+        return bool(np.any(np.asarray(self.c) != 0))
+
+    def _expect_concrete(self, what: str) -> None:
+        if not is_concrete(self):
+            raise TypeError(
+                f"`tableau.{what}` is not known inside a traced function: read it from the "
+                "tableau outside `jit`."
+            )
+
+    def check(self, *, std: bool = True) -> None:
+        """Check the necessary condition of the module docstring, in float64 on the host.
+
+        For x_0 constant and u_0 = alpha_0 x_0 + sigma_0 eps, every u_n is a combination of x_0,
+        eps and the fresh noises; its x_0 part must be alpha_n and the norm of the rest sigma_n.
+
+        Args:
+          std: also check the standard deviation, not only the mean.
+
+        Raises:
+          ValueError: naming the first row that fails, with what it gives.
+        """
+        self._expect_concrete("check")
+        if np.ndim(self.times) != 1:
+            raise ValueError("check the tableaux before stacking them.")
+        data, noise, _ = self._propagate()
+        scale = np.hypot(self.alpha, self.sigma)
+        mean_error = np.abs(data - self.alpha) / scale
+        std_error = np.abs(np.linalg.norm(noise, axis=1) - self.sigma) / scale
+        error = np.maximum(mean_error, std_error) if std else mean_error
+        if np.any(error > 1e-8):
+            row = int(np.argmax(error > 1e-8))
+            raise ValueError(
+                f"row {row - 1} of tableau {self.name!r} is not consistent: for a network that "
+                f"always answers the true x_0 it gives {data[row]:.9g} x_0 with standard deviation "
+                f"{np.linalg.norm(noise[row]):.9g}, not alpha = {self.alpha[row]:.9g} and sigma = "
+                f'{self.sigma[row]:.9g}. Correct its coefficients, or pass check="none" to '
+                "Tableau.create for a learned sampler."
+            )
+
+    def _propagate(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x_0 part (N+1,) and noise parts (N+1, N+1) of every u_n when D = x_0; and of every m_n."""
+        rows = self.rows
+        data, noise = np.zeros(rows + 1), np.zeros((rows + 1, rows + 1))
+        out_data, out_noise = np.zeros(rows), np.zeros((rows, rows + 1))
+        data[0], noise[0, 0] = self.alpha[0], self.sigma[0]
+        for n in range(rows):
+            if self.evaluates[n]:
+                w0, w1 = self.target[n]
+                out_data[n] = w0
+                if w1 != 0:
+                    # eps as the network would infer it: (u - alpha x_0) / sigma
+                    out_data[n] += w1 * (data[n] - self.alpha[n]) / self.sigma[n]
+                    out_noise[n] = w1 * noise[n] / self.sigma[n]
+            for i in range(min(self.p, n + 1)):
+                data[n + 1] += self.a[n, i] * data[n - i]
+                noise[n + 1] += self.a[n, i] * noise[n - i]
+            for j in range(min(self.q, n + 1)):
+                data[n + 1] += self.b[n, j] * out_data[n - j]
+                noise[n + 1] += self.b[n, j] * out_noise[n - j]
+            noise[n + 1, n + 1] += self.c[n]
+        return data, noise, out_data
+
+    # -- shapes -----------------------------------------------------------------------------------
+
+    def pad(self, rows: int | None = None, p: int | None = None, q: int | None = None) -> Tableau:
+        """The same sampler with more rows and columns, so that several share one program.
+
+        Added rows keep the state and skip the network; added columns are zero.
+
+        Args:
+          rows: at least the present number; None: the present number. Likewise `p` and `q`.
+
+        Raises:
+          ValueError: a size below the present one.
+        """
+        rows = expect_int(self.rows if rows is None else rows, "rows", at_least=self.rows)
+        p = expect_int(self.p if p is None else p, "p", at_least=self.p)
+        q = expect_int(self.q if q is None else q, "q", at_least=self.q)
+        self._expect_concrete("pad")
+        extra = rows - self.rows
+        tail = np.shape(self.times)[1:]
+
+        def repeat_last(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array, np.repeat(array[-1:], extra, axis=0)])
+
+        def widen(array: np.ndarray, columns: int, keep: bool) -> np.ndarray:
+            wide = np.zeros((rows, columns, *tail))
+            wide[: self.rows, : array.shape[1]] = array
+            if keep:
+                wide[self.rows :, 0] = 1.0
+            return wide
+
+        return dataclasses.replace(
+            self,
+            times=repeat_last(self.times),
+            alpha=repeat_last(self.alpha),
+            sigma=repeat_last(self.sigma),
+            target=repeat_last(self.target),
+            a=widen(self.a, p, keep=True),
+            b=widen(self.b, q, keep=False),
+            c=np.concatenate([self.c, np.zeros((extra, *tail))]),
+            evaluates=np.concatenate(
+                [self.evaluates, np.zeros((extra, *self.evaluates.shape[1:]), bool)]
+            ),
+        )
+
+    @staticmethod
+    def pad_together(tableaux: Sequence[Tableau]) -> list[Tableau]:
+        """Pad several tableaux to the smallest common shape."""
+        if not tableaux:
+            raise ValueError("`tableaux` must hold at least one tableau.")
+        sizes = {key: max(getattr(t, key) for t in tableaux) for key in ("rows", "p", "q")}
+        return [t.pad(**sizes) for t in tableaux]
+
+    @staticmethod
+    def stack(tableaux: Sequence[Tableau]) -> Tableau:
+        """One tableau in which sample i of the batch follows tableaux[i].
+
+        Every sample has its own times, coefficients and number of evaluations; the network is
+        called with a vector of times. A row calls it as long as any sample's tableau does.
+        """
+        padded = Tableau.pad_together(tableaux)
+        stacked = {key: np.stack([getattr(t, key) for t in padded], axis=-1) for key in _ARRAYS}
+        return Tableau(**stacked, name=" | ".join(t.name for t in tableaux))
+
+    def then(self, other: Tableau) -> Tableau:
+        """This sampler, followed by `other` from the level where this one ends.
+
+        Raises:
+          ValueError: `other` starts at another level.
+        """
+        if not np.allclose(
+            [self.alpha[-1], self.sigma[-1]], [other.alpha[0], other.sigma[0]], rtol=1e-9, atol=0
+        ):
+            raise ValueError(
+                f"the second tableau must start where the first ends, t = {self.times[-1]:g}; it "
+                f"starts at t = {other.times[0]:g}."
+            )
+        size = {"p": max(self.p, other.p), "q": max(self.q, other.q)}
+        first, second = self.pad(**size), other.pad(**size)
+        joined = {
+            key: np.concatenate(
+                [
+                    getattr(first, key),
+                    getattr(second, key)[1 if key in ("times", "alpha", "sigma") else 0 :],
+                ]
+            )
+            for key in _ARRAYS
+        }
+        name = " then ".join(part for part in (self.name, other.name) if part)
+        source = "; ".join(dict.fromkeys(s for s in (self.source, other.source) if s))
+        return Tableau(**joined, name=name, source=source)
+
+    def unroll(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The sampler without recursion, u = A x_T + B m + C z.
+
+        Returns:
+          A of shape (N + 1,), B and C of shape (N + 1, N): weights of x_T, of every output and of
+          every fresh noise in u_0 .. u_N. B and C are strictly lower triangular.
+        """
+        self._expect_concrete("unroll")
+        rows = self.rows
+        full = np.zeros((rows + 1, 1 + 2 * rows))
+        full[0, 0] = 1.0
+        for n in range(rows):
+            for i in range(min(self.p, n + 1)):
+                full[n + 1] += self.a[n, i] * full[n - i]
+            for j in range(min(self.q, n + 1)):
+                full[n + 1, 1 + n - j] += self.b[n, j]
+            full[n + 1, 1 + rows + n] += self.c[n]
+        return full[:, 0], full[:, 1 : 1 + rows], full[:, 1 + rows :]
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings, as written to a file."""
+        self._expect_concrete("to_dict")
+        arrays = {key: np.asarray(getattr(self, key)).tolist() for key in _ARRAYS}
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "name": self.name,
+            "source": self.source,
+            "nfe": self.nfe,
+            **arrays,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, *, where: str = "the tableau") -> Tableau:
+        """The inverse of `to_dict`; shapes, finiteness and the NFE are checked.
+
+        Raises:
+          ValueError: anything missing or inconsistent, in words.
+        """
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise ValueError(
+                f'{where} is not a diffsamp tableau: it must say "format": "{_FORMAT}".'
+            )
+        if data.get("version") != _VERSION:
+            raise ValueError(
+                f"{where} has version {data.get('version')!r}; this diffsamp reads version "
+                f"{_VERSION}. Install the diffsamp that wrote it, or a newer one."
+            )
+        missing = [key for key in (*_ARRAYS, "nfe") if key not in data]
+        if missing:
+            raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}.")
+        try:
+            tableau = cls.create(
+                **{key: data[key] for key in _ARRAYS if key != "evaluates"},
+                evaluates=np.array(data["evaluates"], dtype=bool),
+                name=str(data.get("name", "")),
+                source=str(data.get("source", "")),
+                check="none",
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where} is corrupt: {error}") from error
+        if tableau.nfe != data["nfe"]:
+            raise ValueError(
+                f'{where} is corrupt: it says "nfe": {data["nfe"]}, its rows evaluate '
+                f"{tableau.nfe} times."
+            )
+        return tableau
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tableau as readable JSON (float64 values exactly), atomically."""
+        data = self.to_dict()
+        # one row of an array per line: readable, and small diffs
+        lines = []
+        for key, value in data.items():
+            if isinstance(value, list) and value and isinstance(value[0], list):
+                body = ",\n    ".join(json.dumps(row) for row in value)
+                lines.append(f"  {json.dumps(key)}: [\n    {body}\n  ]")
+            else:
+                lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+        write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tableau:
+        """Read what `save` wrote.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: the file is not a tableau, or is corrupt; the message says where.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{os.fspath(path)} is corrupt: not JSON ({error}).") from error
+        return cls.from_dict(data, where=os.fspath(path))
+
+    def __repr__(self) -> str:
+        label = self.name or "Tableau"
+        if not is_concrete(self) or not isinstance(self.evaluates, np.ndarray):
+            return f"<{label}: traced, shape {np.shape(self.a)}, {np.shape(self.b)}>"
+        return f"<{label}: {self.nfe} NFE, {self.rows} rows, p = {self.p}, q = {self.q}>"
+
+
+jax.tree_util.register_dataclass(
+    Tableau, data_fields=list(_ARRAYS), meta_fields=[], drop_fields=["name", "source"]
+)
+
+
+def _check_shapes(arrays: dict[str, np.ndarray], rows: int) -> None:
+    tail = arrays["times"].shape[1:]
+    expected = {
+        "times": (rows + 1, *tail),
+        "alpha": (rows + 1, *tail),
+        "sigma": (rows + 1, *tail),
+        "target": (rows, 2, *tail),
+        "c": (rows, *tail),
+    }
+    for key, shape in expected.items():
+        if arrays[key].shape != shape:
+            raise ValueError(f"`{key}` must have shape {shape}; got {arrays[key].shape}.")
+    for key in ("a", "b"):
+        shape = arrays[key].shape
+        if len(shape) != 2 + len(tail) or shape[0] != rows or shape[1] < 1 or shape[2:] != tail:
+            raise ValueError(f"`{key}` must have shape ({rows}, columns >= 1); got {shape}.")
+    evaluates = arrays["evaluates"]
+    if evaluates.dtype != bool or evaluates.shape not in ((rows,), (rows, *tail)):
+        raise ValueError(
+            f"`evaluates` must be booleans of shape ({rows},); got {evaluates.dtype} of shape "
+            f"{evaluates.shape}."
+        )
+    for key, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+            raise ValueError(f"`{key}` must be finite; got {array[where]} at {where}.")
+    if np.any(arrays["sigma"] < 0) or np.any(arrays["alpha"] < 0):
+        raise ValueError("`alpha` and `sigma` must not be negative.")
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one, never a part.
+
+    Raises:
+      OSError: the folder does not exist or cannot be written; nothing is left behind.
+    """
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

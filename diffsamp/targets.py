@@ -1,0 +1,310 @@
+"""Distributions whose diffusion is known exactly: the ground truth of tests and benchmarks.
+
+For data x_0 from a Gaussian mixture, the state x = alpha x_0 + sigma eps is a Gaussian mixture as
+well, and the posterior means E[x_0 | x] and E[eps | x], which a perfect network would predict, are
+closed forms. So is the solution of the probability-flow ODE for one Gaussian, and in one dimension
+for any mixture, since there the ODE transports the distribution function.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import ndtr
+
+from diffsamp import predictions, random
+from diffsamp._checks import expect_int
+from diffsamp._numeric import as_float, is_concrete, namespace
+from diffsamp.predictions import Level
+from diffsamp.processes import Process
+from diffsamp.score import ScoreFn
+
+__all__ = ["Empirical", "GaussianMixture", "empirical", "gaussian", "gaussian_mixture"]
+
+
+class Target(abc.ABC):
+    """A distribution of vectors with exact posterior means. A pytree."""
+
+    @abc.abstractmethod
+    def posterior(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        """E[x_0 | x] and E[eps | x] at x = alpha x_0 + sigma eps.
+
+        Args:
+          x: (batch, dim), NumPy (float64 on the host) or JAX.
+          alpha: scalar or (batch,).
+          sigma: scalar or (batch,), positive.
+
+        Returns:
+          Two arrays of shape (batch, dim).
+        """
+
+    @abc.abstractmethod
+    def log_prob(self, x: Any, alpha: Any = 1.0, sigma: Any = 0.0) -> Any:
+        """Log density of alpha x_0 + sigma eps at x (batch, dim); shape (batch,), nats."""
+
+    @abc.abstractmethod
+    def sample(self, key: Any, n: int) -> jax.Array:
+        """n samples, (n, dim)."""
+
+    def score_fn(self, process: Process, prediction: str = "data") -> ScoreFn:
+        """The perfect network: a `ScoreFn` with this target's exact predictions.
+
+        It takes states (batch, ..) whose trailing axes flatten to dim.
+        """
+        return ScoreFn(
+            _APPLY[predictions.canonical_name(prediction)],
+            (self, process),
+            process,
+            prediction,
+            time="t",
+            scale_input=False,
+        )
+
+
+def _make_apply(name: str) -> Any:
+    def apply(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+        target, process = params
+        level = Level(t, process.alpha(t), process.sigma(t))
+        flat = x.reshape(x.shape[0], -1)
+        data, noise = target.posterior(flat, level.alpha, level.sigma)
+        w0, w1, g = (w[:, None] for w in predictions.weights(name, process, level))
+        return ((w0 * data + w1 * noise) / g).astype(x.dtype).reshape(x.shape)
+
+    return apply
+
+
+# one function per prediction, made once: ScoreFn compares them by identity
+_APPLY = {name: _make_apply(name) for name in predictions.NAMES}
+
+
+def _column(value: Any, x: Any) -> Any:
+    """A scalar or per-sample number as (1,) or (batch,) of x's dtype."""
+    value = as_float(value, x)
+    return value.reshape(-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class GaussianMixture(Target):
+    """sum_k weight_k N(mean_k, cov_k); build it with `gaussian` or `gaussian_mixture`.
+
+    Attributes:
+      log_weights: (K,).
+      means: (K, dim).
+      variances: (K, dim) eigenvalues of the covariances.
+      bases: (K, dim, dim) eigenvectors, in columns.
+    """
+
+    log_weights: Any
+    means: Any
+    variances: Any
+    bases: Any
+
+    def _parts(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, ...]:
+        xp = namespace(x, alpha, sigma, self.means)
+        x = as_float(x, self.means)
+        alpha, sigma = _column(alpha, x), _column(sigma, x)
+        means, bases = as_float(self.means, x), as_float(self.bases, x)
+        variances, log_weights = as_float(self.variances, x), as_float(self.log_weights, x)
+        offset = x[:, None, :] - alpha[:, None, None] * means[None]
+        # coordinates along the eigenvectors of each component
+        y = xp.sum(offset[:, :, :, None] * bases[None], axis=2)
+        spread = (alpha**2)[:, None, None] * variances[None] + (sigma**2)[:, None, None]
+        exponent = -0.5 * xp.sum(y * y / spread + xp.log(2 * np.pi * spread), axis=2)
+        return xp, alpha, sigma, means, bases, variances, y, spread, exponent + log_weights[None]
+
+    def posterior(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        xp, alpha, sigma, means, bases, variances, y, spread, log_joint = self._parts(
+            x, alpha, sigma
+        )
+        share = xp.exp(log_joint - xp.max(log_joint, axis=1, keepdims=True))
+        share = share / xp.sum(share, axis=1, keepdims=True)
+        scaled = y / spread
+
+        def back(coordinates: Any) -> Any:
+            return xp.sum(bases[None] * coordinates[:, :, None, :], axis=3)
+
+        data = means[None] + back(alpha[:, None, None] * variances[None] * scaled)
+        noise = back(sigma[:, None, None] * scaled)
+        return tuple(xp.sum(share[:, :, None] * part, axis=1) for part in (data, noise))
+
+    def log_prob(self, x: Any, alpha: Any = 1.0, sigma: Any = 0.0) -> Any:
+        xp, *_, log_joint = self._parts(x, alpha, sigma)
+        top = xp.max(log_joint, axis=1)
+        return top + xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1))
+
+    def sample(self, key: Any, n: int) -> jax.Array:
+        expect_int(n, "n", at_least=1)
+
+        def draw(key: jax.Array) -> jax.Array:
+            key_component, key_noise = jax.random.split(key)
+            k = jax.random.categorical(key_component, jnp.asarray(self.log_weights, jnp.float32))
+            mean, basis, variance = (
+                jnp.asarray(v, jnp.float32)[k] for v in (self.means, self.bases, self.variances)
+            )
+            z = jax.random.normal(key_noise, mean.shape, mean.dtype)
+            return mean + jnp.sum(basis * (jnp.sqrt(variance) * z)[None, :], axis=1)
+
+        return jax.vmap(draw)(random.sample_keys(key, n))
+
+    def mean_and_cov(self) -> tuple[np.ndarray, np.ndarray]:
+        """Exact mean (dim,) and covariance (dim, dim), float64 on the host."""
+        weights = np.exp(np.asarray(self.log_weights, np.float64))
+        means, bases = np.asarray(self.means, np.float64), np.asarray(self.bases, np.float64)
+        mean = weights @ means
+        covs = np.einsum("kij,kj,klj->kil", bases, self.variances, bases)
+        spread = np.einsum("k,ki,kj->ij", weights, means - mean, means - mean)
+        return mean, np.einsum("k,kij->ij", weights, covs) + spread
+
+    def ode_solution(self, x: Any, process: Process, t: float, t_end: float) -> np.ndarray:
+        """The exact probability-flow ODE solution at t_end through x at t, float64 on the host.
+
+        Args:
+          x: (batch, dim) states at time t.
+          process: the noise process.
+          t: a time where sigma > 0.
+          t_end: any time, before or after, also the clean end.
+
+        Returns:
+          (batch, dim).
+
+        Raises:
+          ValueError: several components in more than one dimension, where no closed form exists.
+        """
+        if not is_concrete(self, process):
+            raise TypeError("`ode_solution` is a host function: call it outside `jit`.")
+        x = np.asarray(x, np.float64)
+        (a_s, s_s), (a_t, s_t) = (
+            (float(process.alpha(v)), float(process.sigma(v))) for v in (t, t_end)
+        )
+        means, variances = np.asarray(self.means), np.asarray(self.variances)
+        if means.shape[0] == 1:
+            # each eigen-coordinate is scaled by its ratio of standard deviations
+            basis = np.asarray(self.bases[0])
+            ratio = np.sqrt((a_t**2 * variances[0] + s_t**2) / (a_s**2 * variances[0] + s_s**2))
+            return a_t * means[0] + ((x - a_s * means[0]) @ basis * ratio) @ basis.T
+        if means.shape[1] != 1:
+            raise ValueError(
+                "the ODE's solution is a closed form for one Gaussian, or for a mixture in one "
+                f"dimension; this mixture has {means.shape[0]} components in {means.shape[1]}."
+            )
+        weights = np.exp(np.asarray(self.log_weights, np.float64))
+
+        def tails(y: np.ndarray, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+            z = (y[:, None] - alpha * means[:, 0]) / np.sqrt(alpha**2 * variances[:, 0] + sigma**2)
+            return ndtr(z) @ weights, ndtr(-z) @ weights
+
+        below, above = tails(x[:, 0], a_s, s_s)
+        spread = np.sqrt(a_t**2 * variances[:, 0] + s_t**2)
+        low = np.full(x.shape[0], np.min(a_t * means[:, 0] - 40 * spread))
+        high = np.full(x.shape[0], np.max(a_t * means[:, 0] + 40 * spread))
+        for _ in range(200):  # bisection to the last bit, on the smaller tail for its accuracy
+            middle = 0.5 * (low + high)
+            below_middle, above_middle = tails(middle, a_t, s_t)
+            too_low = np.where(below < above, below_middle < below, above_middle > above)
+            low, high = np.where(too_low, middle, low), np.where(too_low, high, middle)
+        return (0.5 * (low + high))[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Empirical(Target):
+    """The uniform distribution on a data set; build it with `empirical`.
+
+    The perfect network for it is the memorising one: E[x_0 | x] is a softmax mean of the data.
+
+    Attributes:
+      points: (K, dim).
+    """
+
+    points: Any
+
+    def _log_joint(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, ...]:
+        xp = namespace(x, alpha, sigma, self.points)
+        x = as_float(x, self.points)
+        alpha, sigma = _column(alpha, x), _column(sigma, x)
+        points = as_float(self.points, x)
+        offset = x[:, None, :] - alpha[:, None, None] * points[None]
+        square = xp.sum(offset * offset, axis=2)
+        return xp, x, alpha, sigma, points, -0.5 * square / (sigma**2)[:, None]
+
+    def posterior(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        xp, x, alpha, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
+        share = xp.exp(log_joint - xp.max(log_joint, axis=1, keepdims=True))
+        share = share / xp.sum(share, axis=1, keepdims=True)
+        data = xp.sum(share[:, :, None] * points[None], axis=1)
+        return data, (x - alpha[:, None] * data) / sigma[:, None]
+
+    def log_prob(self, x: Any, alpha: Any = 1.0, sigma: Any = 0.0) -> Any:
+        """As `Target.log_prob`; there is no density at sigma = 0, where it is -inf or NaN."""
+        xp, x, _, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
+        top = xp.max(log_joint, axis=1)
+        total = xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1)) - np.log(points.shape[0])
+        return top + total - 0.5 * points.shape[1] * xp.log(2 * np.pi * sigma**2)
+
+    def sample(self, key: Any, n: int) -> jax.Array:
+        expect_int(n, "n", at_least=1)
+        size = np.shape(self.points)[0]
+        index = jax.vmap(lambda k: jax.random.randint(k, (), 0, size))(random.sample_keys(key, n))
+        return jnp.asarray(self.points, jnp.float32)[index]
+
+
+def gaussian_mixture(weights: Any, means: Any, covs: Any) -> GaussianMixture:
+    """A Gaussian mixture.
+
+    Args:
+      weights: (K,) positive; normalised here.
+      means: (K, dim).
+      covs: (K,) variances, (K, dim) diagonals or (K, dim, dim) covariances.
+
+    Raises:
+      ValueError: shapes that do not agree, a weight that is not positive, or a covariance that is
+        not symmetric and positive definite.
+    """
+    weights, means = np.asarray(weights, np.float64), np.asarray(means, np.float64)
+    covs = np.asarray(covs, np.float64)
+    if means.ndim != 2 or weights.shape != means.shape[:1]:
+        raise ValueError(
+            "`means` must have shape (K, dim) and `weights` (K,); got "
+            f"{means.shape} and {weights.shape}."
+        )
+    if not np.all(weights > 0):
+        raise ValueError(f"`weights` must be positive; got {weights}.")
+    count, dim = means.shape
+    if covs.shape == (count,):
+        covs = covs[:, None] * np.ones(dim)
+    if covs.shape == (count, dim):
+        covs = covs[:, :, None] * np.eye(dim)
+    if covs.shape != (count, dim, dim):
+        raise ValueError(
+            f"`covs` must have shape ({count},), ({count}, {dim}) or ({count}, {dim}, {dim}); got "
+            f"{covs.shape}."
+        )
+    if not np.allclose(covs, np.swapaxes(covs, 1, 2)):
+        raise ValueError("`covs` must be symmetric.")
+    variances, bases = np.linalg.eigh(covs)
+    if not np.all(variances > 0):
+        raise ValueError("`covs` must be positive definite; use `empirical` for points.")
+    return GaussianMixture(np.log(weights / weights.sum()), means, variances, bases)
+
+
+def gaussian(mean: Any, cov: Any) -> GaussianMixture:
+    """One Gaussian: mean (dim,), cov a variance, (dim,) or (dim, dim)."""
+    return gaussian_mixture([1.0], np.asarray(mean)[None], np.asarray(cov, np.float64)[None])
+
+
+def empirical(points: Any) -> Empirical:
+    """The uniform distribution on points (K, ...), flattened to (K, dim).
+
+    Raises:
+      ValueError: no points, or only one axis.
+    """
+    points = np.asarray(points, np.float64)
+    if points.ndim < 2 or points.shape[0] < 1:
+        raise ValueError(f"`points` must have shape (K, ...); got {points.shape}.")
+    return Empirical(points.reshape(points.shape[0], -1))
