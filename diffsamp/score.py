@@ -298,7 +298,8 @@ class ScoreFn:
 
 def _expect_like(output: Any, x: Any) -> None:
     """Raise at trace time if the network's output does not look like x."""
-    got, want = jax.tree.structure(output), jax.tree.structure(x)
+    got: Any = jax.tree.structure(output)
+    want: Any = jax.tree.structure(x)
     if got != want:
         raise ValueError(
             f"the network's output must have the structure of x, {want}; got {got}. Return one "

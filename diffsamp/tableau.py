@@ -186,7 +186,7 @@ class Tableau:
         self._expect_concrete("check")
         if np.ndim(self.times) != 1:
             raise ValueError("check the tableaux before stacking them.")
-        data, noise, _ = self._propagate()
+        data, noise = self._propagate()
         scale = np.hypot(self.alpha, self.sigma)
         mean_error = np.abs(data - self.alpha) / scale
         std_error = np.abs(np.linalg.norm(noise, axis=1) - self.sigma) / scale
@@ -201,8 +201,8 @@ class Tableau:
                 "Tableau.create for a learned sampler."
             )
 
-    def _propagate(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x_0 part (N+1,) and noise parts (N+1, N+1) of every u_n when D = x_0; and of every m_n."""
+    def _propagate(self) -> tuple[np.ndarray, np.ndarray]:
+        """x_0 part (N+1,) and noise parts (N+1, N+1) of every u_n when the network says x_0."""
         rows = self.rows
         data, noise = np.zeros(rows + 1), np.zeros((rows + 1, rows + 1))
         out_data, out_noise = np.zeros(rows), np.zeros((rows, rows + 1))
@@ -222,7 +222,7 @@ class Tableau:
                 data[n + 1] += self.b[n, j] * out_data[n - j]
                 noise[n + 1] += self.b[n, j] * out_noise[n - j]
             noise[n + 1, n + 1] += self.c[n]
-        return data, noise, out_data
+        return data, noise
 
     # -- shapes -----------------------------------------------------------------------------------
 
@@ -232,7 +232,9 @@ class Tableau:
         Added rows keep the state and skip the network; added columns are zero.
 
         Args:
-          rows: at least the present number; None: the present number. Likewise `p` and `q`.
+          rows: number of rows, at least the present one; None: the present one.
+          p: columns of `a`, likewise.
+          q: columns of `b`, likewise.
 
         Raises:
           ValueError: a size below the present one.
@@ -243,6 +245,8 @@ class Tableau:
         self._expect_concrete("pad")
         extra = rows - self.rows
         tail = np.shape(self.times)[1:]
+
+        dead = np.zeros((extra, *np.shape(self.evaluates)[1:]), bool)
 
         def repeat_last(array: np.ndarray) -> np.ndarray:
             return np.concatenate([array, np.repeat(array[-1:], extra, axis=0)])
@@ -263,9 +267,7 @@ class Tableau:
             a=widen(self.a, p, keep=True),
             b=widen(self.b, q, keep=False),
             c=np.concatenate([self.c, np.zeros((extra, *tail))]),
-            evaluates=np.concatenate(
-                [self.evaluates, np.zeros((extra, *self.evaluates.shape[1:]), bool)]
-            ),
+            evaluates=np.concatenate([self.evaluates, dead]),
         )
 
     @staticmethod
@@ -284,7 +286,9 @@ class Tableau:
         called with a vector of times. A row calls it as long as any sample's tableau does.
         """
         padded = Tableau.pad_together(tableaux)
-        stacked = {key: np.stack([getattr(t, key) for t in padded], axis=-1) for key in _ARRAYS}
+        stacked: dict[str, Any] = {
+            key: np.stack([getattr(t, key) for t in padded], axis=-1) for key in _ARRAYS
+        }
         return Tableau(**stacked, name=" | ".join(t.name for t in tableaux))
 
     def then(self, other: Tableau) -> Tableau:
@@ -302,7 +306,7 @@ class Tableau:
             )
         size = {"p": max(self.p, other.p), "q": max(self.q, other.q)}
         first, second = self.pad(**size), other.pad(**size)
-        joined = {
+        joined: dict[str, Any] = {
             key: np.concatenate(
                 [
                     getattr(first, key),

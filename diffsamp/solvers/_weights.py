@@ -19,10 +19,9 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 def lagrange(nodes: Sequence[float], x: np.ndarray) -> np.ndarray:
     """Lagrange basis polynomials on `nodes` at x; shape (len(nodes), len(x))."""
-    nodes = np.asarray(nodes, np.float64)
-    basis = np.ones((nodes.size, np.size(x)))
-    for j in range(nodes.size):
-        for i in range(nodes.size):
+    basis = np.ones((len(nodes), np.size(x)))
+    for j in range(len(nodes)):
+        for i in range(len(nodes)):
             if i != j:
                 basis[j] *= (x - nodes[i]) / (nodes[j] - nodes[i])
     return basis

@@ -110,7 +110,7 @@ def _adams(
     process: Process, times: Any, history_length: int, weights: Any, name: str, source: str
 ) -> Tableau:
     builder = Builder(process, times, NOISE)
-    x, history = builder.start, []
+    x, history = builder.start, list[Answer]()
     for s, t in zip(builder.points, builder.points[1:], strict=False):
         history = [builder.evaluate(x, s), *history[: history_length - 1]]
         x = history[0].state

@@ -7,7 +7,8 @@ h), D0 = (D_n - D_{n-1}) / r_0, D1 = (D_{n-1} - D_{n-2}) / r_1:
     order 1           x' = (sigma'/sigma) x + alpha' phi_1 D_n
     order 2 midpoint  .. + alpha' phi_1 D0 / 2
     order 2 heun      .. + alpha' phi_2 D0
-    order 3           .. + alpha' phi_2 (D0 + r_0/(r_0+r_1) (D0 - D1)) + alpha' phi_3 kappa (D0-D1)/(r_0+r_1)
+    order 3           .. + alpha' phi_2 (D0 + r_0 B) + alpha' phi_3 kappa B,
+                      B = (D0 - D1) / (r_0 + r_1)
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def dpmpp(
     builder = Builder(process, times)
     points = builder.points
     steps = len(points) - 1
-    x, history = builder.start, []
+    x, history = builder.start, list[Answer]()
     for n in range(steps):
         s, t = points[n], points[n + 1]
         history = [builder.evaluate(x, s), *history[:2]]
@@ -72,9 +73,8 @@ def dpmpp(
             now = min(now, steps - n)
         now = min(now, sum(math.isfinite(a.point.log_snr) for a in history) or 1)
         weights = _weights(history[:now], t.log_snr - s.log_snr, variant, 1 if compatible else 2)
-        x = (t.sigma / s.sigma) * history[0].state + t.alpha * total(
-            weights, [a.data for a in history[:now]]
-        )
+        change = total(weights, [a.data for a in history[:now]])
+        x = (t.sigma / s.sigma) * history[0].state + t.alpha * change
     label = f"dpmpp_{order}m" if order > 1 else "dpmpp_1"
     label += "_heun" if order == 2 and variant == "heun" else ""
     label += "_compatible" if order == 3 and compatible else ""

@@ -63,7 +63,7 @@ def unipc(
     builder = Builder(process, times)
     points = builder.points
     steps = len(points) - 1
-    x, history, used = builder.start, [], []
+    x, history, used = builder.start, list[Answer](), list[Answer]()
     for n in range(steps):
         s, t = points[n], points[n + 1]
         answer = builder.evaluate(x, s)

@@ -1,0 +1,115 @@
+"""The one table of solver cases: what every cross-cutting test runs over.
+
+`test_contract.py` asserts that no solver of the registry is missing here, so a new solver gets all
+those tests by adding its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+import diffsamp as ds
+from diffsamp import processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A solver and the facts its tests need.
+
+    Attributes:
+      name: the registry's name.
+      order: order of convergence to be measured, with exact starting values.
+      free: options that let it keep that order to the last step.
+      exact_start: how many starting states must be exact to see the order.
+    """
+
+    name: str
+    order: int
+    free: dict[str, Any] = dataclasses.field(default_factory=dict)
+    exact_start: int = 0
+
+    @property
+    def solver(self) -> ds.solvers.Solver:
+        return ds.solvers.get(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_FREE = {"lower_order_final": False}
+
+CASES = [
+    Case("ddim", 1),
+    Case("ddpm", 1),
+    Case("euler", 1),
+    Case("heun", 2),
+    Case("dpmpp_2m", 2, _FREE),
+    Case("dpmpp_2m_heun", 2, _FREE),
+    Case("dpmpp_3m", 3, _FREE, exact_start=2),
+    Case("deis_tab1", 2),
+    Case("deis_tab2", 3, exact_start=2),
+    Case("deis_tab3", 4, exact_start=3),
+    Case("deis_rhoab2", 3, exact_start=2),
+    Case("deis_rhoab3", 4, exact_start=3),
+    Case("deis_logrhoab1", 2),
+    Case("ipndm2", 2),
+    Case("ipndm3", 2),
+    Case("ipndm4", 2),
+    Case("unipc1", 2, _FREE),
+    Case("unipc2", 3, _FREE),
+    Case("unipc3", 4, _FREE, exact_start=3),
+    Case("unipc3_bh1", 4, _FREE, exact_start=3),
+    Case("unipc4", 5, _FREE, exact_start=4),
+    Case("unip3", 3, _FREE, exact_start=2),
+]
+
+DETERMINISTIC = [case for case in CASES if not case.solver.stochastic]
+
+
+def all_processes() -> dict[str, processes.Process]:
+    """Every process, by name, with the flow's shift and zero terminal SNR among them."""
+    return {
+        "vp_linear": processes.vp_linear(),
+        "vp_cosine": processes.vp_cosine(),
+        "vp_discrete": processes.vp_discrete(),
+        "vp_zero_snr": processes.vp_discrete("scaled_linear", zero_terminal_snr=True),
+        "ve": processes.ve(),
+        "edm": processes.edm(),
+        "flow": processes.flow(),
+        "flow_shift": processes.flow(shift=3.0),
+    }
+
+
+def skewed_mixture() -> Any:
+    """A one-dimensional mixture without symmetry, whose ODE has an exact solution."""
+    return ds.targets.gaussian_mixture(
+        [0.3, 0.5, 0.2], [[-1.0], [0.4], [1.5]], np.array([0.04, 0.09, 0.25])
+    )
+
+
+def twin(tableau: ds.Tableau, posterior: Any, x: np.ndarray, exact: Any = ()) -> np.ndarray:
+    """The executor's docstring in NumPy, float64: the oracle of the tests.
+
+    Args:
+      tableau: a deterministic tableau.
+      posterior: (x, alpha, sigma) -> (data, noise).
+      x: u_0.
+      exact: states that replace u_1, u_2, .. (exact starting values).
+    """
+    u, m = [x], []
+    for n in range(tableau.rows):
+        if tableau.evaluates[n]:
+            data, noise = posterior(u[n], tableau.alpha[n], tableau.sigma[n])
+            m.append(tableau.target[n, 0] * data + tableau.target[n, 1] * noise)
+        else:
+            m.append(np.zeros_like(x))
+        u.append(
+            sum(tableau.a[n, i] * u[n - i] for i in range(min(tableau.p, n + 1)))
+            + sum(tableau.b[n, j] * m[n - j] for j in range(min(tableau.q, n + 1)))
+        )
+        if n < len(exact):
+            u[n + 1] = exact[n]
+    return u[-1]

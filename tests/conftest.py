@@ -1,0 +1,16 @@
+"""Test settings: strict dtypes and ranks, warnings as errors, two CPU devices."""
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture
+def x64():
+    """Run one test with 64-bit JAX arrays."""
+    with jax.enable_x64(True):
+        yield
