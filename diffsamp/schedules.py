@@ -80,7 +80,7 @@ def polynomial(
     process: Process,
     n: int,
     *,
-    power: float = 2.0,
+    power: float = 3.0,
     t_max: float | None = None,
     t_min: float | None = None,
     final: str = "clean",

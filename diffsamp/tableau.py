@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ import jax
 import numpy as np
 
 from diffsamp._checks import expect_choice, expect_int
+from diffsamp._files import write_atomically
 from diffsamp._numeric import is_concrete
 
-__all__ = ["Tableau", "write_atomically"]
+__all__ = ["Tableau"]
 
 _FORMAT = "diffsamp.tableau"
 _VERSION = 1
@@ -456,29 +456,3 @@ def _check_shapes(arrays: dict[str, np.ndarray], rows: int) -> None:
             raise ValueError(f"`{key}` must be finite; got {array[where]} at {where}.")
     if np.any(arrays["sigma"] < 0) or np.any(arrays["alpha"] < 0):
         raise ValueError("`alpha` and `sigma` must not be negative.")
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, never a part.
-
-    Raises:
-      OSError: the folder does not exist or cannot be written; nothing is left behind.
-    """
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

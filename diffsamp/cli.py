@@ -1,0 +1,209 @@
+"""The command line: `diffsamp demo`, `diffsamp list`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffsamp as ds
+
+__all__ = ["build_parser", "main"]
+
+_DEMO_SOLVERS = (
+    "ddim",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "deis_tab3",
+    "ipndm3",
+    "ipndm4",
+    "unipc2",
+    "unipc3",
+)
+_DEMO_BUDGETS = (4, 5, 6, 8, 10, 20)
+
+
+class _Bar:
+    """A progress bar per kind of work, on standard error."""
+
+    def __init__(self) -> None:
+        self.what, self.bar = "", None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if what != self.what:
+            self.close()
+            self.what = what
+            self.bar = tqdm(total=total, desc=what, leave=False, file=sys.stderr)
+        assert self.bar is not None
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.what, self.bar = "", None
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Sample the bundled digits model with many solvers, then search for a better one."""
+    from diffsamp import plots
+    from diffsamp.models import digits
+
+    began = time.perf_counter()
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    score_fn = digits.load_digits_model()
+    process = score_fn.process
+    data, data_labels = digits.load_data()
+    print(
+        f"Bundled model: a class-conditional transformer of "
+        f"{sum(leaf.size for leaf in jax.tree.leaves(score_fn.params)):,} parameters, trained on "
+        f"{len(data)} handwritten digits ({process})."
+    )
+    key_table, key_fit, key_order = jax.random.split(jax.random.key(arguments.seed), 3)
+
+    def start(key: Any, n: int) -> tuple[Any, dict[str, Any]]:
+        # labels in the proportions of the data, so that the sets can be compared
+        labels = jnp.asarray(data_labels[np.arange(n) % len(data_labels)])
+        return process.prior_sample(key, (n, *digits.IMAGE_SHAPE)), {"label": labels}
+
+    def distance(x: Any, _: Any = None) -> float:
+        return ds.metrics.frechet_distance(x, data)
+
+    bar = _Bar()
+    x_T, cond = start(key_table, arguments.samples)
+    table = ds.search.compare(
+        score_fn,
+        x_T,
+        nfe=_DEMO_BUDGETS,
+        solver=_DEMO_SOLVERS,
+        schedule=("karras", "logsnr"),
+        cond=cond,
+        scores={"distance": distance},
+        progress=bar,
+    )
+    print(
+        "\nPSNR (dB) to the ODE's solution at equal noise / Frechet distance to the real digits, "
+        f"{arguments.samples} samples; * best at this NFE"
+    )
+    print(table.table(score="distance"))
+    odd, even = data[1::2], data[::2]
+    print(
+        f"Frechet distance of the ODE's own solution {distance(table.reference):.2f}; between two "
+        f"halves of the data {ds.metrics.frechet_distance(odd, even):.2f}."
+    )
+
+    nfe = arguments.nfe
+    best = table.best(nfe, where=lambda entry: ds.search.can_distill(entry.tableau))
+    print(f"\nSearching for {nfe} evaluations, from {best.solver} on {best.schedule} ...")
+    x_fit, cond_fit = start(key_fit, 512)
+    plan = ds.search.distill(
+        score_fn,
+        x_fit,
+        start=best.tableau,
+        key=key_order,
+        cond=cond_fit,
+        steps=arguments.steps,
+        progress=bar,
+    )
+    held = plan.psnr["held_out"]
+    found = ds.search.run(score_fn, plan.tableau, x_T, cond=cond)
+    found_psnr = float(ds.metrics.psnr(found, table.reference))
+    best_any = table.best(nfe)
+    print(
+        f"Held-out noise: {held['start']:.1f} dB -> {held['found']:.1f} dB "
+        f"({held['found'] - held['start']:+.1f} dB) in {plan.seconds:.0f} s.\n"
+        f"On the table's noise: {best_any.psnr:.1f} dB (best fixed, {best_any.solver} on "
+        f"{best_any.schedule}) -> {found_psnr:.1f} dB; Frechet distance "
+        f"{best_any.scores['distance']:.2f} -> {distance(found):.2f}."
+    )
+    matched = [n for n in _DEMO_BUDGETS if table.best(n).psnr >= found_psnr]
+    print(
+        f"The best fixed sampler needs {matched[0]} evaluations for that."
+        if matched
+        else f"No fixed sampler reaches that with {_DEMO_BUDGETS[-1]} evaluations."
+    )
+
+    files = {
+        "tableau": out / f"digits-{nfe}.json",
+        "samples": out / "samples.png",
+        "plot": out / "quality_against_nfe.png",
+    }
+    plan.tableau.save(files["tableau"])
+    show = np.array([int(np.flatnonzero(np.asarray(cond["label"]) == d)[0]) for d in range(10)])
+    ddim = table.best(nfe, where=lambda entry: entry.solver == "ddim")
+    rows = [("data", data[show]), ("ODE solution", np.asarray(table.reference)[show])]
+    for label, tableau in (
+        (f"distilled, {nfe} NFE", plan.tableau),
+        (f"{best_any.solver}, {nfe} NFE", best_any.tableau),
+        (f"ddim, {nfe} NFE", ddim.tableau),
+    ):
+        x = ds.search.run(score_fn, tableau, x_T[show], cond={"label": cond["label"][show]})
+        rows.append((label, np.asarray(x)))
+    plots.save(plots.image_grid(rows, title="One noise per column, class 0 to 9"), files["samples"])
+    figure = plots.quality_against_nfe(
+        table,
+        found=[(nfe, found_psnr, distance(found))],
+        score="distance",
+        score_label="Frechet distance to real digits",
+    )
+    plots.save(figure, files["plot"])
+    bar.close()
+    print("\nWrote " + ", ".join(str(path) for path in files.values()))
+    print(f"Done in {time.perf_counter() - began:.0f} s.")
+    return 0
+
+
+def list_solvers(arguments: argparse.Namespace) -> int:
+    """Print the registry."""
+    del arguments
+    for solver in ds.solvers.SOLVERS.values():
+        kind = "stochastic" if solver.stochastic else "deterministic"
+        aliases = f" (elsewhere: {', '.join(solver.aliases)})" if solver.aliases else ""
+        print(
+            f"{solver.name:16s} order {solver.order}, {solver.stages} evaluation"
+            f"{'s' if solver.stages > 1 else ' '} a step, {kind}; {solver.source}{aliases}"
+        )
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the `diffsamp` command."""
+    parser = argparse.ArgumentParser(prog="diffsamp", description=ds.__doc__)
+    parser.add_argument("--version", action="version", version=f"diffsamp {ds.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("demo", help="sample the bundled model, compare solvers, search")
+    one.add_argument("--out", default="out", help="folder for the results (default: out)")
+    one.add_argument("--nfe", type=int, default=6, choices=_DEMO_BUDGETS, help="budget searched")
+    one.add_argument("--seed", type=int, default=0, help="seed of all noise")
+    one.add_argument("--samples", type=int, default=1024, help="samples behind the table")
+    one.add_argument("--steps", type=int, default=300, help="gradient steps of the search")
+    one.set_defaults(function=demo)
+    two = commands.add_parser("list", help="the solvers there are")
+    two.set_defaults(function=list_solvers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        print(f"diffsamp {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Pictures, with matplotlib (extra "demo"). Functions return a Figure; `save` writes it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffsamp._files import write_atomically
+from diffsamp.search.compare import Comparison
+
+__all__ = ["image_grid", "quality_against_nfe", "save"]
+
+
+def _figure(**options: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'plots need matplotlib: pip install "diffsamp[demo]"', name="matplotlib"
+        ) from error
+    return Figure(layout="constrained", **options)
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+
+
+def quality_against_nfe(
+    comparison: Comparison,
+    *,
+    found: Sequence[tuple[int, float, float | None]] = (),
+    score: str | None = None,
+    score_label: str = "",
+    most: int = 7,
+) -> Any:
+    """PSNR (and one further score) of each solver on its best schedule, against NFE.
+
+    Args:
+      comparison: what `diffsamp.search.compare` returned.
+      found: searched samplers to mark, as (nfe, PSNR, score).
+      score: a further score of the comparison, drawn in a second panel.
+      score_label: that panel's axis label.
+      most: how many solvers to draw, the best first.
+
+    Returns:
+      A matplotlib Figure.
+    """
+    panels: list[tuple[str, str]] = [("psnr", "PSNR to the ODE's solution (dB)")]
+    if score is not None:
+        panels.append((score, score_label or score))
+    figure = _figure(figsize=(5.2 * len(panels), 4.0))
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    solvers = list(dict.fromkeys(entry.solver for entry in comparison.entries))
+    budgets = sorted({entry.nfe for entry in comparison.entries})
+
+    def value(entry: Any, name: str) -> float:
+        return entry.psnr if name == "psnr" else entry.scores[name]
+
+    def curve(solver: str, name: str) -> tuple[list[int], list[float]]:
+        pick = max if name == "psnr" else min
+        own = [e for e in comparison.entries if e.solver == solver]
+        have = sorted({e.nfe for e in own})
+        return have, [pick(value(e, name) for e in own if e.nfe == n) for n in have]
+
+    ranked = sorted(solvers, key=lambda s: -float(np.mean(curve(s, "psnr")[1])))[:most]
+    for axis, (name, label) in zip(axes, panels, strict=True):
+        for solver in ranked:
+            axis.plot(*curve(solver, name), marker="o", markersize=3.5, linewidth=1.2, label=solver)
+        for i, (nfe, psnr, other) in enumerate(found):
+            height = psnr if name == "psnr" else other
+            if height is not None:
+                axis.plot([nfe], [height], marker="*", markersize=13, color="black", linestyle="",
+                          label="distilled" if i == 0 else None)  # fmt: skip
+        axis.set_xlabel("network evaluations (NFE)")
+        axis.set_ylabel(label)
+        axis.set_xticks(budgets)
+        if name != "psnr":
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="lower right", markerscale=0.7)
+    return figure
+
+
+def image_grid(rows: Sequence[tuple[str, Any]], *, title: str = "") -> Any:
+    """A grid of grey images in [-1, 1], one labelled row after another.
+
+    Args:
+      rows: (label, images (n, height, width, 1)) with one n for all.
+      title: above the grid.
+
+    Returns:
+      A matplotlib Figure.
+    """
+    columns = len(rows[0][1])
+    figure = _figure(figsize=(0.62 * columns + 2.4, 0.66 * len(rows) + 0.5))
+    axes = np.atleast_2d(figure.subplots(len(rows), columns, squeeze=False))
+    for line, (label, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, np.asarray(images), strict=True):
+            axis.imshow(image[..., 0], cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure

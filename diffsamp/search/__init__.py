@@ -1,0 +1,21 @@
+"""Search: find the best sampler for a given network under an NFE budget.
+
+`compare` measures fixed solvers on fixed schedules; `distill` starts from one and learns its times
+and coefficients. Both judge a sampler by its distance to a fine solution from the same noise.
+"""
+
+from diffsamp.search.compare import Comparison, Entry, compare
+from diffsamp.search.distill import Plan, can_distill, canonical, distill
+from diffsamp.search.objective import reference_tableau, run
+
+__all__ = [
+    "Comparison",
+    "Entry",
+    "Plan",
+    "can_distill",
+    "canonical",
+    "compare",
+    "distill",
+    "reference_tableau",
+    "run",
+]

@@ -1,0 +1,223 @@
+"""`compare`: every solver on every schedule at every budget, one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp import metrics, schedules, solvers
+from diffsamp._checks import expect_int
+from diffsamp.score import ScoreFn
+from diffsamp.search.objective import Progress, reference_tableau, run
+from diffsamp.tableau import Tableau
+
+__all__ = ["Comparison", "Entry", "compare"]
+
+# (samples, reference) -> a number
+Score = Callable[[Any, Any], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One sampler, measured.
+
+    Attributes:
+      solver: the registry's name.
+      schedule: the schedule's name.
+      nfe: evaluations, as the tableau counts them.
+      tableau: the sampler.
+      psnr: dB to the reference at equal noise, mean over samples; -inf if a sample is not finite.
+      scores: the caller's further scores, by name; NaN if a sample is not finite.
+    """
+
+    solver: str
+    schedule: str
+    nfe: int
+    tableau: Tableau
+    psnr: float
+    scores: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`.
+
+    Attributes:
+      entries: one per solver, schedule and budget that the solver can meet exactly.
+      reference: the samples compared with.
+    """
+
+    entries: tuple[Entry, ...]
+    reference: Any
+
+    def best(
+        self, nfe: int, *, by: str = "psnr", where: Callable[[Entry], bool] | None = None
+    ) -> Entry:
+        """The best entry at a budget.
+
+        Args:
+          nfe: the budget.
+          by: "psnr", which is maximised, or the name of a further score, which is minimised.
+          where: consider only entries for which this is true.
+
+        Raises:
+          ValueError: nothing was measured at this budget, or under this name.
+        """
+        found = [e for e in self.entries if e.nfe == nfe and (where is None or where(e))]
+        if not found:
+            have = sorted({e.nfe for e in self.entries})
+            raise ValueError(f"nothing was measured at nfe = {nfe}; there is {have}.")
+        if by == "psnr":
+            return max(found, key=lambda e: e.psnr)
+        if by not in found[0].scores:
+            raise ValueError(f"`by` must be 'psnr' or one of {list(found[0].scores)}; got {by!r}.")
+        return min(found, key=lambda e: math.inf if math.isnan(e.scores[by]) else e.scores[by])
+
+    def table(self, *, score: str | None = None, rows: int | None = None) -> str:
+        """A text table: a line per solver and schedule, a column per budget.
+
+        Args:
+          score: also show this score, after the PSNR.
+          rows: only the lines with the highest mean PSNR; None: all.
+        """
+        budgets = sorted({e.nfe for e in self.entries})
+        lines: dict[tuple[str, str], dict[int, Entry]] = {}
+        for entry in self.entries:
+            lines.setdefault((entry.solver, entry.schedule), {})[entry.nfe] = entry
+
+        def mean_psnr(line: tuple[str, str]) -> float:
+            values = [lines[line][n].psnr for n in budgets if n in lines[line]]
+            # a line that lacks budgets is compared with the others on those it has
+            others = [
+                np.mean([other[n].psnr for other in lines.values() if n in other])
+                for n in budgets
+                if n in lines[line]
+            ]
+            return float(np.mean(values) - np.mean(others))
+
+        order = sorted(lines, key=mean_psnr, reverse=True)[:rows]
+        best = {n: max(e.psnr for e in self.entries if e.nfe == n) for n in budgets}
+
+        def cell(entry: Entry | None) -> str:
+            if entry is None:
+                return "-"
+            mark = "*" if entry.psnr == best[entry.nfe] else ""
+            text = f"{entry.psnr:.1f}{mark}"
+            return text if score is None else f"{text} / {entry.scores[score]:.2f}"
+
+        head = ["solver", "schedule", *(f"NFE {n}" for n in budgets)]
+        body = [[*line, *(cell(lines[line].get(n)) for n in budgets)] for line in order]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        text = [
+            "  ".join(
+                part.ljust(width) if i < 2 else part.rjust(width)
+                for i, (part, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in [head, *body]
+        ]
+        return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def compare(
+    score_fn: ScoreFn,
+    x_T: Any,
+    *,
+    nfe: Sequence[int] = (4, 5, 6, 8, 10),
+    solver: Sequence[str] | None = None,
+    schedule: Sequence[str] | None = None,
+    key: Any = None,
+    cond: Mapping[str, Any] | None = None,
+    reference: Tableau | Any = None,
+    scores: Mapping[str, Score] | None = None,
+    data_range: float = 2.0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure solvers x schedules x budgets on a network.
+
+    Every tableau is padded to one shape, so the network is compiled once for all of them.
+
+    Args:
+      score_fn: the network.
+      x_T: (n, ...) starts at the process's t_max, an array; see `process.prior_sample`.
+      nfe: budgets. A solver that cannot meet one exactly (Heun's method an even one) has no entry
+        there.
+      solver: registry names; None: all deterministic ones, and the stochastic ones if `key` is
+        given.
+      schedule: schedule names; None: all.
+      key: random key for stochastic solvers.
+      cond: keyword arguments for the network, every array with the leading axis n.
+      reference: samples to compare with, shaped like x_T, or the tableau that makes them; None:
+        `reference_tableau`.
+      scores: further functions (samples, reference) -> number, smaller is better; for instance a
+        distance to real data that ignores the reference.
+      data_range: largest minus smallest value of the data, for the PSNR.
+      batch: samples at a time; None: all.
+      progress: called with (what, done, total).
+
+    Returns:
+      A `Comparison`.
+
+    Raises:
+      ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet.
+    """
+    if score_fn.batched is False:
+        raise ValueError("`compare` needs a network with a batch axis, ScoreFn(batched=True).")
+    process = score_fn.process
+    budgets = [expect_int(n, "nfe", at_least=1) for n in nfe]
+    if solver is None:
+        chosen = [s for s in solvers.SOLVERS.values() if key is not None or not s.stochastic]
+    else:
+        chosen = [solvers.get(name) for name in solver]
+    grids = schedules.NAMES if schedule is None else tuple(schedule)
+    if not (budgets and chosen and grids):
+        raise ValueError("`nfe`, `solver` and `schedule` must each name at least one choice.")
+
+    todo: list[tuple[str, str, Tableau]] = []
+    for s in chosen:
+        for grid in grids:
+            for budget in budgets:
+                steps = s.steps(budget)
+                if steps is not None:
+                    times = schedules.get(grid)(process, steps)
+                    todo.append((s.name, grid, s(process, times)))
+    if not todo:
+        raise ValueError(
+            f"none of {[s.name for s in chosen]} can make exactly {budgets} evaluations."
+        )
+    padded = Tableau.pad_together([tableau for _, _, tableau in todo])
+
+    if reference is None:
+        reference = reference_tableau(process)
+    if isinstance(reference, Tableau):
+        reference = run(
+            score_fn, reference, x_T, key=key, cond=cond, batch=batch, progress=progress,
+            what="reference",
+        )  # fmt: skip
+    entries = []
+    for done, ((name, grid, tableau), same) in enumerate(zip(todo, padded, strict=True)):
+        x = run(score_fn, same, x_T, key=key, cond=cond, batch=batch)
+        finite = bool(jnp.all(jnp.isfinite(x)))
+        entries.append(
+            Entry(
+                solver=name,
+                schedule=grid,
+                nfe=tableau.nfe,
+                tableau=tableau,
+                psnr=float(metrics.psnr(x, reference, data_range=data_range))
+                if finite
+                else -math.inf,
+                scores={
+                    label: float(score(x, reference)) if finite else math.nan
+                    for label, score in (scores or {}).items()
+                },
+            )
+        )
+        if progress is not None:
+            progress("comparing", done + 1, len(todo))
+    return Comparison(tuple(entries), reference)
