@@ -4,7 +4,7 @@ Three things a user does: wrap a pretrained network in a `ScoreFn`, run a solver
 with `sample`, and `search` for the best tableau under a budget of network evaluations (NFE).
 """
 
-from diffsamp import metrics, predictions, processes, schedules, search, solvers, targets
+from diffsamp import metrics, predictions, processes, random, schedules, search, solvers, targets
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, sample, step, trajectory
 from diffsamp.score import ScoreFn
@@ -21,6 +21,7 @@ __all__ = [
     "metrics",
     "predictions",
     "processes",
+    "random",
     "reversed_flow_apply",
     "sample",
     "schedules",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["as_float", "is_concrete", "namespace", "silence", "to_host"]
+__all__ = ["as_float", "is_concrete", "namespace", "silence", "to_host", "working_dtype"]
 
 
 def namespace(*values: Any) -> ModuleType:
@@ -41,6 +41,11 @@ def is_concrete(*trees: Any) -> bool:
 def to_host(value: Any) -> np.ndarray:
     """A concrete array as float64 NumPy."""
     return np.asarray(value, np.float64)
+
+
+def working_dtype(dtype: Any) -> Any:
+    """The dtype in which states of `dtype` are combined: float64 for float64, else float32."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def silence(function):

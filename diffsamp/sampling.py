@@ -27,7 +27,7 @@ from jax import lax
 
 from diffsamp import random
 from diffsamp._checks import expect_state
-from diffsamp._numeric import is_concrete, silence, to_host
+from diffsamp._numeric import is_concrete, silence, to_host, working_dtype
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
@@ -217,7 +217,16 @@ def _bind(score_fn: ScoreFn, tableau: Tableau) -> _Row:
     bound = jax.tree.map(
         lambda v: xp.where(xp.asarray(evaluates), v, xp.zeros((), xp.asarray(v).dtype)), bound
     )
-    return _Row(tableau.a, tableau.b, tableau.c, evaluates, bound)
+    rows = _Row(tableau.a, tableau.b, tableau.c, evaluates, bound)
+    # float64 -> float32 here rather than at dispatch, where an overflow (a learned tableau that
+    # diverged) warns from inside compiled code
+    return jax.tree.map(_to_default_precision, rows)
+
+
+def _to_default_precision(array: Any) -> Any:
+    if isinstance(array, np.ndarray) and array.dtype == np.float64:
+        return array.astype(jax.dtypes.canonicalize_dtype(np.float64))
+    return array
 
 
 def _drop_last(array: Any) -> Any:
@@ -276,7 +285,7 @@ def _advance(
             lambda: random.normal_like(state.keys, n, x),
             lambda: jax.tree.map(jnp.zeros_like, x),
         )
-        new = jax.tree.map(lambda v, z: v + scale_rows(row.c, z) * z, new, noise)
+        new = jax.tree.map(lambda v, z: v + scale_rows(row.c, v) * z.astype(v.dtype), new, noise)
     new = jax.tree.map(lambda v, old: v.astype(old.dtype), new, x)
     points = _store(state.points, new, n + 1)
     return State(n + 1, new, points, outputs, state.keys), output
@@ -296,7 +305,7 @@ def _combine(weights: Any, slots: jax.Array, n: Any) -> jax.Array:
     """
     size = slots.shape[0]
     lags = (n - jnp.arange(size, dtype=jnp.int32)) % size
-    dtype = jnp.promote_types(slots.dtype, jnp.float32)
+    dtype = working_dtype(slots.dtype)
     ordered = jnp.asarray(weights, dtype)[lags]
     ordered = ordered.reshape(ordered.shape + (1,) * (slots.ndim - ordered.ndim))
     return jnp.sum(ordered * slots.astype(dtype), axis=0)

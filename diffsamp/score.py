@@ -23,7 +23,14 @@ import numpy as np
 
 from diffsamp import predictions
 from diffsamp._checks import expect_choice, expect_state
-from diffsamp._numeric import as_float, is_concrete, namespace, silence, to_host
+from diffsamp._numeric import (
+    as_float,
+    is_concrete,
+    namespace,
+    silence,
+    to_host,
+    working_dtype,
+)
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 
@@ -47,9 +54,9 @@ class Bound(NamedTuple):
 def scale_rows(number: Any, leaf: jax.Array) -> jax.Array:
     """`number`, a scalar, one per sample or of the data's rank, shaped to multiply `leaf`.
 
-    It is cast to the leaf's dtype, but never below float32.
+    It is cast to the dtype in which the leaf's states are combined.
     """
-    number = jnp.asarray(number, jnp.promote_types(leaf.dtype, jnp.float32))
+    number = jnp.asarray(number, working_dtype(leaf.dtype))
     return number.reshape(number.shape + (1,) * (leaf.ndim - number.ndim))
 
 
@@ -187,26 +194,23 @@ class ScoreFn:
           ValueError: at trace time, when the network's output is not shaped like x.
         """
         batch = expect_state(x, "x", self.batched)
-        inputs = x
+        state = jax.tree.map(lambda leaf: leaf.astype(working_dtype(leaf.dtype)), x)
+        inputs = state
         if self.scale_input:
-            inputs = jax.tree.map(
-                lambda leaf: (scale_rows(bound.scale, leaf) * leaf).astype(leaf.dtype), inputs
-            )
-        if self.dtype is not None:
-            inputs = jax.tree.map(lambda leaf: leaf.astype(self.dtype), inputs)
-        label = jnp.asarray(bound.label, jnp.promote_types(jnp.float32, jnp.result_type(bound.r)))
+            inputs = jax.tree.map(lambda leaf: scale_rows(bound.scale, leaf) * leaf, inputs)
+        inputs = jax.tree.map(lambda i, leaf: i.astype(self.dtype or leaf.dtype), inputs, x)
+        label = jnp.asarray(bound.label, working_dtype(jnp.result_type(bound.label)))
         if batch is not None:
             label = jnp.broadcast_to(label, (batch,))
         output = self.apply(self.params, inputs, label, **(cond or {}))
         _expect_like(output, x)
-        return jax.tree.map(
-            lambda leaf, raw: (
-                scale_rows(bound.r, leaf) * leaf
-                + scale_rows(bound.s, leaf) * raw.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-            ).astype(leaf.dtype),
-            x,
-            output,
-        )
+
+        def convert(leaf: jax.Array, raw: jax.Array, like: jax.Array) -> jax.Array:
+            value = scale_rows(bound.r, leaf) * leaf
+            value = value + scale_rows(bound.s, leaf) * raw.astype(leaf.dtype)
+            return value.astype(like.dtype)
+
+        return jax.tree.map(convert, state, output, x)
 
     # -- for people -------------------------------------------------------------------------------
 

@@ -113,3 +113,36 @@ def twin(tableau: ds.Tableau, posterior: Any, x: np.ndarray, exact: Any = ()) ->
         if n < len(exact):
             u[n + 1] = exact[n]
     return u[-1]
+
+
+def gaussian_moments(
+    tableau: ds.Tableau, mean: float, variance: float, start: tuple[float, float] | None = None
+) -> tuple[float, float]:
+    """Exact mean and variance of u_N for one-dimensional Gaussian data.
+
+    The perfect network is then linear, so every u_n is a constant plus a combination of the start
+    and the fresh noises, which is propagated in float64; no sampling.
+
+    Args:
+      tableau: any tableau.
+      mean: of the data.
+      variance: of the data.
+      start: mean and variance of u_0; None: those of the process at its level.
+    """
+    alpha, sigma = tableau.alpha[0], tableau.sigma[0]
+    if start is None:
+        start = (alpha * mean, alpha**2 * variance + sigma**2)
+    u, m = [np.zeros(tableau.rows + 2)], []
+    u[0][:2] = start[0], np.sqrt(start[1])
+    for n in range(tableau.rows):
+        alpha, sigma = tableau.alpha[n], tableau.sigma[n]
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        data = gain * u[n]
+        data[0] += mean * (1 - gain * alpha)
+        noise = (u[n] - alpha * data) / sigma
+        m.append(tableau.target[n, 0] * data + tableau.target[n, 1] * noise)
+        new = sum(tableau.a[n, i] * u[n - i] for i in range(min(tableau.p, n + 1)))
+        new = new + sum(tableau.b[n, j] * m[n - j] for j in range(min(tableau.q, n + 1)))
+        new[2 + n] += tableau.c[n]
+        u.append(new)
+    return float(u[-1][0]), float(np.sum(u[-1][1:] ** 2))

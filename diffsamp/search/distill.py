@@ -31,7 +31,7 @@ import numpy as np
 
 from diffsamp import metrics
 from diffsamp._checks import expect_int, expect_state
-from diffsamp._numeric import as_float, namespace
+from diffsamp._numeric import as_float, namespace, silence
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
 from diffsamp.score import ScoreFn
@@ -200,7 +200,7 @@ def distill(
 
     Returns:
       A `Plan`. Its tableau is never worse on the stopping noise than the start, which is the
-      first candidate.
+      first candidate; a run that diverges ends there and keeps what was best before.
 
     Raises:
       ValueError: no budget, a start of another budget, too few starts, or a reference that is not
@@ -251,7 +251,9 @@ def distill(
 
     def psnr(moved: Mapping[str, Any], first: int, last: int) -> float:
         arrays = _arrays(moved, fixed, process, host=True)
-        tableau = Tableau.create(**arrays, check="none").pad(q=rows)
+        if not all(np.all(np.isfinite(array)) for array in arrays.values()):
+            return -np.inf
+        tableau = Tableau.create(**arrays, check="none")
         part = slice_batch(cond, first, last)
         x = run(score_fn, tableau, x_T[first:last], cond=part, batch=batch)
         if not bool(jnp.all(jnp.isfinite(x))):
@@ -285,7 +287,8 @@ def distill(
             since_gain = 0 if value > best else since_gain + 1
             if value > best:
                 best, best_moved = value, moved
-            if patience is not None and since_gain >= patience:
+            lost = not np.isfinite(float(loss))  # nothing finite comes after
+            if lost or (patience is not None and since_gain >= patience):
                 break
         if progress is not None:
             progress("distilling", step, steps)
@@ -354,6 +357,7 @@ def _scales(base: Mapping[str, np.ndarray], start: Tableau) -> dict[str, np.ndar
     return {**one, "log_snr": near}
 
 
+@silence
 def _arrays(
     moved: Mapping[str, Any], fixed: Any, process: Process, *, host: bool
 ) -> dict[str, Any]:
@@ -384,5 +388,8 @@ def _fit_step(
         return jnp.mean(jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)))
 
     loss, gradient = jax.value_and_grad(loss_of)(moved)
-    updates, optimizer_state = optimizer.update(gradient, optimizer_state, moved)
-    return _optax().apply_updates(moved, updates), optimizer_state, loss
+    # optax mixes its int32 counters with floats; callers may run with strict promotion
+    with jax.numpy_dtype_promotion("standard"):
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, moved)
+        moved = _optax().apply_updates(moved, updates)
+    return moved, optimizer_state, loss

@@ -1,0 +1,96 @@
+"""Measured orders of convergence, in float64, on a skewed mixture whose ODE is solved exactly.
+
+A constant field would prove nothing: it integrates exactly under any weights that sum to one. The
+slope is taken between the two finest grids above round-off, and must be the stated order to 0.15.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import CASES, DETERMINISTIC, skewed_mixture, twin
+
+import diffsamp as ds
+
+# uniform in t, except where that would be uniform in sigma / alpha, which flatters fixed weights
+PROCESSES = {
+    "vp_linear": (ds.processes.vp_linear(), 0.9, 0.2, np.linspace),
+    "edm": (ds.processes.edm(0.02, 5.0), 4.5, 1.0, np.geomspace),
+    "flow": (ds.processes.flow(), 0.9, 0.2, np.linspace),
+}
+STEPS = (80, 160, 320, 640, 1280)
+# errors below this are rounding (1e-16 amplified by hundreds of steps), not the method
+ROUND_OFF = 3e-12
+
+
+def slope(case, process, t_start, t_end, grid, change=None):
+    """The slope between the two finest grids above round-off."""
+    target = skewed_mixture()
+    level = float(np.hypot(process.alpha(t_start), process.sigma(t_start)))
+    x = np.linspace(-2, 2, 33)[:, None] * level
+    truth = target.ode_solution(x, process, t_start, t_end)
+    errors = []
+    for n in STEPS:
+        times = grid(t_start, t_end, n + 1)
+        tableau = case.solver(process, times, **case.free)
+        if change is not None:
+            tableau = change(tableau)
+        exact = [
+            target.ode_solution(x, process, t_start, tableau.times[k + 1])
+            for k in range(case.exact_start)
+        ]
+        x_end = twin(tableau, target.posterior, x, exact)
+        errors.append(np.sqrt(np.mean((x_end - truth) ** 2)))
+    usable = [e for e in errors if e > ROUND_OFF]
+    assert len(usable) >= 2, errors
+    return float(np.log2(usable[-2] / usable[-1]))
+
+
+@pytest.mark.parametrize("where", PROCESSES)
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_order(case, where):
+    assert slope(case, *PROCESSES[where]) == pytest.approx(case.order, abs=0.15)
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_a_wrong_coefficient_is_caught(case):
+    """A weight off by 4 % (kept consistent, so that the self-check is silent) breaks the order.
+
+    The weight moved is that of the oldest output, or for one-output methods the x coefficient.
+    """
+
+    def change(tableau):
+        a, b = tableau.a.copy(), tableau.b.copy()
+        if tableau.q > 1:
+            moved = 0.04 * b[:, 1]
+            b[:, 1] += moved
+            b[:, 0] -= moved
+        else:
+            b[:, 0] *= 1.04
+        return dataclasses.replace(tableau, a=a, b=b)
+
+    measured = slope(case, *PROCESSES["vp_linear"], change=change)
+    assert measured < case.order - 0.15
+
+
+def test_compatible_third_order_is_second():
+    """DPM-Solver++ 3M with the factor 1 of the published codes is not a third-order method."""
+    case = next(c for c in CASES if c.name == "dpmpp_3m")
+    wrong = dataclasses.replace(case, free={**case.free, "compatible": True})
+    assert slope(wrong, *PROCESSES["edm"]) < 2.3
+    assert slope(case, *PROCESSES["edm"]) > 2.85
+
+
+def test_cold_start_limits_explicit_multistep_methods_to_order_two():
+    """What the docstrings say of ramps: one O(h^2) local error remains."""
+    case = next(c for c in CASES if c.name == "deis_tab3")
+    cold = dataclasses.replace(case, exact_start=0)
+    assert slope(cold, *PROCESSES["flow"]) == pytest.approx(2, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "flow"])
+def test_heun_in_either_coordinates_is_second_order(name):
+    case = next(c for c in CASES if c.name == "heun")
+    for coordinates in ("edm", "flow"):
+        one = dataclasses.replace(case, free={"coordinates": coordinates})
+        assert slope(one, *PROCESSES[name]) == pytest.approx(2, abs=0.15)

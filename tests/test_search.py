@@ -1,0 +1,299 @@
+"""Search: exact starts, consistency, gains on held-out noise, one program, clear errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DETERMINISTIC, skewed_mixture, twin
+
+import diffsamp as ds
+from diffsamp import schedules, search, solvers
+from diffsamp.search.distill import canonical, from_canonical
+
+PROCESS = ds.processes.edm(0.02, 20.0)
+
+
+@pytest.fixture(scope="module")
+def score_fn():
+    """The exact network of a three-component mixture in four dimensions."""
+    rng = np.random.default_rng(3)
+    target = ds.targets.gaussian_mixture(
+        [0.5, 0.3, 0.2], rng.normal(size=(3, 4)) * 0.8, np.array([0.02, 0.05, 0.1])
+    )
+    return target.score_fn(PROCESS, "edm_f")
+
+
+def start(n, seed=0):
+    return PROCESS.prior_sample(jax.random.key(seed), (n, 4))
+
+
+def ends(tableau):
+    return {k: getattr(tableau, k)[[0, -1]] for k in ("times", "alpha", "sigma")}
+
+
+ONE_STAGE = [case for case in DETERMINISTIC if case.solver.stages == 1]
+
+
+@pytest.mark.parametrize(
+    "process",
+    [ds.processes.vp_linear(), ds.processes.edm(), ds.processes.flow(), ds.processes.vp_cosine()],
+    ids=lambda p: type(p).__name__,
+)
+@pytest.mark.parametrize("case", ONE_STAGE, ids=str)
+def test_the_canonical_form_reproduces_any_start(case, process):
+    """Another tableau, the same sampler: data prediction, dense rows, equal to rounding."""
+    tableau = case.solver(process, schedules.logsnr(process, 7))
+    numbers = canonical(tableau)
+    np.testing.assert_allclose(numbers["sums"], 0, atol=1e-9)
+    np.testing.assert_allclose(numbers["state"], 0, atol=1e-9)
+    rebuilt = ds.Tableau.create(**from_canonical(numbers, ends(tableau), process))  # checks itself
+    np.testing.assert_allclose(rebuilt.times, tableau.times, rtol=1e-9)
+    x = np.linspace(-1, 1, 5)[:, None] * float(process.prior_std)
+    posterior = skewed_mixture().posterior
+    np.testing.assert_allclose(
+        twin(rebuilt, posterior, x), twin(tableau, posterior, x), rtol=0, atol=1e-8
+    )
+
+
+def test_any_numbers_keep_a_constant_prediction_exact():
+    """Consistency holds for whatever is learned, not only near the start."""
+    rng = np.random.default_rng(0)
+    tableau = solvers.ddim(PROCESS, schedules.karras(PROCESS, 6))
+    numbers = canonical(tableau)
+    numbers["weights"] = np.tril(rng.normal(size=(6, 6)), -1)
+    numbers["log_snr"] = np.sort(rng.uniform(-2, 3, size=5))
+    ds.Tableau.create(**from_canonical(numbers, ends(tableau), PROCESS)).check()
+    numbers["sums"] = numbers["sums"] + 0.01
+    with pytest.raises(ValueError, match="not consistent"):
+        ds.Tableau.create(**from_canonical(numbers, ends(tableau), PROCESS))
+
+
+def test_what_cannot_be_distilled():
+    times = schedules.karras(PROCESS, 4)
+    for tableau, message in (
+        (solvers.ddpm(PROCESS, times), "must be deterministic"),
+        (solvers.heun(PROCESS, times), "must fall from row to row"),
+    ):
+        assert not search.can_distill(tableau)
+        with pytest.raises(ValueError, match=message):
+            canonical(tableau)
+    assert search.can_distill(solvers.ddim(PROCESS, times).pad(rows=9))
+
+
+def test_compare_measures_what_it_says(score_fn):
+    x_T = start(48)
+    seen = []
+    result = search.compare(
+        score_fn,
+        x_T,
+        nfe=(3, 4, 6),
+        solver=("ddim", "heun", "dpmpp_2m", "unipc3"),
+        schedule=("karras", "logsnr"),
+        scores={"rmse": lambda x, ref: float(ds.metrics.rmse(x, ref))},
+        batch=20,
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    # heun makes 3 evaluations with 2 steps, and cannot make 4 or 6
+    assert len(result.entries) == 3 * 3 * 2 + 2
+    assert [e.nfe for e in result.entries if e.solver == "heun"] == [3, 3]
+    for entry in result.entries:
+        assert entry.tableau.nfe == entry.nfe
+    one = next(e for e in result.entries if (e.solver, e.nfe) == ("unipc3", 6))
+    x = ds.sample(score_fn, one.tableau, x_T)
+    assert one.psnr == pytest.approx(float(ds.metrics.psnr(x, result.reference)), abs=0.01)
+    assert one.scores["rmse"] == pytest.approx(
+        float(ds.metrics.rmse(x, result.reference)), rel=1e-3
+    )
+    assert result.best(6).psnr == max(e.psnr for e in result.entries if e.nfe == 6)
+    lowest = result.best(6, by="rmse")
+    assert lowest.scores["rmse"] == min(e.scores["rmse"] for e in result.entries if e.nfe == 6)
+    assert seen[-1] == ("comparing", 20, 20)
+    assert ("reference", 48, 48) in seen
+
+    table = result.table(score="rmse")
+    lines = table.splitlines()
+    assert lines[0].split() == ["solver", "schedule", "NFE", "3", "NFE", "4", "NFE", "6"]
+    assert len(lines) == 2 + 8
+    assert table.count("*") == 3
+    assert sum(line.startswith("heun") and line.rstrip().endswith("-") for line in lines) == 2
+    assert len(result.table(rows=3).splitlines()) == 5
+    with pytest.raises(ValueError, match=r"nothing was measured at nfe = 5; there is \[3, 4, 6\]"):
+        result.best(5)
+    with pytest.raises(ValueError, match="`by` must be 'psnr' or one of"):
+        result.best(6, by="fid")
+
+
+def test_compare_compiles_the_network_once():
+    traces = []
+
+    def apply(params, x, t):
+        traces.append(1)
+        return params * x
+
+    score_fn = ds.ScoreFn(apply, jnp.ones(()), PROCESS, prediction="noise")
+    x_T = start(8)
+    search.compare(score_fn, x_T, nfe=(3, 5), reference=jnp.zeros_like(x_T), key=jax.random.key(0))
+    assert len(traces) == 1
+
+
+def test_a_sampler_that_diverges_is_counted_last():
+    """NaN from one candidate neither stops the comparison nor wins it."""
+
+    def apply(params, x, t):
+        # a network that breaks below sigma = 0.1
+        return jnp.where(t[:, None] < 0.1, jnp.nan, params * x)
+
+    score_fn = ds.ScoreFn(apply, jnp.asarray(0.1), PROCESS, prediction="data")
+    result = search.compare(
+        score_fn,
+        start(8),
+        nfe=(2, 6),
+        solver=("ddim",),
+        schedule=("uniform", "karras"),
+        reference=start(8, 1),
+        scores={"zero": lambda x, ref: 0.0},
+    )
+    broken = [e for e in result.entries if not np.isfinite(e.psnr)]
+    assert {e.schedule for e in broken} == {"karras"}
+    assert all(np.isnan(e.scores["zero"]) for e in broken)
+    assert result.best(6).schedule == "uniform"
+    assert result.best(6, by="zero").schedule == "uniform"
+
+
+def test_distill_gains_on_noise_it_has_not_seen(score_fn):
+    x_T = start(192)
+    first = solvers.dpmpp(PROCESS, schedules.logsnr(PROCESS, 5))
+    plan = search.distill(
+        score_fn, x_T, start=first, key=jax.random.key(0), steps=120, batch=48, learning_rate=3e-2
+    )
+    assert plan.nfe == plan.tableau.nfe == 5
+    assert plan.start == "dpmpp_2m"
+    plan.tableau.check()  # still exact on a constant prediction
+    # fresh noise that distill was never given
+    fresh = start(256, seed=9)
+    reference = ds.sample(score_fn, search.reference_tableau(PROCESS), fresh)
+
+    def psnr(tableau):
+        return float(ds.metrics.psnr(ds.sample(score_fn, tableau, fresh), reference))
+
+    assert psnr(plan.tableau) > psnr(first) + 4
+    # and what it reports of its own held-out noise is that
+    held = plan.psnr["held_out"]
+    assert held["found"] - held["start"] == pytest.approx(psnr(plan.tableau) - psnr(first), abs=2)
+    assert plan.history[0][0] == 0
+    assert max(h[2] for h in plan.history) > plan.history[0][2]
+
+
+def test_distill_starts_exactly_and_never_gets_worse(score_fn):
+    """With a learning rate of 0 the result is the start; a wild one is rejected."""
+    x_T = start(64)
+    first = solvers.ipndm(PROCESS, schedules.karras(PROCESS, 4), order=3)
+    options = {"start": first, "key": jax.random.key(0), "steps": 6, "batch": 32}
+    still = search.distill(score_fn, x_T, learning_rate=0.0, evaluate_every=3, **options)
+    same = ds.sample(score_fn, still.tableau, x_T), ds.sample(score_fn, first, x_T)
+    np.testing.assert_allclose(*same, rtol=0, atol=2e-4)
+    wild = search.distill(score_fn, x_T, learning_rate=30.0, evaluate_every=1, **options)
+    assert max(h[2] for h in wild.history) >= wild.history[0][2]
+    assert wild.psnr["held_out"]["found"] >= wild.psnr["held_out"]["start"] - 0.5
+
+
+def test_distill_is_reproducible_and_frees_more_when_asked(score_fn):
+    x_T = start(64)
+    options = {"nfe": 3, "key": jax.random.key(1), "steps": 15, "batch": 24}
+    one, two = (search.distill(score_fn, x_T, **options) for _ in range(2))
+    np.testing.assert_array_equal(one.tableau.b, two.tableau.b)
+    assert one.start == two.start
+    free = search.distill(score_fn, x_T, consistent=False, **options)
+    with pytest.raises(ValueError, match="not consistent"):
+        free.tableau.check()
+
+
+def test_distill_with_conditioning_and_patience(score_fn):
+    """`cond` is cut along with the starts; `patience` ends a run without gain."""
+
+    def apply(params, x, t, *, gain):
+        return x * (gain * params)[:, None]
+
+    conditional = ds.ScoreFn(apply, jnp.asarray(0.3), PROCESS, prediction="data")
+    gain = jnp.linspace(0.5, 1.5, 40)
+    plan = search.distill(
+        conditional,
+        start(40),
+        nfe=3,
+        cond={"gain": gain},
+        key=jax.random.key(0),
+        steps=50,
+        batch=16,
+        learning_rate=0.0,
+        evaluate_every=1,
+        patience=2,
+    )
+    assert plan.history[-1][0] == 2
+    with pytest.raises(ValueError, match=r"cond\['gain'\] must have one entry per sample, 40"):
+        search.distill(
+            conditional, start(40), nfe=3, cond={"gain": gain[:7]}, key=jax.random.key(0)
+        )
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_gradient_distill_follows_matches_finite_differences():
+    target = skewed_mixture()
+    score_fn = target.score_fn(PROCESS, "data")
+    tableau = solvers.dpmpp(PROCESS, schedules.karras(PROCESS, 4))
+    base, fixed = canonical(tableau), ends(tableau)
+    x_T = jnp.linspace(-20, 20, 7)[:, None]
+
+    def loss(log_snr, weights):
+        numbers = {**base, "log_snr": log_snr, "weights": weights}
+        arrays = from_canonical(numbers, fixed, PROCESS)
+        made = ds.Tableau(**arrays, c=jnp.zeros(4), evaluates=np.ones(4, bool))
+        return jnp.sum(jnp.sin(ds.sample(score_fn, made, x_T)))
+
+    point = jnp.asarray(base["log_snr"]), jnp.asarray(base["weights"])
+    along = jnp.array([0.3, -0.7, 0.5]), jnp.tril(jnp.ones((4, 4)), -1) * 0.4
+    gradient = jax.grad(loss, argnums=(0, 1))(*point)
+    exact = sum(jnp.sum(g * d) for g, d in zip(gradient, along, strict=True))
+    h = 1e-6
+    ahead, behind = (loss(*(p + s * d for p, d in zip(point, along, strict=True))) for s in (h, -h))
+    assert float((ahead - behind) / (2 * h)) == pytest.approx(float(exact), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f, x: search.compare(f, x, nfe=(0,)), "`nfe` must be at least 1; got 0"),
+        (lambda f, x: search.compare(f, x, nfe=()), "at least one choice"),
+        (lambda f, x: search.compare(f, x, solver=("nope",)), "`solver` must be one of"),
+        (lambda f, x: search.compare(f, x, schedule=("nope",)), "`schedule` must be one of"),
+        (
+            lambda f, x: search.compare(f, x, nfe=(4,), solver=("heun",)),
+            r"none of \['heun'\] can make exactly \[4\] evaluations",
+        ),
+        (lambda f, x: search.distill(f, x, key=jax.random.key(0)), "give `nfe`, the budget"),
+        (
+            lambda f, x: search.distill(
+                f, x, nfe=4, key=jax.random.key(0), start=solvers.ddim(PROCESS, [20.0, 1.0, 0.0])
+            ),
+            "`start` makes 2 evaluations, not the 4 asked for",
+        ),
+        (
+            lambda f, x: search.distill(f, x, nfe=2, key=jax.random.key(0), held_out=8),
+            "8 starts, of which 8 are held out: none is left",
+        ),
+        (
+            lambda f, x: search.distill(
+                f, x, nfe=2, key=jax.random.key(0), reference=jnp.full((8, 4), jnp.nan)
+            ),
+            "reference samples are not all finite",
+        ),
+    ],
+)
+def test_errors(score_fn, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(score_fn, start(8))
+
+
+def test_unbatched_networks_are_refused(score_fn):
+    alone = ds.ScoreFn(lambda p, x, t: x, 1.0, PROCESS, batched=False)
+    with pytest.raises(ValueError, match="needs a network with a batch axis"):
+        search.compare(alone, start(4))
