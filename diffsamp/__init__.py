@@ -5,6 +5,7 @@ with `sample`, and `search` for the best tableau under a budget of network evalu
 """
 
 from diffsamp import metrics, predictions, processes, random, schedules, search, solvers, targets
+from diffsamp.compat.diffusers import from_diffusers
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, sample, step, trajectory
 from diffsamp.score import ScoreFn
@@ -17,6 +18,7 @@ __all__ = [
     "State",
     "Tableau",
     "Trajectory",
+    "from_diffusers",
     "init",
     "metrics",
     "predictions",

@@ -90,16 +90,19 @@ def skewed_mixture() -> Any:
     )
 
 
-def twin(tableau: ds.Tableau, posterior: Any, x: np.ndarray, exact: Any = ()) -> np.ndarray:
+def twin(
+    tableau: ds.Tableau, posterior: Any, x: np.ndarray, exact: Any = (), noises: Any = ()
+) -> np.ndarray:
     """The executor's docstring in NumPy, float64: the oracle of the tests.
 
     Args:
-      tableau: a deterministic tableau.
+      tableau: the sampler.
       posterior: (x, alpha, sigma) -> (data, noise).
       x: u_0.
       exact: states that replace u_1, u_2, .. (exact starting values).
+      noises: the fresh noise of each row that adds some, in order.
     """
-    u, m = [x], []
+    u, m, drawn = [x], [], iter(noises)
     for n in range(tableau.rows):
         if tableau.evaluates[n]:
             data, noise = posterior(u[n], tableau.alpha[n], tableau.sigma[n])
@@ -110,6 +113,8 @@ def twin(tableau: ds.Tableau, posterior: Any, x: np.ndarray, exact: Any = ()) ->
             sum(tableau.a[n, i] * u[n - i] for i in range(min(tableau.p, n + 1)))
             + sum(tableau.b[n, j] * m[n - j] for j in range(min(tableau.q, n + 1)))
         )
+        if tableau.c[n] != 0:
+            u[n + 1] = u[n + 1] + tableau.c[n] * next(drawn)
         if n < len(exact):
             u[n + 1] = exact[n]
     return u[-1]

@@ -30,7 +30,14 @@ _ADAMS = {
 }
 
 
-def deis(process: Process, times: Any, *, order: int = 3, variable: str = "t") -> Tableau:
+def deis(
+    process: Process,
+    times: Any,
+    *,
+    order: int = 3,
+    variable: str = "t",
+    lower_order_final: bool = False,
+) -> Tableau:
     """DEIS: exponential integrator with polynomial extrapolation; one evaluation a step.
 
     `order` is the paper's: the degree of the polynomial. Order r uses r + 1 evaluations and
@@ -45,6 +52,7 @@ def deis(process: Process, times: Any, *, order: int = 3, variable: str = "t") -
       order: 0 to 3.
       variable: "t", "rho" or "log_rho". With "t" and "log_rho" a step to sigma = 0, where the
         integrand is singular, is of order 0.
+      lower_order_final: lower the order over the last steps, to 0 in the last.
 
     Returns:
       A deterministic tableau of n evaluations, in noise prediction.
@@ -73,7 +81,8 @@ def deis(process: Process, times: Any, *, order: int = 3, variable: str = "t") -
         return adams_weights(nodes, history[0].point.rho, to.rho, functions[variable])
 
     name = f"deis_{ {'t': 'tab', 'rho': 'rhoab', 'log_rho': 'logrhoab'}[variable] }{order}"
-    return _adams(process, times, order + 1, weights, name, "arXiv:2204.13902, eq. 15")
+    source = "arXiv:2204.13902, eq. 15"
+    return _adams(process, times, order + 1, weights, name, source, lower_order_final)
 
 
 def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
@@ -103,18 +112,29 @@ def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
     def weights(history: list[Answer], to: Point) -> np.ndarray:
         return (to.rho - history[0].point.rho) * np.array(_ADAMS[len(history)])
 
-    return _adams(process, times, order, weights, f"ipndm{order}", "arXiv:2202.09778, eq. 9")
+    source = "arXiv:2202.09778, eq. 9"
+    return _adams(process, times, order, weights, f"ipndm{order}", source, False)
 
 
 def _adams(
-    process: Process, times: Any, history_length: int, weights: Any, name: str, source: str
+    process: Process,
+    times: Any,
+    history_length: int,
+    weights: Any,
+    name: str,
+    source: str,
+    lower_order_final: bool,
 ) -> Tableau:
     builder = Builder(process, times, NOISE)
+    steps = len(builder.points) - 1
     x, history = builder.start, list[Answer]()
-    for s, t in zip(builder.points, builder.points[1:], strict=False):
+    for n in range(steps):
+        s, t = builder.points[n], builder.points[n + 1]
         history = [builder.evaluate(x, s), *history[: history_length - 1]]
         x = history[0].state
         usable = [a for a in history if math.isfinite(a.point.rho)]
+        if lower_order_final:
+            usable = usable[: steps - n]
         if not usable or usable[0] is not history[0]:  # a start at alpha = 0, where rho = inf
             x = transfer(history[0], t)
             continue

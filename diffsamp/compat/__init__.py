@@ -1,0 +1,1 @@
+"""Readers of other libraries' configurations. Nothing in the package depends on them."""
