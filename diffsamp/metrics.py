@@ -110,5 +110,14 @@ def sliced_wasserstein(x: Any, reference: Any, key: Any, *, projections: int = 2
     # compare quantile functions on a common grid of midpoints
     count = max(len(sets[0]), len(sets[1]))
     levels = (np.arange(count) + 0.5) / count
-    first, second = (np.quantile(v @ directions, levels, axis=0, method="hazen") for v in sets)
+    first, second = (_quantiles(np.sort(v @ directions, axis=0), levels) for v in sets)
     return float(np.sqrt(np.mean((first - second) ** 2)))
+
+
+def _quantiles(ordered: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Linear interpolation between the midpoint quantiles of each sorted column."""
+    place = np.clip(levels * len(ordered) - 0.5, 0, len(ordered) - 1)
+    below = np.floor(place).astype(int)
+    above = np.minimum(below + 1, len(ordered) - 1)
+    part = (place - below)[:, None]
+    return (1 - part) * ordered[below] + part * ordered[above]

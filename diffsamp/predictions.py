@@ -82,7 +82,20 @@ def canonical_name(prediction: str) -> str:
 def weights(
     name: str, process: Process, level: Level, sigma_data: float = 0.5
 ) -> tuple[Any, Any, Any]:
-    """(w_0, w_1, g) of the table above for prediction `name`, each of the level's shape."""
+    """The row of the module's table for one prediction.
+
+    Args:
+      name: the prediction, in `NAMES` or an alias.
+      process: used by "velocity" only, for the derivatives.
+      level: where, arrays of one shape.
+      sigma_data: standard deviation of the data, used by "edm_f" only.
+
+    Returns:
+      (w_0, w_1, g), each of the level's shape.
+
+    Raises:
+      ValueError: an unknown name.
+    """
     name = canonical_name(name)
     alpha, sigma = level.alpha, level.sigma
     xp = namespace(alpha, sigma)

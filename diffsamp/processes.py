@@ -296,18 +296,19 @@ class VPDiscrete(_VariancePreserving):
         xp = namespace(t, self.log_snrs)
         table = self._table(t)
         last = table.shape[0] - 1
-        index = xp.clip(xp.floor(t), 0, last - 1).astype(np.int32)
+        left = xp.clip(xp.floor(t), 0, last - 1)
+        index = left.astype(np.int32)
         below, above = table[index], table[index + 1]
         ends_at_zero_snr = xp.isneginf(above)
         slope = xp.where(ends_at_zero_snr, 0.0, above - below)
-        log_snr = below + slope * (t - index)
+        log_snr = below + slope * (t - left)
         zero = xp.zeros_like(log_snr)
         alpha = xp.exp(-xp.logaddexp(zero, -2 * log_snr) / 2)
         sigma = xp.exp(-xp.logaddexp(zero, 2 * log_snr) / 2)
         alpha_dot, sigma_dot = alpha * sigma**2 * slope, -sigma * alpha**2 * slope
 
         # last piece of a zero-terminal-SNR table: alpha falls linearly to 0
-        linear = alpha * (1 - (t - index))
+        linear = alpha * (1 - (t - left))
         linear_sigma = xp.sqrt(1 - linear**2)
         linear_dot = linear * alpha / linear_sigma
         # clean piece: sigma falls linearly to 0 at t = -1
@@ -519,8 +520,16 @@ def beta_table(
 
     "linear": uniform between the two ends (Ho et al. 2020, arXiv:2006.11239);
     "scaled_linear": uniform in sqrt(beta) (latent diffusion);
-    "squaredcos_cap_v2": from the cosine alpha-bar, capped at 0.999 (improved DDPM; the two ends
-    are not used).
+    "squaredcos_cap_v2": from the cosine alpha-bar, capped at 0.999 (improved DDPM).
+
+    Args:
+      name: one of the three.
+      num_levels: number of betas.
+      beta_start: the first beta; not used by "squaredcos_cap_v2".
+      beta_end: the last beta; likewise.
+
+    Raises:
+      ValueError: an unknown name.
     """
     if name == "linear":
         return np.linspace(beta_start, beta_end, num_levels)

@@ -60,7 +60,16 @@ def sample_keys(key: Any, batch: int | None) -> jax.Array:
 
 
 def normal_like(keys: jax.Array, row: Any, tree: Any) -> Any:
-    """Standard normal noise shaped like `tree` for row `row`; `keys` come from `sample_keys`."""
+    """Standard normal noise for one row of a run.
+
+    Args:
+      keys: what `sample_keys` gave, (batch,) or ().
+      row: the row's number, an int or a traced int32.
+      tree: the state whose shapes and dtypes the noise takes.
+
+    Returns:
+      A pytree like `tree`.
+    """
     leaves, treedef = jax.tree.flatten(tree)
 
     def draw(key: jax.Array) -> list[jax.Array]:

@@ -153,6 +153,15 @@ def step(
 
     Pure, and meant to be jitted in a loop of one's own. The state may be changed in between.
 
+    Args:
+      score_fn: the network.
+      tableau: the sampler.
+      state: from `init` or the last `step`.
+      cond: keyword arguments for the network.
+
+    Returns:
+      The state after the row; `state.x` is u_{row + 1}.
+
     Raises:
       ValueError: no row left (when the row number is a concrete value).
     """

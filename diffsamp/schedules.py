@@ -151,7 +151,10 @@ def quadratic(
     t_min: float | None = None,
     final: str = "clean",
 ) -> np.ndarray:
-    """Uniform in sqrt(t), `polynomial` with power 2 (DDIM's "quad", DEIS's default)."""
+    """Uniform in sqrt(t), `polynomial` with power 2 (DDIM's "quad", DEIS's default).
+
+    Arguments and result as `polynomial`.
+    """
     return polynomial(process, n, power=2.0, t_max=t_max, t_min=t_min, final=final)
 
 

@@ -32,7 +32,13 @@ def reference_tableau(process: Process, nfe: int = 200) -> Tableau:
 
 
 def slice_batch(tree: Any, start: int, stop: int) -> Any:
-    """Samples start..stop of a pytree of arrays with a leading batch axis (None stays None)."""
+    """Samples start .. stop - 1 of a batch.
+
+    Args:
+      tree: a pytree of arrays with a leading batch axis; None stays None.
+      start: the first sample.
+      stop: one past the last.
+    """
     return jax.tree.map(lambda leaf: leaf[start:stop], tree)
 
 

@@ -1,0 +1,229 @@
+"""Processes against independent formulas, their inverses, derivatives, ends and priors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import all_processes
+from scipy.integrate import quad
+
+import diffsamp as ds
+from diffsamp import processes
+
+PROCESSES = all_processes()
+EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+
+def inner_times(process, n=41):
+    """Times spread over the whole range, denser near both ends."""
+    clean, last = process.t_clean, process.t_max
+    u = 0.5 - 0.5 * np.cos(np.linspace(0.02, np.pi - 0.02, n))
+    return clean + (last - clean) * u
+
+
+def test_vp_linear_integrates_its_beta():
+    process = ds.processes.vp_linear(0.1, 20.0)
+    for t in (0.01, 0.3, 1.0):
+        integral = quad(lambda s: 0.1 + s * 19.9, 0, t, epsabs=1e-13)[0]
+        assert process.alpha(t) == pytest.approx(np.exp(-integral / 2), rel=1e-12)
+
+
+def test_vp_cosine_is_the_improved_ddpm_formula():
+    process = ds.processes.vp_cosine()
+
+    def f(t):
+        return np.cos((t + 0.008) / 1.008 * np.pi / 2)
+
+    t = np.linspace(0, 1, 11)
+    np.testing.assert_allclose(process.alpha(t), f(t) / f(0), rtol=1e-12, atol=1e-15)
+    assert process.alpha(1.0) == 0
+    assert process.log_snr(process.t_max) == pytest.approx(-4.76, abs=0.4)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_vp_discrete_is_its_table_at_integers(name):
+    betas = processes.beta_table(name)
+    process = ds.processes.vp_discrete(name)
+    alpha_bar = np.cumprod(1 - betas)
+    t = np.arange(1000)
+    np.testing.assert_allclose(process.alpha(t) ** 2, alpha_bar, rtol=1e-10)
+    np.testing.assert_allclose(process.sigma(t) ** 2, 1 - alpha_bar, rtol=1e-10)
+    # between two levels the log-SNR is their mean
+    middle = 0.5 * (process.log_snr(t[:-1]) + process.log_snr(t[1:]))
+    np.testing.assert_allclose(process.log_snr(t[:-1] + 0.5), middle, rtol=1e-12, atol=1e-12)
+
+
+def test_beta_tables_have_their_published_ends():
+    linear, scaled, cosine = (
+        processes.beta_table(name, **options)
+        for name, options in (
+            ("linear", {}),
+            ("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),
+            ("squaredcos_cap_v2", {}),
+        )
+    )
+    assert (linear[0], linear[-1]) == (1e-4, 0.02)
+    assert scaled[0] == pytest.approx(0.00085)
+    assert scaled[-1] == pytest.approx(0.012)
+    assert cosine[-1] == 0.999
+    assert np.all(np.diff(cosine) >= 0)
+
+
+def test_zero_terminal_snr():
+    """The last level has no signal, the first is unchanged; alpha is mapped affinely."""
+    plain = ds.processes.vp_discrete("scaled_linear")
+    rescaled = ds.processes.vp_discrete("scaled_linear", zero_terminal_snr=True)
+    assert rescaled.alpha(999.0) == 0
+    assert rescaled.sigma(999.0) == 1
+    assert rescaled.alpha(0.0) == pytest.approx(plain.alpha(0.0), rel=1e-12)
+    t = np.arange(1000.0)
+    a, b = plain.alpha(t), rescaled.alpha(t)
+    slope = np.diff(b) / np.diff(a)  # an affine map of alpha
+    np.testing.assert_allclose(slope, slope[0], rtol=1e-6)
+
+
+def test_ve_edm_flow():
+    ve, edm, flow = ds.processes.ve(0.01, 50.0), ds.processes.edm(), ds.processes.flow(shift=3.0)
+    assert ve.sigma(1.0) == pytest.approx(50.0)
+    assert ve.sigma(0.5) == pytest.approx(np.sqrt(0.5))
+    assert ve.sigma(0.0) == 0
+    assert edm.sigma(3.25) == 3.25
+    assert edm.alpha(3.25) == 1
+    assert (flow.alpha(0.25), flow.sigma(0.25)) == (0.75, 0.25)
+    # Esser et al.: t' = 3 t / (1 + 2 t)
+    assert flow.uniform_time(0.5) == pytest.approx(0.75)
+
+
+@EVERY
+def test_the_inverse_of_log_snr(process):
+    t = inner_times(process)
+    if isinstance(process, processes.VE):
+        t = t[t > process.t_min]
+    span = process.t_max - process.t_clean
+    # the zero-SNR table has a piece where alpha, not log-SNR, is linear: rounding of 1 - alpha
+    np.testing.assert_allclose(process.time(process.log_snr(t)), t, rtol=1e-9, atol=1e-11 * span)
+    log_snr = process.log_snr(t)
+    assert np.all(np.diff(log_snr) < 0)
+    np.testing.assert_allclose(process.log_snr(process.time(log_snr)), log_snr, atol=1e-9)
+
+
+@EVERY
+def test_the_ends(process):
+    clean = process.t_clean
+    assert process.sigma(clean) == 0
+    assert process.alpha(clean) == 1
+    assert np.isposinf(process.log_snr(clean))
+    assert process.time(np.inf) == pytest.approx(clean, abs=1e-15)
+    assert clean < process.t_min + 1 < process.t_max + 1
+    assert process.sigma(process.t_min) > 0
+    assert np.isfinite(process.alpha(process.t_max))
+
+
+@EVERY
+def test_derivatives_against_differences(process):
+    t = inner_times(process)
+    t = t[(t > process.t_min) & (t < process.t_max)]
+    if isinstance(process, processes.VPDiscrete):
+        t = np.floor(t) + 0.5  # inside a piece
+        t = t[(t > 0) & (t < process.t_max)]
+    h = 1e-3 * np.minimum(t - process.t_clean, process.t_max - t)
+    h = np.minimum(h, 0.05)
+    for value, derivative in (
+        (process.alpha, process.alpha_dot),
+        (process.sigma, process.sigma_dot),
+    ):
+        # five-point formula, error of order h^4
+        estimate = (value(t - 2 * h) - 8 * value(t - h) + 8 * value(t + h) - value(t + 2 * h)) / (
+            12 * h
+        )
+        scale = np.abs(derivative(t)).max()
+        np.testing.assert_allclose(derivative(t), estimate, rtol=1e-6, atol=1e-9 * scale)
+
+
+@EVERY
+def test_the_jax_path_agrees_with_the_host_path(process):
+    t = inner_times(process)
+    if isinstance(process, processes.VE):
+        t = t[t > process.t_min]
+    t32 = jnp.asarray(t, jnp.float32)
+    host = np.asarray(t32, np.float64)  # the same rounded times
+    leaves = jax.jit(lambda p, t: (p.alpha(t), p.sigma(t), p.log_snr(t), p.time(p.log_snr(t))))
+    alpha, sigma, log_snr, back = leaves(process, t32)
+    assert alpha.dtype == sigma.dtype == log_snr.dtype == back.dtype == jnp.float32
+    # table times carry a float32 rounding of 1000 into the exponent
+    np.testing.assert_allclose(alpha, process.alpha(host), rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(sigma, process.sigma(host), rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(log_snr, process.log_snr(host), rtol=1e-3, atol=1e-3)
+    span = process.t_max - process.t_clean
+    np.testing.assert_allclose(back, t, rtol=2e-3, atol=1e-4 * span)
+    slope = jax.vmap(jax.grad(lambda t: process.sigma(t)))(t32[5:-5])
+    np.testing.assert_allclose(slope, process.sigma_dot(host[5:-5]), rtol=5e-2)
+
+
+def test_a_process_is_a_pytree_of_its_numbers():
+    traces = []
+
+    @jax.jit
+    def f(process, t):
+        traces.append(1)
+        return process.alpha(t)
+
+    for high in (10.0, 20.0, 30.0):
+        process = ds.processes.vp_linear(0.1, high)
+        assert jax.tree.leaves(process) == [0.1, high]
+        assert float(f(process, 0.5)) == pytest.approx(float(process.alpha(0.5)), rel=1e-6)
+    assert len(traces) == 1
+
+
+@EVERY
+def test_the_prior(process):
+    key = jax.random.key(0)
+    x = process.prior_sample(key, (4000, 3))
+    assert x.dtype == jnp.float32
+    std = float(process.prior_std)
+    # standard error of a standard deviation: 1 / sqrt(2 n), five of them
+    assert float(x.std()) == pytest.approx(std, rel=5 / np.sqrt(2 * x.size))
+    np.testing.assert_array_equal(x[:5], process.prior_sample(key, (5, 3)))
+    keys = ds.random.sample_keys(key, 5)
+    np.testing.assert_array_equal(x[3:5], process.prior_sample(keys[3:5], (2, 3)))
+    assert process.prior_sample(key, (2, 3), jnp.bfloat16).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="leading batch axis"):
+        process.prior_sample(key, ())
+
+
+def test_reversed_flow_models():
+    """A model trained with t = 1 data and velocity x_0 - eps gives the samples of its mirror."""
+    target = ds.targets.gaussian([0.4], 0.2)
+    ours = target.score_fn(ds.processes.flow(), "velocity")
+
+    def theirs(params, x, t):
+        return -ours.apply(params, x, 1 - t)
+
+    adapted = ds.ScoreFn(
+        ds.reversed_flow_apply(theirs), ours.params, ours.process, prediction="velocity", time="t"
+    )
+    tableau = ds.solvers.heun(ours.process, ds.schedules.uniform(ours.process, 6))
+    x_T = ours.process.prior_sample(jax.random.key(0), (5, 1))
+    np.testing.assert_allclose(
+        ds.sample(adapted, tableau, x_T), ds.sample(ours, tableau, x_T), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ds.processes.vp_linear(0.0), "`beta_min` must be a positive, finite number"),
+        (lambda: ds.processes.vp_linear(2.0, 1.0), "`beta_max` must be at least `beta_min`"),
+        (lambda: ds.processes.vp_cosine(-1.0), "`s` must be a positive"),
+        (lambda: ds.processes.ve(1.0, 0.5), "`sigma_max` must exceed `sigma_min`"),
+        (lambda: ds.processes.edm(0.0), "`sigma_min` must be a positive"),
+        (lambda: ds.processes.edm(1.0, 1.0), "`sigma_max` must exceed"),
+        (lambda: ds.processes.flow(np.inf), "`shift` must be a positive, finite"),
+        (lambda: ds.processes.vp_discrete("cosine"), '`betas` must be "linear"'),
+        (lambda: ds.processes.vp_discrete([0.1]), r"shape \(T,\) with T >= 2"),
+        (lambda: ds.processes.vp_discrete([0.1, 1.5]), r"betas\[1\] = 1.5"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

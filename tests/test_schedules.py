@@ -1,0 +1,126 @@
+"""Schedules: their laws, values by hand, and user times used verbatim."""
+
+import jax
+import numpy as np
+import pytest
+from cases import CASES, all_processes
+
+import diffsamp as ds
+from diffsamp import schedules, solvers
+
+PROCESSES = all_processes()
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 100])
+def test_laws(process, name, n):
+    clean = schedules.get(name)(process, n)
+    ending = schedules.get(name)(process, n, final="t_min")
+    for times in (clean, ending):
+        assert times.shape == (n + 1,)
+        assert times.dtype == np.float64
+        assert np.all(np.diff(times) < 0)
+        assert times[0] <= process.t_max
+    assert clean[-1] == process.t_clean
+    assert ending[-1] == process.t_min
+    assert clean[0] == ending[0]
+
+
+def test_karras_is_the_edm_grid():
+    """(sigma_max^(1/7) + i / (n - 1) (sigma_min^(1/7) - sigma_max^(1/7)))^7, then 0."""
+    process = ds.processes.edm()
+    i = np.arange(18)
+    want = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    got = schedules.karras(process, 18)
+    np.testing.assert_allclose(got[:-1], want, rtol=1e-12)
+    assert (got[0], got[-2], got[-1]) == (80.0, 0.002, 0.0)
+    # the same grid of noise levels on another process
+    vp = ds.processes.vp_linear()
+    times = schedules.karras(vp, 5, rho=3.0, final="t_min")
+    levels = np.exp(-vp.log_snr(times)) ** (1 / 3)
+    np.testing.assert_allclose(np.diff(levels), np.diff(levels)[0], rtol=1e-9)
+
+
+def test_logsnr_steps_are_equal():
+    for process in PROCESSES.values():
+        if isinstance(process, ds.processes.VE):
+            continue  # its t_min is clipped
+        log_snr = process.log_snr(schedules.logsnr(process, 9, final="t_min"))
+        np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr)[0], rtol=1e-8)
+
+
+def test_uniform_quadratic_and_polynomial():
+    vp, flow = ds.processes.vp_linear(), ds.processes.flow()
+    np.testing.assert_allclose(schedules.uniform(vp, 4), [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
+    np.testing.assert_allclose(
+        schedules.uniform(vp, 3, t_max=0.9, t_min=0.3, final="t_min"), [0.9, 0.7, 0.5, 0.3]
+    )
+    np.testing.assert_allclose(schedules.quadratic(flow, 2), [1, 0.25, 0])
+    np.testing.assert_allclose(schedules.polynomial(flow, 2, power=3), [1, 0.125, 0])
+    shifted = schedules.uniform(ds.processes.flow(shift=3.0), 4)
+    t = np.array([1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(shifted, 3 * t / (1 + 2 * t))
+
+
+def test_uniform_on_a_table_is_trailing():
+    process = ds.processes.vp_discrete()
+    for n in (7, 10, 50):
+        trailing = np.round(np.arange(1000, 0, -1000 / n)) - 1
+        got = schedules.rounded(process, schedules.uniform(process, n))
+        np.testing.assert_array_equal(got[:-1], trailing)
+        assert got[-1] == -1
+    with pytest.raises(ValueError, match="must decrease"):
+        schedules.rounded(process, [3.4, 3.2, -1.0])
+    with pytest.raises(ValueError, match="only a discrete process has integer labels; got Flow"):
+        schedules.rounded(ds.processes.flow(), [1.0, 0.0])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.solver.stages == 1], ids=str)
+@pytest.mark.parametrize("name", ["vp_linear", "vp_discrete", "flow"])
+def test_user_times_are_used_verbatim(case, name):
+    process = PROCESSES[name]
+    u = np.array([0.97, 0.61803398875, 0.5, 0.1, 0.0999])
+    times = process.t_clean + u * (process.t_max - process.t_clean)
+    np.testing.assert_array_equal(case.solver(process, times).times, times)
+    np.testing.assert_array_equal(case.solver(process, list(times)).times, times)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: schedules.uniform(p, 0), "`n` must be at least 1; got 0"),
+        (lambda p: schedules.karras(p, 2.5), "`n` must be an integer; got 2.5"),
+        (lambda p: schedules.karras(p, True), "`n` must be an integer; got True"),
+        (lambda p: schedules.logsnr(p, 3, t_min=0.5, t_max=0.4), "`t_max` must exceed `t_min`"),
+        (lambda p: schedules.logsnr(p, 3, t_max=1.5), "times must lie between"),
+        (lambda p: schedules.logsnr(p, 3, t_min=-0.5), "times must lie between"),
+        (lambda p: schedules.logsnr(p, 3, t_min=0.0), "spacing is infinite at t = 0"),
+        (lambda p: schedules.karras(p, 3, final="end"), "`final` must be one of 'clean', 't_min'"),
+        (lambda p: schedules.karras(p, 3, rho=0), "`rho` must be positive"),
+        (lambda p: schedules.polynomial(p, 3, power=-1), "`power` must be positive"),
+        (lambda p: schedules.uniform(p, 3, t_min=0.1), '`t_min` has no effect with final="clean"'),
+        (lambda p: schedules.get("sgm"), "`schedule` must be one of"),
+        (lambda p: solvers.ddim(p, [1.0]), r"must have shape \(n \+ 1,\)"),
+        (lambda p: solvers.ddim(p, [[1.0, 0.5]]), r"must have shape \(n \+ 1,\)"),
+        (lambda p: solvers.ddim(p, [1.0, np.nan, 0.1]), r"must be finite; got times\[1\] = nan"),
+        (
+            lambda p: solvers.ddim(p, [1.0, 0.5, 0.5]),
+            r"must decrease from noise to data; got times\[2\] = 0.5 >= times\[1\] = 0.5",
+        ),
+        (lambda p: solvers.ddim(p, "abc"), "must be an array of numbers"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(ds.processes.vp_linear())
+
+
+def test_host_functions_say_so_when_traced():
+    process = ds.processes.vp_linear()
+    with pytest.raises(TypeError, match="`times` must be a host array"):
+        jax.jit(lambda t: solvers.ddim(process, t).a)(np.array([1.0, 0.5]))
+    with pytest.raises(TypeError, match="schedules are host functions"):
+        jax.jit(lambda p: schedules.karras(p, 3))(process)
+    with pytest.raises(TypeError, match="solvers are host functions"):
+        jax.jit(lambda p: solvers.ddim(p, [1.0, 0.5]).a)(process)
