@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp._files import write_atomically
 from diffsamp.processes import edm
 from diffsamp.score import ScoreFn
 
@@ -212,7 +211,7 @@ def apply(
     Returns:
         The raw EDM network output F, (batch, 8, 8, 1).
     """
-    return DigitsTransformer().apply({"params": params}, x, t, label)
+    return cast(jax.Array, DigitsTransformer().apply({"params": params}, x, t, label))
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -258,9 +257,6 @@ def load_params() -> dict[str, Any]:
 def save_params(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
     """Writes parameters as a safetensors file, atomically.
 
-    The bytes go to a temporary file in the same folder, which then replaces `path`: a reader
-    sees the old file or the new one, never a part.
-
     Args:
         path: The file to write. Its folder must exist.
         params: Nested parameters of `DigitsTransformer`.
@@ -272,20 +268,7 @@ def save_params(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None
         from safetensors import numpy as safetensors_numpy
     except ImportError as error:
         raise ImportError(f"save_params needs safetensors; {_EXTRA_HINT}") from error
-    path = Path(path)
-    data = safetensors_numpy.save(_flatten(params))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a package file is for everyone.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, safetensors_numpy.save(_flatten(params)))
 
 
 def load_data() -> tuple[np.ndarray, np.ndarray]:
