@@ -107,7 +107,9 @@ def sample(
     Raises:
       TypeError: x_T not floating, no valid key.
       ValueError: a stochastic tableau without key, shapes that do not agree, a tableau built for
-        another process, or a prediction that the network does not determine at some row.
+        another process, or a prediction that the network does not determine at some row. Where
+        the tableau is traced its values cannot be seen: without a key a stochastic one then gives
+        NaN.
     """
     return _start(score_fn, tableau, x_T, key, cond, checkpoint=checkpoint, record=False)
 
@@ -253,6 +255,12 @@ def _run(score_fn, rows, x_T, keys, cond, *, checkpoint, record):
 
     body = jax.checkpoint(body) if checkpoint else body
     state, recorded = lax.scan(body, state, rows, length=count)
+    if keys is None:
+        # with a traced tableau a missing key cannot be an error; it must not pass in silence either
+        spoiled = jnp.any(rows.c != 0)
+        state = state._replace(
+            x=jax.tree.map(lambda x: jnp.where(spoiled, jnp.asarray(jnp.nan, x.dtype), x), state.x)
+        )
     if not record:
         return state.x
     points, outputs = recorded

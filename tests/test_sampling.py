@@ -446,6 +446,13 @@ def test_errors_say_what_to_do(score_fn):
         ds.sample(score_fn, other, x_T)
 
 
+def test_a_traced_stochastic_tableau_without_key_gives_nan(score_fn):
+    """It cannot raise under jit, and must not drop its noise in silence."""
+    x_T = start()
+    assert np.all(np.isnan(jax.jit(ds.sample)(score_fn, build("ddpm"), x_T)))
+    assert np.all(np.isfinite(jax.jit(ds.sample)(score_fn, build("ddim"), x_T)))
+
+
 def test_raw_keys_are_accepted(score_fn):
     tableau, x_T = build("ddpm"), start()
     raw = jax.random.PRNGKey(5)
