@@ -43,7 +43,7 @@ def main() -> None:
     x_fit, cond_fit = start(key_fit, arguments.starts)
     x_fresh, cond_fresh = start(key_fresh, arguments.fresh)
     fine = ds.search.reference_tableau(process)
-    reference = ds.search.run(score_fn, fine, x_fresh, cond=cond_fresh, batch=600)
+    reference = ds.search.run(score_fn, fine, x_fresh, cond=cond_fresh, batch=128)
     began = time.perf_counter()
     compared = ds.search.compare(
         score_fn, x_fit[:256], nfe=arguments.nfe,
@@ -53,7 +53,7 @@ def main() -> None:
     print(f"compared {len(compared.entries)} samplers in {comparing:.0f} s", flush=True)
 
     def on_fresh(tableau: ds.Tableau) -> tuple[float, float]:
-        x = ds.search.run(score_fn, tableau, x_fresh, cond=cond_fresh, batch=600)
+        x = ds.search.run(score_fn, tableau, x_fresh, cond=cond_fresh, batch=128)
         return float(ds.metrics.psnr(x, reference)), ds.metrics.frechet_distance(x, data)
 
     rows = []

@@ -29,6 +29,7 @@ _DEMO_SOLVERS = (
     "unipc3",
 )
 _DEMO_BUDGETS = (4, 5, 6, 8, 10, 20)
+_BATCH = 128  # on two cores the fastest, by half against 1024: it stays in the cache
 
 
 class _Bar:
@@ -91,6 +92,7 @@ def demo(arguments: argparse.Namespace) -> int:
         schedule=("karras", "logsnr"),
         cond=cond,
         scores={"distance": distance},
+        batch=_BATCH,
         progress=bar,
     )
     print(
@@ -118,7 +120,7 @@ def demo(arguments: argparse.Namespace) -> int:
         progress=bar,
     )
     held = plan.psnr["held_out"]
-    found = ds.search.run(score_fn, plan.tableau, x_T, cond=cond)
+    found = ds.search.run(score_fn, plan.tableau, x_T, cond=cond, batch=_BATCH)
     found_psnr = float(ds.metrics.psnr(found, table.reference))
     best_any = table.best(nfe)
     print(
