@@ -5,6 +5,7 @@ with `sample`, and `search` for the best tableau under a budget of network evalu
 """
 
 from diffsamp import metrics, predictions, processes, random, schedules, search, solvers, targets
+from diffsamp._sampler import Sampler, sampler
 from diffsamp.compat.diffusers import from_diffusers
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, sample, step, trajectory
@@ -14,6 +15,7 @@ from diffsamp.tableau import Tableau
 __version__ = "0.1.0"
 
 __all__ = [
+    "Sampler",
     "ScoreFn",
     "State",
     "Tableau",
@@ -26,6 +28,7 @@ __all__ = [
     "random",
     "reversed_flow_apply",
     "sample",
+    "sampler",
     "schedules",
     "search",
     "solvers",

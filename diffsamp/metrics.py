@@ -40,7 +40,7 @@ def psnr(x: Any, reference: Any, *, data_range: float = 2.0) -> jax.Array:
       data_range: distance between the smallest and largest value data can have; 2 for [-1, 1].
 
     Returns:
-      A scalar. The mean of logarithms, as in Shaul et al. 2024 (BNS, arXiv:2403.01329, eq. 14).
+      A scalar. The mean of logarithms, as in Shaul et al. 2024 (BNS, arXiv:2403.01329).
     """
     # float32's smallest normal number stands for "equal"
     error = jnp.maximum(mean_squared_error(x, reference), jnp.finfo(jnp.float32).tiny)

@@ -166,7 +166,7 @@ def logsnr(
     t_min: float | None = None,
     final: str = "clean",
 ) -> np.ndarray:
-    """Uniform in log-SNR (Lu et al. 2022, DPM-Solver, arXiv:2206.00927, section 3.1).
+    """Uniform in log-SNR (Lu et al. 2022, DPM-Solver, arXiv:2206.00927).
 
     Args:
       process: the noise process.

@@ -24,12 +24,14 @@ class Case:
       order: order of convergence to be measured, with exact starting values.
       free: options that let it keep that order to the last step.
       exact_start: how many starting states must be exact to see the order.
+      steps: the numbers of steps at which the order is measured.
     """
 
     name: str
     order: int
     free: dict[str, Any] = dataclasses.field(default_factory=dict)
     exact_start: int = 0
+    steps: tuple[int, ...] = (80, 160, 320, 640, 1280)
 
     @property
     def solver(self) -> ds.solvers.Solver:
@@ -64,6 +66,27 @@ CASES = [
     Case("unipc3_bh1", 4, _FREE, exact_start=3),
     Case("unipc4", 5, _FREE, exact_start=4),
     Case("unip3", 3, _FREE, exact_start=2),
+    Case("dpm_solver_2s", 2),
+    # numbers of evaluations after which the last step is not of order 1
+    Case("dpm_solver_3s", 3, steps=(80, 161, 320, 641)),
+    Case("dpmpp_2s", 2),
+    Case("dpmpp_3s", 3, steps=(80, 161, 320, 641)),
+    Case("dpm2", 2),
+    Case("rho_midpoint2", 2),
+    Case("rho_kutta3", 3),
+    Case("rho_heun3", 3),
+    Case("rho_rk4", 4),
+    Case("ghvb1.8", 2),
+    Case("ghvb2.8", 3, exact_start=2),
+    Case("ghvb3.8", 4, exact_start=3),
+    Case("bdia", 2),
+    Case("belm", 2),
+    Case("dpmpp_2m_sde", 2, _FREE),
+    Case("dpmpp_3m_sde", 2, _FREE),
+    Case("dpmpp_sde", 1),
+    Case("sa_solver", 2, _FREE),
+    Case("er_sde3", 2),
+    Case("seeds2", 2),
 ]
 
 DETERMINISTIC = [case for case in CASES if not case.solver.stochastic]

@@ -23,11 +23,9 @@ def tableaux(case, process):
 def test_no_solver_escapes():
     assert [case.name for case in CASES] == list(solvers.SOLVERS)
     functions = {s.function for s in solvers.SOLVERS.values()}
-    public = {
-        getattr(solvers, n)
-        for n in solvers.__all__
-        if n not in ("SOLVERS", "Solver", "get", "names")
-    }
+    others = {"COMPOSED", "RESTART_CONFIGURATIONS", "SOLVERS", "RestartInterval", "Solver"}
+    others |= {"get", "names", *solvers.COMPOSED}
+    public = {getattr(solvers, n) for n in solvers.__all__ if n not in others}
     assert functions == public
 
 
@@ -66,8 +64,10 @@ def test_constant_data_prediction_is_exact_in_one_step(case, process):
     x_T = np.array([[1.0], [2.0], [-0.5]]) * float(process.prior_std)
     for _, tableau in tableaux(case, process):
         error = np.abs(twin(tableau, posterior, x_T) - x_0).max()
-        # rounding in units of the largest state
-        assert error < 1e-11 * max(1.0, float(process.prior_std))
+        # rounding in units of the largest state, times what the method makes of it (two-step
+        # methods that can be inverted amplify it)
+        growth = max(1.0, np.abs(tableau.unroll()[1]).max())
+        assert error < 1e-11 * max(1.0, float(process.prior_std)) * growth
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -81,7 +81,7 @@ def test_counted_evaluations(case):
         return params * x
 
     score_fn = ds.ScoreFn(apply, np.float32(0.1), process, prediction="noise")
-    tableau = case.solver(process, schedules.logsnr(process, 5)).pad(rows=15)
+    tableau = case.solver(process, schedules.logsnr(process, 5)).pad(rows=25)
     x = process.prior_sample(jax.random.key(0), (2, 3))
     jax.block_until_ready(ds.sample(score_fn, tableau, x, key=jax.random.key(1)))
     jax.effects_barrier()
@@ -96,13 +96,13 @@ def test_stochastic_moments_converge(case):
 
     def end_moments(n):
         times = schedules.logsnr(process, n, t_min=0.05, final="t_min")
-        tableau = case.solver(process, times)
+        tableau = case.solver(process, times, **case.free)
         alpha, sigma = tableau.alpha[-1], tableau.sigma[-1]
         got = gaussian_moments(tableau, mean, variance)
         return abs(got[0] - alpha * mean), abs(got[1] - alpha**2 * variance - sigma**2)
 
-    coarse, fine = end_moments(160), end_moments(320)
-    assert max(coarse[0], fine[0]) < 1e-12  # a linear network keeps the mean exactly
+    coarse, fine = end_moments(640), end_moments(1280)
+    assert max(coarse[0], fine[0]) < 1e-11  # a linear network keeps the mean exactly
     assert np.log2(coarse[1] / fine[1]) == pytest.approx(case.order, abs=0.15)
 
 

@@ -16,7 +16,7 @@ LEVELS = [
     ["predictions", "schedules", "tableau"],
     ["score", "solvers"],
     ["sampling", "targets"],
-    ["search", "compat"],
+    ["search", "compat", "_sampler"],
     ["plots", "models"],
     ["cli"],
 ]

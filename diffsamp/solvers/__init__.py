@@ -14,25 +14,49 @@ from diffsamp._checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers.adams import deis, ipndm
 from diffsamp.solvers.ddim import ddim, ddpm
+from diffsamp.solvers.dpm import dpm_solver
 from diffsamp.solvers.dpmpp import dpmpp
-from diffsamp.solvers.edm import euler, heun
+from diffsamp.solvers.edm import dpm2, euler, heun, runge_kutta
+from diffsamp.solvers.invertible import bdia, belm
+from diffsamp.solvers.momentum import ghvb, heavy_ball
+from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
+from diffsamp.solvers.restart import RestartInterval, restart
+from diffsamp.solvers.sde import dpmpp_sde, er_sde, sa_solver, seeds
 from diffsamp.solvers.unipc import unipc
 from diffsamp.tableau import Tableau
 
 __all__ = [
+    "COMPOSED",
+    "RESTART_CONFIGURATIONS",
     "SOLVERS",
+    "RestartInterval",
     "Solver",
+    "bdia",
+    "belm",
     "ddim",
     "ddpm",
     "deis",
+    "dpm2",
+    "dpm_solver",
     "dpmpp",
+    "dpmpp_sde",
+    "er_sde",
     "euler",
     "get",
+    "ghvb",
+    "heavy_ball",
     "heun",
     "ipndm",
     "names",
+    "restart",
+    "runge_kutta",
+    "sa_solver",
+    "seeds",
     "unipc",
 ]
+
+# functions that make a sampler from other samplers, and so have no row in the registry
+COMPOSED = ("heavy_ball", "restart")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +67,8 @@ class Solver:
       name: its name in configurations.
       function: (process, times, **options) -> Tableau.
       options: keyword arguments that make it this solver.
-      order: order of convergence with exact starting values, on smooth deterministic problems; for
-        a stochastic solver its weak order.
+      order: measured order of convergence: to the ODE's solution, with exact starting values; for a
+        stochastic solver that of the variance on Gaussian data, from its own start.
       source: paper, as arXiv id and equation or algorithm.
       aliases: what other libraries call it.
       stages: evaluations per step; the step to sigma = 0 takes one.
@@ -103,12 +127,12 @@ SOLVERS: dict[str, Solver] = _listed(
         "arXiv:2211.01095, alg. 2",
         ("DPMSolverMultistepScheduler", "dpmpp_2m"),
     ),
-    Solver("dpmpp_2m_heun", dpmpp, {"order": 2, "variant": "heun"}, 2, "arXiv:2211.01095, app. B"),
-    Solver("dpmpp_3m", dpmpp, {"order": 3}, 3, "arXiv:2211.01095, app. B"),
-    Solver("deis_tab1", deis, {"order": 1}, 2, "arXiv:2204.13902, eq. 15"),
-    Solver("deis_tab2", deis, {"order": 2}, 3, "arXiv:2204.13902, eq. 15"),
-    Solver("deis_tab3", deis, {"order": 3}, 4, "arXiv:2204.13902, eq. 15"),
-    Solver("deis_rhoab2", deis, {"order": 2, "variable": "rho"}, 3, "arXiv:2204.13902, app. B"),
+    Solver("dpmpp_2m_heun", dpmpp, {"order": 2, "variant": "heun"}, 2, "arXiv:2211.01095"),
+    Solver("dpmpp_3m", dpmpp, {"order": 3}, 3, "arXiv:2211.01095"),
+    Solver("deis_tab1", deis, {"order": 1}, 2, "arXiv:2204.13902"),
+    Solver("deis_tab2", deis, {"order": 2}, 3, "arXiv:2204.13902"),
+    Solver("deis_tab3", deis, {"order": 3}, 4, "arXiv:2204.13902"),
+    Solver("deis_rhoab2", deis, {"order": 2, "variable": "rho"}, 3, "arXiv:2204.13902"),
     Solver(
         "deis_rhoab3",
         deis,
@@ -125,11 +149,9 @@ SOLVERS: dict[str, Solver] = _listed(
         "arXiv:2204.13902",
         ("DEISMultistepScheduler",),
     ),
-    Solver("ipndm2", ipndm, {"order": 2}, 2, "arXiv:2202.09778, eq. 9"),
-    Solver("ipndm3", ipndm, {"order": 3}, 2, "arXiv:2202.09778, eq. 9"),
-    Solver(
-        "ipndm4", ipndm, {"order": 4}, 2, "arXiv:2202.09778, eq. 9", ("IPNDMScheduler", "ipndm")
-    ),
+    Solver("ipndm2", ipndm, {"order": 2}, 2, "arXiv:2202.09778"),
+    Solver("ipndm3", ipndm, {"order": 3}, 2, "arXiv:2202.09778"),
+    Solver("ipndm4", ipndm, {"order": 4}, 2, "arXiv:2202.09778", ("IPNDMScheduler", "ipndm")),
     Solver("unipc1", unipc, {"order": 1}, 2, "arXiv:2302.04867, alg. 1"),
     Solver(
         "unipc2",
@@ -143,6 +165,60 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver("unipc3_bh1", unipc, {"order": 3, "variant": "bh1"}, 4, "arXiv:2302.04867", ("uni_pc",)),
     Solver("unipc4", unipc, {"order": 4}, 5, "arXiv:2302.04867, alg. 1"),
     Solver("unip3", unipc, {"order": 3, "corrector": False}, 3, "arXiv:2302.04867, alg. 2"),
+    Solver("dpm_solver_2s", dpm_solver, {"order": 2}, 2, "arXiv:2206.00927, alg. 1"),
+    Solver(
+        "dpm_solver_3s",
+        dpm_solver,
+        {"order": 3},
+        3,
+        "arXiv:2206.00927, alg. 2",
+        ("DPMSolverSinglestepScheduler", "dpm_fast"),
+    ),
+    Solver(
+        "dpmpp_2s", dpm_solver, {"order": 2, "prediction": "data"}, 2, "arXiv:2211.01095, alg. 1"
+    ),
+    Solver("dpmpp_3s", dpm_solver, {"order": 3, "prediction": "data"}, 3, "arXiv:2211.01095"),
+    Solver("dpm2", dpm2, {}, 2, "arXiv:2206.00927", ("KDPM2DiscreteScheduler", "dpm_2"), stages=2),
+    Solver("rho_midpoint2", runge_kutta, {"method": "midpoint2"}, 2, "arXiv:2204.13902", stages=2),
+    Solver("rho_kutta3", runge_kutta, {"method": "kutta3"}, 3, "arXiv:2204.13902", stages=3),
+    Solver("rho_heun3", runge_kutta, {"method": "heun3"}, 3, "arXiv:2204.13902", stages=3),
+    Solver("rho_rk4", runge_kutta, {"method": "rk4"}, 4, "arXiv:2204.13902", stages=4),
+    Solver("ghvb1.8", ghvb, {"order": 2, "beta": 0.8}, 2, "arXiv:2307.11118"),
+    Solver("ghvb2.8", ghvb, {"order": 3, "beta": 0.8}, 3, "arXiv:2307.11118"),
+    Solver("ghvb3.8", ghvb, {"order": 4, "beta": 0.8}, 4, "arXiv:2307.11118"),
+    Solver("bdia", bdia, {}, 2, "arXiv:2307.10829"),
+    Solver("belm", belm, {}, 2, "arXiv:2410.07273"),
+    Solver(
+        "dpmpp_2m_sde",
+        dpmpp,
+        {"order": 2, "eta": 1.0},
+        2,
+        "arXiv:2211.01095",
+        ("dpmpp_2m_sde",),
+        stochastic=True,
+    ),
+    Solver("dpmpp_3m_sde", dpmpp, {"order": 3, "eta": 1.0}, 2, "arXiv:2211.01095", stochastic=True),
+    Solver(
+        "dpmpp_sde",
+        dpmpp_sde,
+        {},
+        1,
+        "arXiv:2211.01095",
+        ("DPMSolverSDEScheduler",),
+        stages=2,
+        stochastic=True,
+    ),
+    Solver(
+        "sa_solver",
+        sa_solver,
+        {},
+        2,
+        "arXiv:2309.05019, alg. 1",
+        ("SASolverScheduler",),
+        stochastic=True,
+    ),
+    Solver("er_sde3", er_sde, {}, 2, "arXiv:2309.06169", ("er_sde",), stochastic=True),
+    Solver("seeds2", seeds, {}, 2, "arXiv:2305.14267", stages=2, stochastic=True),
 )
 
 _ALIASES = {alias: s.name for s in SOLVERS.values() for alias in s.aliases if alias not in SOLVERS}

@@ -29,6 +29,7 @@ __all__ = [
     "Builder",
     "Combination",
     "Point",
+    "expect_falling_rows",
     "total",
     "transfer",
 ]
@@ -116,9 +117,9 @@ class Builder:
         self.process = process
         self.target = target
         self.points = [self.point(t) for t in times]
-        self.start = Combination({("u", 0): 1.0})
         self._levels = [self.points[0]]
         self._states: list[Combination] = []  # u_1, u_2, ..
+        self.start = self.symbol(0)
         self._targets: dict[int, tuple[float, float]] = {}  # rows that evaluate
         self._noises = 0
 
@@ -135,6 +136,12 @@ class Builder:
     def point_at(self, log_snr: float) -> Point:
         """The point with the given log-SNR."""
         return self.point(float(self.process.time(np.float64(log_snr))))
+
+    def symbol(self, k: int) -> Combination:
+        """The state u_k, one already written."""
+        if not 0 <= k <= len(self._states):
+            raise IndexError(f"there is no u_{k} yet.")
+        return Combination({("u", k): 1.0})
 
     def fresh_noise(self) -> Combination:
         """A new standard normal; it can enter one row only."""
@@ -157,7 +164,7 @@ class Builder:
         target = self.target if target is None else target
         if point.alpha == 0 and target == NOISE:
             target = DATA
-        current = Combination({("u", len(self._states)): 1.0})
+        current = self.symbol(len(self._states))
         latest = self._levels[-1]
         if x.terms != current.terms or point != latest or len(self._states) in self._targets:
             current = self.move(x, point)
@@ -175,7 +182,7 @@ class Builder:
         """Make x the next state without calling the network on it (yet); returns its symbol."""
         self._states.append(x)
         self._levels.append(point)
-        return Combination({("u", len(self._states)): 1.0})
+        return self.symbol(len(self._states))
 
     def finish(
         self, x: Combination, point: Point, *, name: str, source: str, check: str = "full"
@@ -226,6 +233,17 @@ def transfer(answer: Answer, to: Point) -> Combination:
     Exact when D and E are constant. At sigma = 0 it is the data prediction itself.
     """
     return to.alpha * answer.data + to.sigma * answer.noise
+
+
+def expect_falling_rows(tableau: Tableau, what: str) -> None:
+    """Raise unless the tableau is deterministic with one evaluation a step, as `what` needs."""
+    rows = tableau.nfe
+    rho = tableau.sigma[:rows] / np.maximum(tableau.alpha[:rows], 1e-300)
+    if tableau.stochastic or not np.all(tableau.evaluates[:rows]) or np.any(np.diff(rho) >= 0):
+        raise ValueError(
+            f"{what} needs a deterministic tableau of one evaluation a step, whose noise level "
+            f"falls from row to row; got {tableau.name!r}."
+        )
 
 
 def total(weights: Any, parts: Sequence[Combination]) -> Combination:

@@ -8,11 +8,12 @@ for the polynomial part; no finite difference and no Riemann sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["adams_weights", "exponential_weights", "lagrange"]
+__all__ = ["adams_weights", "exponential_weights", "lagrange", "phis"]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
@@ -49,6 +50,23 @@ def exponential_weights(nodes: Sequence[float], h: float, rate: float = 1.0) -> 
     u = low + (h - low) * (_NODES + 1) / 2
     weight = (h - low) / 2 * _WEIGHTS * rate * np.exp(-rate * (h - u))
     return lagrange(nodes, u) @ weight
+
+
+def phis(h: float) -> tuple[float, float, float]:
+    """phi_1 = 1 - exp(-h), phi_2 = 1 - phi_1 / h, phi_3 = 1/2 - phi_2 / h.
+
+    They are int_0^1 h exp(-h (1 - s)) s^k / k! ds for k = 0, 1, 2: the weights of a function's
+    value, slope and bend over the step. Negative h gives the (negated) weights of the noise form.
+    By series where the differences would cancel; h may be inf.
+    """
+    phi_1 = -math.expm1(-h)
+    if abs(h) < 0.5:
+        powers = [(-h) ** k for k in range(1, 18)]
+        phi_2 = -math.fsum(p / math.factorial(k + 1) for k, p in enumerate(powers, 1))
+        phi_3 = -math.fsum(p / math.factorial(k + 2) for k, p in enumerate(powers, 1))
+        return phi_1, phi_2, phi_3
+    phi_2 = 1 - phi_1 / h
+    return phi_1, phi_2, 0.5 - phi_2 / h
 
 
 def adams_weights(

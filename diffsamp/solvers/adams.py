@@ -60,7 +60,7 @@ def deis(
     Raises:
       ValueError: times that do not decrease, another order or variable.
 
-    Reference: Zhang & Chen 2023, arXiv:2204.13902, eq. 15 and proposition 3.
+    Reference: Zhang & Chen 2023, arXiv:2204.13902.
     """
     expect_int(order, "order", 0, 3)
     expect_choice(variable, "variable", ("t", "rho", "log_rho"))
@@ -81,7 +81,7 @@ def deis(
         return adams_weights(nodes, history[0].point.rho, to.rho, functions[variable])
 
     name = f"deis_{ {'t': 'tab', 'rho': 'rhoab', 'log_rho': 'logrhoab'}[variable] }{order}"
-    source = "arXiv:2204.13902, eq. 15"
+    source = "arXiv:2204.13902"
     return _adams(process, times, order + 1, weights, name, source, lower_order_final)
 
 
@@ -104,15 +104,15 @@ def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
     Raises:
       ValueError: times that do not decrease, another order.
 
-    Reference: Zhang & Chen 2023, arXiv:2204.13902, appendix H.3; Liu et al. 2022,
-    arXiv:2202.09778, eq. 9.
+    Reference: Zhang & Chen 2023, arXiv:2204.13902; Liu et al. 2022,
+    arXiv:2202.09778.
     """
     expect_int(order, "order", 1, 4)
 
     def weights(history: list[Answer], to: Point) -> np.ndarray:
         return (to.rho - history[0].point.rho) * np.array(_ADAMS[len(history)])
 
-    source = "arXiv:2202.09778, eq. 9"
+    source = "arXiv:2202.09778"
     return _adams(process, times, order, weights, f"ipndm{order}", source, False)
 
 

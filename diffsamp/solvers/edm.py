@@ -1,10 +1,4 @@
-"""Euler's and Heun's methods with EDM's churn.
-
-With coordinates "edm" the state is x / alpha and the variable rho = sigma / alpha, where the ODE
-is dx/drho = E: EDM's own for alpha = 1. With "flow" the state is x / (alpha + sigma) and the
-variable sigma / (alpha + sigma), where it is dx/dt = E - D: the flow models' own, and finite where
-alpha = 0. Euler's method is the same in both (it is DDIM); Heun's is not.
-"""
+"""Runge-Kutta methods in the coordinates of `_charts`, with EDM's churn: Euler, Heun and others."""
 
 from __future__ import annotations
 
@@ -14,11 +8,28 @@ from typing import Any
 import numpy as np
 
 from diffsamp._checks import expect_choice
-from diffsamp.processes import Flow, Process
-from diffsamp.solvers._builder import FLOW, NOISE, Answer, Builder, Combination, Point, transfer
+from diffsamp.processes import Process
+from diffsamp.solvers._builder import NOISE, Builder, Combination, Point, total, transfer
+from diffsamp.solvers._charts import Chart
 from diffsamp.tableau import Tableau
 
-__all__ = ["euler", "heun"]
+__all__ = ["dpm2", "euler", "heun", "runge_kutta"]
+
+# name: (stage fractions, rows of the lower triangle, weights); Butcher's tableaux
+_BUTCHER: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
+    "heun2": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "midpoint2": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "ralston2": ((0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4)),
+    "kutta3": ((0, 1 / 2, 1), ((), (1 / 2,), (-1, 2)), (1 / 6, 4 / 6, 1 / 6)),
+    "heun3": ((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "ralston3": ((0, 1 / 2, 3 / 4), ((), (1 / 2,), (0, 3 / 4)), (2 / 9, 3 / 9, 4 / 9)),
+    "ssprk3": ((0, 1, 1 / 2), ((), (1,), (1 / 4, 1 / 4)), (1 / 6, 1 / 6, 4 / 6)),
+    "rk4": (
+        (0, 1 / 2, 1 / 2, 1),
+        ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)),
+        (1 / 6, 2 / 6, 2 / 6, 1 / 6),
+    ),
+}
 
 
 def euler(
@@ -80,13 +91,13 @@ def heun(
     """Heun's method (EDM): order 2, two evaluations a step, one on a step to sigma = 0.
 
     So n steps cost 2 n - 1 evaluations when the times end at the clean end, else 2 n. In "edm"
-    coordinates it equals the rho-2Heun method of DEIS.
+    coordinates it equals the rho-2Heun method of DEIS; for flow models the "flow" ones are usual.
 
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
-      coordinates: "edm" or "flow" (see the module); None: "flow" for the flow process and for
-        times that start at alpha = 0, else "edm".
+      coordinates: "edm" or "flow"; None: "flow" for the flow process and for times that start at
+        alpha = 0, else "edm".
       churn: EDM's S_churn, at least 0; 0 is deterministic.
       churn_min: EDM's S_min, a value of sigma / alpha.
       churn_max: EDM's S_max. Churned levels are also kept at or below t_max.
@@ -102,46 +113,113 @@ def heun(
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2.
     """
     churning = _Churn(churn, churn_min, churn_max, noise_scale)
+    return _runge_kutta(
+        process, times, "heun2", coordinates, churning, "heun", "arXiv:2206.00364, algorithm 1"
+    )
+
+
+def runge_kutta(
+    process: Process, times: Any, *, method: str = "rk4", coordinates: str | None = None
+) -> Tableau:
+    """Explicit Runge-Kutta methods on the ODE without its linear part: DEIS's rhoRK.
+
+    One row per stage. A step to sigma = 0 takes one evaluation (Euler), so that n steps of s stages
+    cost s (n - 1) + 1 when the times end at the clean end, else s n.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times of the steps; stages lie between them.
+      method: "heun2", "midpoint2", "ralston2" (order 2), "kutta3", "heun3", "ralston3", "ssprk3"
+        (order 3) or "rk4" (order 4).
+      coordinates: as for `heun`.
+
+    Returns:
+      A deterministic tableau.
+
+    Raises:
+      ValueError: times that do not decrease, an unknown method, or "edm" coordinates from a time
+        where alpha = 0.
+
+    Reference: Zhang & Chen 2023, arXiv:2204.13902.
+    """
+    expect_choice(method, "method", tuple(_BUTCHER))
+    still = _Churn(0.0, 0.0, math.inf, 1.0)
+    return _runge_kutta(
+        process, times, method, coordinates, still, f"rho_{method}", "arXiv:2204.13902"
+    )
+
+
+def dpm2(process: Process, times: Any) -> Tableau:
+    """k-diffusion's DPM-2: the midpoint method with its midpoint at the geometric mean of rho.
+
+    Order 2, two evaluations a step, one on a step to sigma = 0. From alpha = 0, where that mean is
+    infinite, the midpoint of the first step is taken in flow coordinates.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times of the steps.
+
+    Returns:
+      A deterministic tableau.
+
+    Raises:
+      ValueError: times that do not decrease.
+
+    Reference: Karras et al. 2022, arXiv:2206.00364; Lu et al. 2022,
+    arXiv:2206.00927, for the log-SNR midpoint.
+    """
+    builder = Builder(process, times, NOISE)
+    edm, flow = Chart("edm", builder), Chart("flow", builder)
+    x = builder.start
+    for s, t in zip(builder.points, builder.points[1:], strict=False):
+        first = builder.evaluate(x, s)
+        if t.sigma == 0:
+            x = transfer(first, t)
+            continue
+        if s.alpha == 0:
+            chart, middle = flow, flow.between(s, t, 0.5)
+        else:
+            chart, middle = edm, builder.point_at((s.log_snr + t.log_snr) / 2)
+        second = builder.evaluate(transfer(first, middle), middle)
+        x = chart.step(first.state, chart.slope(second), s, t)
+    return builder.finish(x, builder.points[-1], name="dpm2", source="arXiv:2206.00364")
+
+
+def _runge_kutta(
+    process: Process,
+    times: Any,
+    method: str,
+    coordinates: str | None,
+    churning: _Churn,
+    name: str,
+    source: str,
+) -> Tableau:
+    fractions, lower, weights = _BUTCHER[method]
     builder = Builder(process, times)
-    if coordinates is None:
-        flowing = isinstance(process, Flow) or builder.points[0].alpha == 0
-        coordinates = "flow" if flowing else "edm"
-    expect_choice(coordinates, "coordinates", ("edm", "flow"))
-    builder.target = NOISE if coordinates == "edm" else FLOW
-    if coordinates == "edm" and builder.points[0].alpha == 0:
-        raise ValueError(
-            f"alpha = 0 at the first time, {builder.points[0].t:g}, where EDM's coordinates are "
-            'infinite; start later, or use coordinates="flow".'
-        )
+    chart = Chart.choose(builder, coordinates)
     x = builder.start
     for s, t in zip(builder.points, builder.points[1:], strict=False):
         x, s = churning.lift(builder, x, s)
         first = builder.evaluate(x, s)
-        predicted = transfer(first, t)
         if t.sigma == 0:
-            x = predicted
+            x = transfer(first, t)
             continue
-        second = builder.evaluate(predicted, t)
-        slope = 0.5 * (_slope(first, coordinates) + _slope(second, coordinates))
-        (scale_s, v_s), (scale_t, v_t) = _chart(s, coordinates), _chart(t, coordinates)
-        x = (scale_t / scale_s) * first.state + scale_t * (v_t - v_s) * slope
+        slopes = [chart.slope(first)]
+        for fraction, row in zip(fractions[1:], lower[1:], strict=True):
+            stage = chart.between(s, t, fraction)
+            # sum_j a_ij slope_j (t - s) is a step of `fraction` along the mean slope
+            mean = total([a / fraction for a in row], slopes)
+            slopes.append(
+                chart.slope(builder.evaluate(chart.step(first.state, mean, s, stage), stage))
+            )
+        x = chart.step(first.state, total(weights, slopes), s, t)
     return builder.finish(
         x,
         builder.points[-1],
-        name=churning.label("heun"),
-        source="arXiv:2206.00364, algorithm 1",
+        name=churning.label(name),
+        source=source,
         check=churning.check,
     )
-
-
-def _chart(point: Point, coordinates: str) -> tuple[float, float]:
-    """(scale, variable) of the coordinates at a point."""
-    scale = point.alpha if coordinates == "edm" else point.alpha + point.sigma
-    return scale, point.sigma / scale
-
-
-def _slope(answer: Answer, coordinates: str) -> Combination:
-    return answer.noise if coordinates == "edm" else answer.noise - answer.data
 
 
 class _Churn:

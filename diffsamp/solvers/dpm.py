@@ -1,0 +1,157 @@
+"""DPM-Solver and DPM-Solver++ in their single-step form, in noise or data prediction.
+
+With P the prediction the form uses, D (or E), k = alpha_t (or sigma_t), ratio = sigma_t / sigma_s
+(or alpha_t / alpha_s), H = h (or -h) and phi_k as in `_weights.phis`, a step from s to t is
+
+    x_t = ratio x_s + k [phi_1(H) P_s + phi_2(H) h P' + phi_3(H) h^2 P'' + ..]
+
+with the derivatives estimated from stages inside the step. The two forms are mirror images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from diffsamp._checks import expect_choice, expect_int
+from diffsamp.processes import Process
+from diffsamp.solvers._builder import (
+    DATA,
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    Point,
+    total,
+    transfer,
+)
+from diffsamp.solvers._weights import phis
+from diffsamp.tableau import Tableau
+
+__all__ = ["dpm_solver", "step_orders"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """Data or noise form of an exponential integrator in log-SNR."""
+
+    prediction: str
+
+    def of(self, answer: Answer) -> Combination:
+        return answer.data if self.prediction == "data" else answer.noise
+
+    def step(self, start: Answer, to: Point, weights: Any, parts: list[Combination]) -> Combination:
+        """ratio x + k sum_j weights[j] parts[j], from the start's state."""
+        s = start.point
+        if self.prediction == "data":
+            return (to.sigma / s.sigma) * start.state + to.alpha * total(weights, parts)
+        return (to.alpha / s.alpha) * start.state + to.sigma * total(weights, parts)
+
+    def phis(self, h: float) -> tuple[float, float, float]:
+        return phis(h if self.prediction == "data" else -h)
+
+
+def step_orders(n: int, order: int, *, closed: bool) -> list[int]:
+    """Orders of the steps that make exactly n evaluations, most of them of the given order.
+
+    The authors' rule for order 3 is 3, .., 3 and then 2, 1 or 1 or 2, for n mod 3 = 0, 1, 2; for
+    order 2 it is 2, .., 2 or 2, .., 2, 1.
+
+    Args:
+      n: evaluations.
+      order: 1, 2 or 3.
+      closed: whether the last step goes to sigma = 0, and so must be of order 1.
+    """
+    if closed and n > 1:
+        return [*step_orders(n - 1, order, closed=False), 1]
+    if order == 1 or n < 2:
+        return [1] * n
+    if order == 2:
+        return [2] * (n // 2) + [1] * (n % 2)
+    if n % 3 == 0:
+        return [3] * (n // 3 - 1) + [2, 1]
+    return [3] * (n // 3) + [n % 3]
+
+
+def dpm_solver(
+    process: Process,
+    times: Any,
+    *,
+    order: int = 3,
+    prediction: str = "noise",
+    variant: str = "dpmsolver",
+) -> Tableau:
+    """DPM-Solver (noise) or DPM-Solver++ (data), single-step: 2S, 3S.
+
+    The times are those of *all* evaluations: consecutive intervals are grouped into steps of the
+    order's number of stages, whose inner times are where the stages lie. So any n evaluations are
+    met exactly, with the authors' rule for the orders of the steps (`step_orders`), and user times
+    are used verbatim. Order 1 is DDIM. Orders 2 and 3 converge as named.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times of the n evaluations and of the sample.
+      order: 1, 2 or 3.
+      prediction: "noise" is DPM-Solver, "data" DPM-Solver++. From alpha = 0 the first step is of
+        order 1, where the noise form is infinite.
+      variant: "dpmsolver" or "taylor", how the second-order term is weighted.
+
+    Returns:
+      A deterministic tableau of n evaluations.
+
+    Raises:
+      ValueError: times that do not decrease, another order, form or variant.
+
+    Reference: Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2; arXiv:2211.01095, algorithm 1.
+    """
+    expect_int(order, "order", 1, 3)
+    expect_choice(prediction, "prediction", ("data", "noise"))
+    expect_choice(variant, "variant", ("dpmsolver", "taylor"))
+    form = _Form(prediction)
+    builder = Builder(process, times, DATA if prediction == "data" else NOISE)
+    points = builder.points
+    n = len(points) - 1
+    # a step out of alpha = 0 has infinite length in log-SNR, like a step to sigma = 0
+    ahead = 1 if points[0].alpha == 0 else 0
+    orders = [1] * ahead
+    if n > ahead:
+        orders += step_orders(n - ahead, order, closed=points[-1].sigma == 0)
+    x, at = builder.start, 0
+    for stages in orders:
+        inner, t = points[at : at + stages], points[at + stages]
+        at += stages
+        start = builder.evaluate(x, inner[0])
+        if stages == 1:
+            x = transfer(start, t)
+            continue
+        x = _step(builder, form, start, inner[1:], t, variant)
+    name = f"dpm_solver{'++' if prediction == 'data' else ''}_{order}s"
+    return builder.finish(x, points[-1], name=name, source="arXiv:2206.00927, algorithms 1, 2")
+
+
+def _step(
+    builder: Builder, form: _Form, start: Answer, inner: list[Point], t: Point, variant: str
+) -> Combination:
+    """One step of order 2 or 3, with its stages at `inner`."""
+    first = form.of(start)
+    h = t.log_snr - start.point.log_snr
+    r = [(p.log_snr - start.point.log_snr) / h for p in inner]
+    second = form.of(builder.evaluate(transfer(start, inner[0]), inner[0]))
+    phi_1, phi_2, phi_3 = form.phis(h)
+    if len(inner) == 1:
+        slope = (phi_1 / 2 if variant == "dpmsolver" else phi_2) / r[0]
+        return form.step(start, t, [phi_1 - slope, slope], [first, second])
+    stage_1, stage_2, _ = form.phis(r[1] * h)
+    bent = r[1] / r[0] * stage_2
+    u_2 = form.step(start, inner[1], [stage_1 - bent, bent], [first, second])
+    third = form.of(builder.evaluate(u_2, inner[1]))
+    if variant == "dpmsolver":
+        slope = phi_2 / r[1]
+        return form.step(start, t, [phi_1 - slope, slope], [first, third])
+    # both derivatives from the two stages: slopes d_i = (P_i - P_s) / r_i
+    on_second = np.array([r[1] / (r[1] - r[0]), -2 / (r[1] - r[0])]) / r[0]
+    on_third = np.array([-r[0] / (r[1] - r[0]), 2 / (r[1] - r[0])]) / r[1]
+    w_2, w_3 = on_second @ [phi_2, phi_3], on_third @ [phi_2, phi_3]
+    return form.step(start, t, [phi_1 - w_2 - w_3, w_2, w_3], [first, second, third])

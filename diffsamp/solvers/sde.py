@@ -1,0 +1,251 @@
+"""Stochastic multistep and multi-stage samplers: SA-Solver, ER-SDE, SEEDS, DPM++ SDE.
+
+With noise strength tau and rate c = 1 + tau^2 the reverse SDE's solution over a log-SNR step h is
+
+    x_t = (sigma_t/sigma_s) exp(-tau^2 h) x_s + alpha_t int_0^h c exp(-c (h - u)) D du
+          + sigma_t sqrt(1 - exp(-2 tau^2 h)) z
+
+tau = 0 is the ODE, tau = 1 the usual reverse SDE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from diffsamp._checks import expect_choice, expect_int
+from diffsamp.processes import Process
+from diffsamp.solvers._builder import Answer, Builder, total, transfer
+from diffsamp.solvers._weights import exponential_weights
+from diffsamp.tableau import Tableau
+
+__all__ = ["dpmpp_sde", "er_sde", "sa_solver", "seeds"]
+
+
+def _spread(rate: float) -> float:
+    """sqrt(1 - exp(-2 rate)): the fresh noise of a step, in units of sigma_t."""
+    return math.sqrt(-math.expm1(-2 * rate))
+
+
+def sa_solver(
+    process: Process,
+    times: Any,
+    *,
+    order: int = 3,
+    corrector: bool = True,
+    tau: float | Callable[[float], float] = 1.0,
+    lower_order_final: bool = True,
+) -> Tableau:
+    """SA-Solver: stochastic Adams predictor and corrector at one evaluation a step.
+
+    The corrector keeps the predictor's noise. tau = 0 and no corrector is UniP with all systems
+    solved (order 2 excepted); tau = 1 and order 1 is DDPM's posterior. Weak order 1 in the noise.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times, used verbatim.
+      order: evaluations the predictor uses, 1 to 4; the corrector uses one more.
+      corrector: correct each state with the evaluation made there.
+      tau: noise strength, a number or a function of the time a step ends at (the authors' reading;
+        diffusers takes the time it starts at). At least 0.
+      lower_order_final: lower the order over the last steps. A step to sigma = 0 has order 1.
+
+    Returns:
+      A tableau of n evaluations, in data prediction.
+
+    Raises:
+      ValueError: times that do not decrease, another order, a negative tau.
+
+    Reference: Xue et al. 2023, arXiv:2309.05019, algorithm 1.
+    """
+    expect_int(order, "order", 1, 4)
+    builder = Builder(process, times)
+    points = builder.points
+    steps = len(points) - 1
+    x, history, used = builder.start, list[Answer](), list[Answer]()
+    weights, rate = np.zeros(0), 1.0
+    for n in range(steps):
+        s, t = points[n], points[n + 1]
+        answer = builder.evaluate(x, s)
+        x = answer.state
+        if corrector and n > 0 and math.isfinite(used[0].point.log_snr):
+            present = used[0].point.log_snr
+            nodes = [a.point.log_snr - present for a in [*used, answer]]
+            corrected = exponential_weights(nodes, s.log_snr - present, rate)
+            change = corrected - np.append(weights, 0.0)
+            x = x + s.alpha * total(change, [a.data for a in [*used, answer]])
+        strength = float(tau(t.t) if callable(tau) else tau)
+        if not strength >= 0:
+            raise ValueError(f"`tau` must not be negative; got {strength}.")
+        history = [answer, *history[: order - 1]]
+        now = 1 if t.sigma == 0 else min(order, steps - n) if lower_order_final else order
+        used = ([a for a in history if math.isfinite(a.point.log_snr)] or history[:1])[:now]
+        h, rate = t.log_snr - s.log_snr, 1 + strength**2
+        weights = exponential_weights([a.point.log_snr - s.log_snr for a in used], h, rate)
+        kept = math.exp(-(strength**2) * h) if strength else 1.0
+        x = (t.sigma / s.sigma) * kept * x + t.alpha * total(weights, [a.data for a in used])
+        if strength and t.sigma:
+            x = x + t.sigma * _spread(strength**2 * h) * builder.fresh_noise()
+    name = f"sa_solver{order}" + ("" if callable(tau) else f"(tau={tau:g})")
+    return builder.finish(x, points[-1], name=name, source="arXiv:2309.05019, algorithm 1")
+
+
+# the noise scale phi(rho) of the extended reverse SDE
+_SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "ode": lambda rho: rho,
+    "sde": lambda rho: rho**2,
+    "er_sde": lambda rho: rho * (np.exp(rho**0.3) + 10),
+}
+
+
+def er_sde(process: Process, times: Any, *, order: int = 3, scale: str = "er_sde") -> Tableau:
+    """ER-SDE-Solver: the reverse SDE with noise scale phi(rho), rho = sigma / alpha.
+
+    scale "ode" is DDIM at order 1, "sde" DDPM's posterior; "er_sde", phi = rho (exp(rho^0.3) + 10),
+    is the authors' choice between them. Weak order 1; the drift's correction terms are of the named
+    order except that the third does not shift its difference to the present point, which limits
+    it to order 2 in the ODE limit, as published. One evaluation a step.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times, used verbatim.
+      order: 1, 2 or 3. A step to sigma = 0 is of order 1.
+      scale: "ode", "sde" or "er_sde".
+
+    Returns:
+      A tableau of n evaluations, in data prediction.
+
+    Raises:
+      ValueError: times that do not decrease, another order or scale.
+
+    Reference: Cui et al. 2023, arXiv:2309.06169, algorithms 1 to 3.
+    """
+    expect_int(order, "order", 1, 3)
+    expect_choice(scale, "scale", tuple(_SCALES))
+    phi = _SCALES[scale]
+    nodes, quadrature = np.polynomial.legendre.leggauss(64)
+    builder = Builder(process, times)
+    x, history = builder.start, list[Answer]()
+    for s, t in zip(builder.points, builder.points[1:], strict=False):
+        history = [builder.evaluate(x, s), *history[:2]]
+        answer = history[0]
+        if t.sigma == 0:
+            x = transfer(answer, t)
+            continue
+        if s.alpha == 0:  # the limit rho -> inf: no memory of the state, unless the ODE's
+            x = transfer(answer, t)
+            if scale != "ode":
+                x = t.alpha * answer.data + t.sigma * builder.fresh_noise()
+            continue
+        at_end = float(phi(np.array(t.rho)))
+        kept = at_end / float(phi(np.array(s.rho)))
+        x = (t.alpha / s.alpha) * kept * answer.state + t.alpha * (1 - kept) * answer.data
+        past = [a for a in history if a.point.alpha > 0][:order]
+        # int d rho / phi and int (rho - rho_s) d rho / phi over the step, in log rho
+        log_rho = (math.log(t.rho) + math.log(s.rho)) / 2 + (
+            math.log(s.rho) - math.log(t.rho)
+        ) / 2 * nodes
+        rho = np.exp(log_rho)
+        measure = (math.log(s.rho) - math.log(t.rho)) / 2 * quadrature * rho / phi(rho)
+        if len(past) >= 2:
+            slope = (past[0].data - past[1].data) / (past[0].point.rho - past[1].point.rho)
+            x = x + t.alpha * (t.rho - s.rho + at_end * measure.sum()) * slope
+        if len(past) == 3:
+            before = (past[1].data - past[2].data) / (past[1].point.rho - past[2].point.rho)
+            bend = 2 * (slope - before) / (past[0].point.rho - past[2].point.rho)
+            weight = (t.rho - s.rho) ** 2 / 2 + at_end * float(measure @ (rho - s.rho))
+            x = x + t.alpha * weight * bend
+        std = math.sqrt(max(t.rho**2 - (s.rho * kept) ** 2, 0.0))
+        if std > 1e-6 * t.rho:  # the ODE's is 0 up to rounding
+            x = x + t.alpha * std * builder.fresh_noise()
+    name = f"er_sde{order}" + ("" if scale == "er_sde" else f"({scale})")
+    return builder.finish(x, builder.points[-1], name=name, source="arXiv:2309.06169")
+
+
+def seeds(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
+    """SEEDS-2: exponential two-stage method for the reverse SDE, in data prediction.
+
+    The stage's noise is the first part of the step's. Two evaluations a step, one on a step to
+    sigma = 0.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times of the steps.
+      stage: where the stage lies, as a fraction of the log-SNR step, in (0, 1).
+
+    Returns:
+      A stochastic tableau.
+
+    Raises:
+      ValueError: times that do not decrease, a stage outside (0, 1).
+
+    Reference: Gonzalez et al. 2023, arXiv:2305.14267; the noises combined for any `stage`, where
+    the authors' code is right for 1/2 only.
+    """
+    return _two_stage(process, times, stage, shared=True, name="seeds2", source="arXiv:2305.14267")
+
+
+def dpmpp_sde(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
+    """DPM-Solver++ (SDE) of k-diffusion: two stages with independent noises.
+
+    Weak order 1. Two evaluations a step, one on a step to sigma = 0.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times of the steps.
+      stage: where the stage lies, as a fraction of the log-SNR step, in (0, 1).
+
+    Returns:
+      A stochastic tableau.
+
+    Raises:
+      ValueError: times that do not decrease, a stage outside (0, 1).
+
+    Reference: Lu et al. 2022, arXiv:2211.01095, as in k-diffusion's `sample_dpmpp_sde`, eta = 1.
+    """
+    return _two_stage(
+        process, times, stage, shared=False, name="dpmpp_sde", source="arXiv:2211.01095"
+    )
+
+
+def _two_stage(
+    process: Process, times: Any, stage: float, *, shared: bool, name: str, source: str
+) -> Tableau:
+    if not 0 < stage < 1:
+        raise ValueError(f"`stage` must lie in (0, 1); got {stage}.")
+    builder = Builder(process, times)
+    x = builder.start
+    for s, t in zip(builder.points, builder.points[1:], strict=False):
+        first = builder.evaluate(x, s)
+        if t.sigma == 0:
+            x = transfer(first, t)
+            continue
+        if s.alpha == 0:
+            # an infinite step: two full renewals, the first halfway in sigma / (alpha + sigma)
+            v = (1 + t.sigma / (t.alpha + t.sigma)) / 2
+            middle = builder.point_at(-math.log(v / (1 - v)))
+            u = middle.alpha * first.data + middle.sigma * builder.fresh_noise()
+            second = builder.evaluate(u, middle)
+            x = t.alpha * second.data + t.sigma * builder.fresh_noise()
+            continue
+        h = t.log_snr - s.log_snr
+        middle = builder.point_at(s.log_snr + stage * h)
+        ratio = middle.sigma / s.sigma
+        drift = ratio * math.exp(-stage * h) * first.state
+        drift = drift - middle.alpha * math.expm1(-2 * stage * h) * first.data
+        noise_std = middle.sigma * _spread(stage * h)
+        second = builder.evaluate(drift + noise_std * builder.fresh_noise(), middle)
+        slope = 1 / (2 * stage)
+        data = (1 - slope) * first.data + slope * second.data
+        x = (t.sigma / s.sigma) * math.exp(-h) * first.state - t.alpha * math.expm1(-2 * h) * data
+        if shared:
+            z = (second.state - drift) / noise_std  # the stage's noise, from the stage's state
+            kept = math.exp(-(1 - stage) * h) * _spread(stage * h)
+            x = x + t.sigma * kept * z
+            x = x + t.sigma * _spread((1 - stage) * h) * builder.fresh_noise()
+        else:
+            x = x + t.sigma * _spread(h) * builder.fresh_noise()
+    return builder.finish(x, builder.points[-1], name=name, source=source)
