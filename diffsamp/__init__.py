@@ -4,7 +4,17 @@ Three things a user does: wrap a pretrained network in a `ScoreFn`, run a solver
 with `sample`, and `search` for the best tableau under a budget of network evaluations (NFE).
 """
 
-from diffsamp import metrics, predictions, processes, random, schedules, search, solvers, targets
+from diffsamp import (
+    guidance,
+    metrics,
+    predictions,
+    processes,
+    random,
+    schedules,
+    search,
+    solvers,
+    targets,
+)
 from diffsamp._sampler import Sampler, sampler
 from diffsamp.compat.diffusers import from_diffusers
 from diffsamp.processes import reversed_flow_apply
@@ -21,6 +31,7 @@ __all__ = [
     "Tableau",
     "Trajectory",
     "from_diffusers",
+    "guidance",
     "init",
     "metrics",
     "predictions",

@@ -163,6 +163,11 @@ class ScoreFn:
             object.__setattr__(new, name, value)
         return new
 
+    @property
+    def nfe_factor(self) -> int:
+        """Network evaluations per call: 1; guidance around it costs more."""
+        return 1
+
     # -- the two methods the executor uses --------------------------------------------------------
 
     @silence

@@ -15,7 +15,7 @@ LEVELS = [
     ["processes", "metrics"],
     ["predictions", "schedules", "tableau"],
     ["score", "solvers"],
-    ["sampling", "targets"],
+    ["sampling", "targets", "guidance"],
     ["search", "compat", "_sampler"],
     ["plots", "models"],
     ["cli"],

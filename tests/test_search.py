@@ -44,14 +44,16 @@ def test_the_canonical_form_reproduces_any_start(case, process):
     """Another tableau, the same sampler: data prediction, dense rows, equal to rounding."""
     tableau = case.solver(process, schedules.logsnr(process, 7))
     numbers = canonical(tableau)
-    np.testing.assert_allclose(numbers["sums"], 0, atol=1e-9)
-    np.testing.assert_allclose(numbers["state"], 0, atol=1e-9)
+    # two-step methods that can be inverted amplify rounding by the size of their weights
+    growth = max(1.0, np.abs(numbers["weights"]).max())
+    np.testing.assert_allclose(numbers["sums"], 0, atol=1e-10 * growth)
+    np.testing.assert_allclose(numbers["state"], 0, atol=1e-10 * growth)
     rebuilt = ds.Tableau.create(**from_canonical(numbers, ends(tableau), process))  # checks itself
     np.testing.assert_allclose(rebuilt.times, tableau.times, rtol=1e-9)
     x = np.linspace(-1, 1, 5)[:, None] * float(process.prior_std)
     posterior = skewed_mixture().posterior
     np.testing.assert_allclose(
-        twin(rebuilt, posterior, x), twin(tableau, posterior, x), rtol=0, atol=1e-8
+        twin(rebuilt, posterior, x), twin(tableau, posterior, x), rtol=0, atol=1e-9 * growth
     )
 
 

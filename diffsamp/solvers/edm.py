@@ -165,8 +165,7 @@ def dpm2(process: Process, times: Any) -> Tableau:
     Raises:
       ValueError: times that do not decrease.
 
-    Reference: Karras et al. 2022, arXiv:2206.00364; Lu et al. 2022,
-    arXiv:2206.00927, for the log-SNR midpoint.
+    Reference: Lu et al. 2022, arXiv:2206.00927; Karras et al. 2022, arXiv:2206.00364.
     """
     builder = Builder(process, times, NOISE)
     edm, flow = Chart("edm", builder), Chart("flow", builder)

@@ -93,7 +93,7 @@ def sa_solver(
     return builder.finish(x, points[-1], name=name, source="arXiv:2309.05019, algorithm 1")
 
 
-# the noise scale phi(rho) of the extended reverse SDE
+# the noise scale phi(rho) of ER-SDE
 _SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ode": lambda rho: rho,
     "sde": lambda rho: rho**2,
@@ -189,20 +189,9 @@ def seeds(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
 
 
 def dpmpp_sde(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
-    """DPM-Solver++ (SDE) of k-diffusion: two stages with independent noises.
+    """DPM-Solver++ (SDE) of k-diffusion: two stages with independent noises; weak order 1.
 
-    Weak order 1. Two evaluations a step, one on a step to sigma = 0.
-
-    Args:
-      process: the noise process.
-      times: (n + 1,) decreasing times of the steps.
-      stage: where the stage lies, as a fraction of the log-SNR step, in (0, 1).
-
-    Returns:
-      A stochastic tableau.
-
-    Raises:
-      ValueError: times that do not decrease, a stage outside (0, 1).
+    Two evaluations a step, one on a step to sigma = 0. Arguments and errors as `seeds`.
 
     Reference: Lu et al. 2022, arXiv:2211.01095, as in k-diffusion's `sample_dpmpp_sde`, eta = 1.
     """
