@@ -90,8 +90,9 @@ class ScoreFn:
         `diffsamp.predictions`).
       time: what the network takes as its time: "t" (the process's own time), "sigma", "rho"
         (sigma / alpha), "log_snr" (nats), "label" (the index 0..T-1 of a discrete process, else
-        1000 t), "c_noise" (log(rho) / 4, EDM), or a function of a `Level`. None: "c_noise" for
-        "edm_f", else "t".
+        1000 t; real, so round the times themselves, with `ds.schedules.rounded`, for a network
+        that needs integers), "c_noise" (log(rho) / 4, EDM), or a function of a `Level`. None:
+        "c_noise" for "edm_f", else "t".
       scale_input: multiply x by EDM's c_in, 1 / sqrt(sigma^2 + sigma_data^2 alpha^2), before the
         network. None: only for "edm_f".
       sigma_data: standard deviation of the training data, used by EDM's preconditioning.
