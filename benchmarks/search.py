@@ -59,9 +59,9 @@ def main() -> None:
     rows = []
     for nfe in arguments.nfe:
         best = compared.best(nfe)
-        first = compared.best(nfe, where=lambda e: ds.search.can_distill(e.tableau))
+        starts = ds.search.candidates(compared, nfe, most=3)
         plan = ds.search.distill(
-            score_fn, x_fit, start=first.tableau, key=key_order, cond=cond_fit,
+            score_fn, x_fit, start=starts, key=key_order, cond=cond_fit,
             steps=arguments.steps,
         )  # fmt: skip
         (psnr_best, far_best), (psnr_found, far_found) = map(on_fresh, (best.tableau, plan.tableau))
@@ -74,6 +74,7 @@ def main() -> None:
                 f"{psnr_found - psnr_best:+.1f}",
                 f"{far_best:.2f}",
                 f"{far_found:.2f}",
+                plan.start,
                 f"{plan.seconds:.0f}",
             ]
         )
@@ -82,16 +83,15 @@ def main() -> None:
     odd, even = data[1::2], data[::2]
     text += (
         f"\nBundled digits network, {arguments.starts} noises to fit (a quarter of them held out), "
-        f"{arguments.steps} gradient steps of 64; PSNR in dB to the 200-evaluation solution and "
-        f"Frechet distance to the real digits (pixels), both on {arguments.fresh} noises that took "
-        f"no part. The ODE's own distance is {ds.metrics.frechet_distance(reference, data):.2f}, "
-        f"that of two halves of the data {ds.metrics.frechet_distance(odd, even):.2f}. Comparing "
-        f"all {len(compared.entries)} fixed samplers on 256 noises took {comparing:.0f} s.\n\n"
+        f"{arguments.steps} gradient steps of 64, from the one of three starts that got furthest "
+        f"in an eighth of that. PSNR in dB to the 200-evaluation solution and Frechet distance to "
+        f"the real digits (pixels), both on {arguments.fresh} noises that took no part. The ODE's "
+        f"own distance is {ds.metrics.frechet_distance(reference, data):.2f}, that of two halves "
+        f"of the data {ds.metrics.frechet_distance(odd, even):.2f}. Comparing all "
+        f"{len(compared.entries)} fixed samplers on 256 noises took {comparing:.0f} s.\n\n"
     )
-    text += table(
-        ["NFE", "best fixed", "its PSNR", "distilled", "gain", "its distance", "distilled", "s"],
-        rows,
-    )
+    head = ["NFE", "best fixed", "its PSNR", "distilled", "gain"]
+    text += table([*head, "its distance", "distilled", "from", "s"], rows)
     with open(arguments.out, "w", encoding="utf-8") as file:
         file.write(text)
 

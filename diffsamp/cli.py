@@ -107,13 +107,14 @@ def demo(arguments: argparse.Namespace) -> int:
     )
 
     nfe = arguments.nfe
-    best = table.best(nfe, where=lambda entry: ds.search.can_distill(entry.tableau))
-    print(f"\nSearching for {nfe} evaluations, from {best.solver} on {best.schedule} ...")
+    starts = ds.search.candidates(table, nfe, most=2)
+    names = " or ".join(tableau.name for tableau in starts)
+    print(f"\nSearching for {nfe} evaluations, from {names} ...")
     x_fit, cond_fit = start(key_fit, 512)
     plan = ds.search.distill(
         score_fn,
         x_fit,
-        start=best.tableau,
+        start=starts,
         key=key_order,
         cond=cond_fit,
         steps=arguments.steps,
@@ -125,7 +126,7 @@ def demo(arguments: argparse.Namespace) -> int:
     best_any = table.best(nfe)
     print(
         f"Held-out noise: {held['start']:.1f} dB -> {held['found']:.1f} dB "
-        f"({held['found'] - held['start']:+.1f} dB) in {plan.seconds:.0f} s.\n"
+        f"({held['found'] - held['start']:+.1f} dB) in {plan.seconds:.0f} s, from {plan.start}.\n"
         f"On the table's noise: {best_any.psnr:.1f} dB (best fixed, {best_any.solver} on "
         f"{best_any.schedule}) -> {found_psnr:.1f} dB; Frechet distance "
         f"{best_any.scores['distance']:.2f} -> {distance(found):.2f}."

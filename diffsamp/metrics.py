@@ -13,15 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp._checks import expect_int
+from diffsamp._numeric import working_dtype
+
 __all__ = ["frechet_distance", "mean_squared_error", "psnr", "rmse", "sliced_wasserstein"]
 
 
 def mean_squared_error(x: Any, reference: Any) -> jax.Array:
-    """Mean squared difference of each sample over its own axes; (batch, ...) -> (batch,)."""
-    x, reference = jnp.asarray(x), jnp.asarray(reference)
-    if x.shape != reference.shape:
+    """Mean squared difference of each sample over its own axes; (batch, ...) -> (batch,).
+
+    In float32 at least: differences of integers (8-bit images) would wrap around.
+    """
+    x, reference = (v.astype(working_dtype(v.dtype)) for v in map(jnp.asarray, (x, reference)))
+    if x.shape != reference.shape or x.ndim < 1:
         raise ValueError(
-            f"`x` and `reference` must have one shape; got {x.shape} and {reference.shape}."
+            "`x` and `reference` must have one shape, (batch, ...); got "
+            f"{x.shape} and {reference.shape}."
         )
     return jnp.mean(jnp.square(x - reference).reshape(x.shape[0], -1), axis=1)
 
@@ -42,6 +49,8 @@ def psnr(x: Any, reference: Any, *, data_range: float = 2.0) -> jax.Array:
     Returns:
       A scalar. The mean of logarithms, as in Shaul et al. 2024 (BNS, arXiv:2403.01329).
     """
+    if not data_range > 0:
+        raise ValueError(f"`data_range` must be positive; got {data_range}.")
     # float32's smallest normal number stands for "equal"
     error = jnp.maximum(mean_squared_error(x, reference), jnp.finfo(jnp.float32).tiny)
     return jnp.mean(20 * jnp.log10(jnp.asarray(data_range, error.dtype)) - 10 * jnp.log10(error))
@@ -98,8 +107,17 @@ def sliced_wasserstein(x: Any, reference: Any, key: Any, *, projections: int = 2
 
     Returns:
       A float in units of x; 0 for equal sets.
+
+    Raises:
+      ValueError: no samples, or different dimensions.
     """
-    sets = [np.asarray(v, np.float64).reshape(np.shape(v)[0], -1) for v in (x, reference)]
+    expect_int(projections, "projections", at_least=1)
+    sets = []
+    for name, values in (("x", x), ("reference", reference)):
+        values = np.asarray(values, np.float64)
+        if values.ndim < 1 or values.size == 0:
+            raise ValueError(f"`{name}` must have shape (n >= 1, ...); got {values.shape}.")
+        sets.append(values.reshape(values.shape[0], -1))
     if sets[0].shape[1] != sets[1].shape[1]:
         raise ValueError(
             "`x` and `reference` must have as many dimensions; got "

@@ -145,7 +145,10 @@ def conversion(
     s = xp.where(own, (v0 * f0 + v1 * f1) / xp.where(size > 0, size, 1), s)
     r = xp.where(own, xp.zeros_like(r), r)
     same_scale = f_scale == v_scale
-    return r / v_scale, xp.where(same_scale, s, s * f_scale / v_scale)
+    r, s = r / v_scale, xp.where(same_scale, s, s * f_scale / v_scale)
+    # also where a weight is infinite (velocity) or the scale is 0 (score)
+    identical = (f0 == v0) & (f1 == v1) & same_scale
+    return xp.where(identical, xp.zeros_like(r), r), xp.where(identical, xp.ones_like(s), s)
 
 
 def convert(

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import random
+from diffsamp._checks import expect_int
 from diffsamp._numeric import as_float, namespace, silence
 
 __all__ = [
@@ -63,9 +64,13 @@ def _pytree(cls: type[_T]) -> type[_T]:
     return new
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: Any) -> None:
     for name, value in values.items():
-        if not (np.isfinite(value) and value > 0):
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"`{name}` must be a number; got {value!r}.") from None
+        if not (math.isfinite(number) and number > 0):
             raise ValueError(f"`{name}` must be a positive, finite number; got {value!r}.")
 
 
@@ -143,8 +148,8 @@ class Process(abc.ABC):
         Returns:
           An array of `shape`.
         """
-        if len(shape) < 1:
-            raise ValueError(f"`shape` must have a leading batch axis; got {tuple(shape)}.")
+        if np.ndim(shape) != 1 or len(shape) < 1:
+            raise ValueError(f"`shape` must have a leading batch axis; got {shape!r}.")
         keys = random.sample_keys(key, shape[0])
         noise = jax.vmap(lambda k: jax.random.normal(k, tuple(shape[1:]), dtype))(keys)
         return noise * jnp.asarray(self.prior_std, dtype)
@@ -236,8 +241,9 @@ class VPCosine(_VariancePreserving):
         t = as_float(t, self.s)
         xp = namespace(t)
         angle, start = self._angles(t)
+        difference = t / (1 + as_float(self.s, t)) * (math.pi / 2)  # angle - start
         # 1 - alpha^2 as a product, which keeps its relative accuracy for t -> 0
-        square = xp.sin(angle - start) * xp.sin(angle + start) / xp.cos(start) ** 2
+        square = xp.sin(difference) * xp.sin(angle + start) / xp.cos(start) ** 2
         return xp.sqrt(xp.maximum(square, 0))
 
     def alpha_dot(self, t: Array) -> Array:
@@ -308,12 +314,13 @@ class VPDiscrete(_VariancePreserving):
         alpha_dot, sigma_dot = alpha * sigma**2 * slope, -sigma * alpha**2 * slope
 
         # last piece of a zero-terminal-SNR table: alpha falls linearly to 0
-        linear = alpha * (1 - (t - left))
+        # (each piece stays in its own range elsewhere: a NaN there would spoil the gradient here)
+        linear = alpha * (1 - xp.where(t < 0, 0.0, t - left))
         linear_sigma = xp.sqrt(1 - linear**2)
         linear_dot = linear * alpha / linear_sigma
         # clean piece: sigma falls linearly to 0 at t = -1
         first = xp.exp(-xp.logaddexp(xp.zeros_like(table[0]), 2 * table[0]) / 2)
-        clean = first * xp.clip(1 + t, 0, 1)
+        clean = first * xp.where(t < 0, xp.where(t < -1, 0.0, 1 + t), 1.0)
         clean_alpha = xp.sqrt(1 - clean**2)
 
         def pick(inner: Array, zero_snr: Array, near_clean: Array) -> Array:
@@ -529,8 +536,10 @@ def beta_table(
       beta_end: the last beta; likewise.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, fewer than 2 levels, or an end that is not positive.
     """
+    expect_int(num_levels, "num_levels", at_least=2)
+    _positive(beta_start=beta_start, beta_end=beta_end)
     if name == "linear":
         return np.linspace(beta_start, beta_end, num_levels)
     if name == "scaled_linear":

@@ -102,8 +102,8 @@ def polynomial(
     Returns:
       float64 times, shape (n + 1,), decreasing.
     """
-    if not power > 0:
-        raise ValueError(f"`power` must be positive; got {power}.")
+    if not 0 < power < np.inf:
+        raise ValueError(f"`power` must be positive and finite; got {power}.")
     clean = process.t_clean
     if final == "clean":
         if t_min is not None:
@@ -197,8 +197,8 @@ def karras(
     For the EDM process with final="clean" these are EDM's n noise levels and the 0 after them.
     Arguments and result as `logsnr`, with `rho` the exponent.
     """
-    if not rho > 0:
-        raise ValueError(f"`rho` must be positive; got {rho}.")
+    if not 0 < rho < np.inf:
+        raise ValueError(f"`rho` must be positive and finite; got {rho}.")
     t_max = _finite_start(process, t_max)
 
     def to_grid(t: np.ndarray) -> np.ndarray:

@@ -118,6 +118,15 @@ class ScoreFn:
             raise TypeError(f"`apply` must be a function; got {type(self.apply).__name__}.")
         name = predictions.canonical_name(self.prediction)
         object.__setattr__(self, "prediction", name)
+        if not isinstance(self.process, Process):
+            raise TypeError(
+                "`process` must be a diffsamp process, such as diffsamp.processes.vp_linear(); got "
+                f"{type(self.process).__name__}."
+            )
+        if not (np.isfinite(self.sigma_data) and self.sigma_data > 0):
+            raise ValueError(
+                f"`sigma_data` must be a positive, finite number; got {self.sigma_data!r}."
+            )
         if self.time is None:
             object.__setattr__(self, "time", "c_noise" if name == "edm_f" else "t")
         elif not callable(self.time):
@@ -206,6 +215,12 @@ class ScoreFn:
             inputs = jax.tree.map(lambda leaf: scale_rows(bound.scale, leaf) * leaf, inputs)
         inputs = jax.tree.map(lambda i, leaf: i.astype(self.dtype or leaf.dtype), inputs, x)
         label = jnp.asarray(bound.label, working_dtype(jnp.result_type(bound.label)))
+        if label.shape not in ((), () if batch is None else (batch,)):
+            raise ValueError(
+                "the time must be a scalar"
+                + ("" if batch is None else f" or one per sample, shape ({batch},)")
+                + f"; got shape {label.shape}."
+            )
         if batch is not None:
             label = jnp.broadcast_to(label, (batch,))
         output = self.apply(self.params, inputs, label, **(cond or {}))
@@ -243,10 +258,16 @@ class ScoreFn:
           ValueError: an unknown name, or a prediction that is not determined at t.
         """
         name = self.prediction if prediction is None else predictions.canonical_name(prediction)
+        expect_state(x, "x", self.batched)
+        x = jax.tree.map(jnp.asarray, x)
         level = predictions.level_at(self.process, t)
         w0, w1, g = predictions.weights(name, self.process, level, self.sigma_data)
         with np.errstate(divide="ignore", invalid="ignore"):  # the score at sigma = 0
             bound = self.bind(level, (w0 / g, w1 / g))
+        if name == self.prediction:  # the network's own output, whatever the level determines
+            xp = namespace(level.alpha)
+            r, s = xp.zeros_like(level.alpha), xp.ones_like(level.alpha)
+            bound = bound._replace(r=r, s=s)
         self.check_bound(bound, level, np.ones(np.shape(t), bool))
         return self.predict(x, bound, cond)
 

@@ -174,11 +174,16 @@ class GaussianMixture(Target):
           (batch, dim).
 
         Raises:
-          ValueError: several components in more than one dimension, where no closed form exists.
+          ValueError: several components in more than one dimension, where no closed form exists;
+            or x of another dimension.
         """
-        if not is_concrete(self, process):
+        if not is_concrete(self, process, x, t, t_end):
             raise TypeError("`ode_solution` is a host function: call it outside `jit`.")
         x = np.asarray(x, np.float64)
+        if x.ndim != 2 or x.shape[1] != np.shape(self.means)[1]:
+            raise ValueError(
+                f"`x` must have shape (batch, {np.shape(self.means)[1]}); got {x.shape}."
+            )
         (a_s, s_s), (a_t, s_t) = (
             (float(process.alpha(v)), float(process.sigma(v))) for v in (t, t_end)
         )
@@ -263,8 +268,8 @@ def gaussian_mixture(weights: Any, means: Any, covs: Any) -> GaussianMixture:
       covs: (K,) variances, (K, dim) diagonals or (K, dim, dim) covariances.
 
     Raises:
-      ValueError: shapes that do not agree, a weight that is not positive, or a covariance that is
-        not symmetric and positive definite.
+      ValueError: shapes that do not agree, a weight that is not positive, a number that is not
+        finite, or a covariance that is not symmetric and positive definite.
     """
     weights, means = np.asarray(weights, np.float64), np.asarray(means, np.float64)
     covs = np.asarray(covs, np.float64)
@@ -273,6 +278,8 @@ def gaussian_mixture(weights: Any, means: Any, covs: Any) -> GaussianMixture:
             "`means` must have shape (K, dim) and `weights` (K,); got "
             f"{means.shape} and {weights.shape}."
         )
+    if means.size == 0 or not np.all(np.isfinite(means)):
+        raise ValueError(f"`means` must hold finite numbers, at least one; got {means}.")
     if not np.all(weights > 0):
         raise ValueError(f"`weights` must be positive; got {weights}.")
     count, dim = means.shape
@@ -285,6 +292,8 @@ def gaussian_mixture(weights: Any, means: Any, covs: Any) -> GaussianMixture:
             f"`covs` must have shape ({count},), ({count}, {dim}) or ({count}, {dim}, {dim}); got "
             f"{covs.shape}."
         )
+    if not np.all(np.isfinite(covs)):
+        raise ValueError(f"`covs` must be finite; got {covs}.")
     if not np.allclose(covs, np.swapaxes(covs, 1, 2)):
         raise ValueError("`covs` must be symmetric.")
     variances, bases = np.linalg.eigh(covs)
@@ -302,9 +311,11 @@ def empirical(points: Any) -> Empirical:
     """The uniform distribution on points (K, ...), flattened to (K, dim).
 
     Raises:
-      ValueError: no points, or only one axis.
+      ValueError: no points, only one axis, or a point that is not finite.
     """
     points = np.asarray(points, np.float64)
-    if points.ndim < 2 or points.shape[0] < 1:
+    if points.ndim < 2 or points.size == 0:
         raise ValueError(f"`points` must have shape (K, ...); got {points.shape}.")
+    if not np.all(np.isfinite(points)):
+        raise ValueError("`points` must be finite.")
     return Empirical(points.reshape(points.shape[0], -1))

@@ -1,5 +1,7 @@
 """Processes against independent formulas, their inverses, derivatives, ends and priors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,24 @@ def test_beta_tables_have_their_published_ends():
     assert np.all(np.diff(cosine) >= 0)
 
 
+def test_published_noise_levels_of_the_tables():
+    """Lin et al. 2023 (arXiv:2305.08891), table 1, and k-diffusion's levels for latent models."""
+    latent = ds.processes.vp_discrete("scaled_linear", beta_start=0.00085, beta_end=0.012)
+    published = [
+        (latent.alpha(999), 0.068265, 5e-7),  # half of the last printed digit
+        (ds.processes.vp_discrete("linear").alpha(999), 0.006353, 5e-7),
+        (ds.processes.vp_discrete("squaredcos_cap_v2").alpha(999), 4.928e-5, 5e-9),
+        # k-diffusion's levels come from alpha-bar in float32: 6e-8 of 1 - alpha-bar = 8.5e-4
+        (np.exp(-latent.log_snr(0)), 0.0291675, 0.0291675 * 6e-8 / 8.5e-4 / 2),
+        (np.exp(-latent.log_snr(999)), 14.6146, 5e-5),
+    ]
+    for got, want, digit in published:
+        assert got == pytest.approx(want, abs=digit)
+    # the test can fail: one end of the table 1 % higher
+    other = ds.processes.vp_discrete("scaled_linear", beta_start=0.00085, beta_end=0.01212)
+    assert abs(other.alpha(999) - 0.068265) > 100 * 5e-7
+
+
 def test_zero_terminal_snr():
     """The last level has no signal, the first is unchanged; alpha is mapped affinely."""
     plain = ds.processes.vp_discrete("scaled_linear")
@@ -94,17 +114,38 @@ def test_ve_edm_flow():
     assert flow.uniform_time(0.5) == pytest.approx(0.75)
 
 
+def near_both_ends(process):
+    """Times at distances 1e-14 .. 1 of the range from either end."""
+    span = process.t_max - process.t_clean
+    distance = np.logspace(-14, -0.01, 43) * span
+    t = np.concatenate([process.t_clean + distance, process.t_max - distance])
+    # VE jumps to its clean end below t_min
+    return t[t >= process.t_min] if isinstance(process, processes.VE) else t
+
+
+def inverse_error(process, t, back):
+    """Error of times relative to what float64 can hold; below 1 is right.
+
+    The distance from the clean end keeps 13 digits where it is representable. A table's clean end
+    is at -1, and VE's log-SNR is about 4.6 there: both add a few roundings of the range.
+    """
+    absolute = isinstance(process, processes.VPDiscrete | processes.VE)
+    floor = 4 * np.finfo(float).eps * (process.t_max - process.t_clean) if absolute else 0.0
+    return np.max(np.abs(back - t) / (1e-13 * np.abs(t - process.t_clean) + floor))
+
+
 @EVERY
 def test_the_inverse_of_log_snr(process):
-    t = inner_times(process)
-    if isinstance(process, processes.VE):
-        t = t[t > process.t_min]
-    span = process.t_max - process.t_clean
-    # the zero-SNR table has a piece where alpha, not log-SNR, is linear: rounding of 1 - alpha
-    np.testing.assert_allclose(process.time(process.log_snr(t)), t, rtol=1e-9, atol=1e-11 * span)
+    t = near_both_ends(process)
     log_snr = process.log_snr(t)
-    assert np.all(np.diff(log_snr) < 0)
-    np.testing.assert_allclose(process.log_snr(process.time(log_snr)), log_snr, atol=1e-9)
+    assert inverse_error(process, t, process.time(log_snr)) < 1
+    assert inverse_error(process, t, process.time(1.01 * log_snr)) > 1e6  # it can fail
+    rising = np.sort(inner_times(process))
+    rising = rising[rising >= process.t_min]
+    assert np.all(np.diff(process.log_snr(rising)) < 0)
+    again = process.log_snr(process.time(process.log_snr(rising)))
+    # a time of 1000 holds its last steps to 1e-13, and log-SNR moves by up to 1 per step
+    np.testing.assert_allclose(again, process.log_snr(rising), rtol=1e-11, atol=1e-11)
 
 
 @EVERY
@@ -141,6 +182,41 @@ def test_derivatives_against_differences(process):
 
 
 @EVERY
+@pytest.mark.usefixtures("x64")
+def test_derivatives_against_automatic_differentiation(process):
+    """In float64, near both ends and in every piece of a table; nowhere NaN."""
+    t = np.concatenate([near_both_ends(process), inner_times(process)])
+    span = process.t_max - process.t_clean
+    t = t[(t - process.t_clean > 1e-9 * span) & (process.t_max - t > 1e-9 * span)]
+    if isinstance(process, processes.VPDiscrete):
+        t = t[np.abs(t - np.round(t)) > 1e-9]  # no kink
+        assert t.min() < 0 < process.t_max - 1 < t.max()
+    for value, derivative in (
+        (process.alpha, process.alpha_dot),
+        (process.sigma, process.sigma_dot),
+    ):
+        slope = np.asarray(jax.vmap(jax.grad(value))(jnp.asarray(t)))
+        # both take a difference of nearly equal numbers where the slope vanishes
+        scale = 1e-12 * np.abs(slope).max()
+        np.testing.assert_allclose(derivative(t), slope, rtol=1e-9, atol=scale)
+        if np.any(slope):
+            with pytest.raises(AssertionError, match="Not equal to tolerance"):
+                np.testing.assert_allclose(1.01 * derivative(t), slope, rtol=1e-9, atol=scale)
+
+
+@EVERY
+def test_finite_in_float32_up_to_the_ends(process):
+    t = jnp.asarray([process.t_clean, process.t_min, process.t_max], jnp.float32)
+    alpha, sigma = jax.jit(lambda p, t: (p.alpha(t), p.sigma(t)))(process, t)
+    assert (float(alpha[0]), float(sigma[0])) == (1, 0)
+    assert np.all(np.isfinite(alpha))
+    assert np.all(np.isfinite(sigma))
+    assert np.isposinf(process.log_snr(t)[0])
+    slopes = jax.vmap(jax.grad(lambda t: process.sigma(t) + process.alpha(t)))(t[1:])
+    assert np.all(np.isfinite(slopes))
+
+
+@EVERY
 def test_the_jax_path_agrees_with_the_host_path(process):
     t = inner_times(process)
     if isinstance(process, processes.VE):
@@ -160,19 +236,30 @@ def test_the_jax_path_agrees_with_the_host_path(process):
     np.testing.assert_allclose(slope, process.sigma_dot(host[5:-5]), rtol=5e-2)
 
 
-def test_a_process_is_a_pytree_of_its_numbers():
+@EVERY
+def test_a_process_is_a_pytree_of_its_numbers(process):
     traces = []
 
     @jax.jit
     def f(process, t):
         traces.append(1)
-        return process.alpha(t)
+        return process.alpha(t) + 2 * process.sigma(t)
 
-    for high in (10.0, 20.0, 30.0):
-        process = ds.processes.vp_linear(0.1, high)
-        assert jax.tree.leaves(process) == [0.1, high]
-        assert float(f(process, 0.5)) == pytest.approx(float(process.alpha(0.5)), rel=1e-6)
+    t = process.t_clean + 0.3 * (process.t_max - process.t_clean)
+    values = [getattr(process, field.name) for field in dataclasses.fields(process)]
+    leaves, treedef = jax.tree.flatten(process)
+    assert len(leaves) == len(values)
+    assert all(leaf is value for leaf, value in zip(leaves, values, strict=True))
+    answers = set()
+    for factor in (1.0, 1.01, 1.02):
+        other = jax.tree.unflatten(treedef, [leaf * factor for leaf in leaves])
+        answers.add(float(f(other, t)))
+        assert float(f(other, t)) == pytest.approx(
+            float(other.alpha(t) + 2 * other.sigma(t)), rel=1e-5
+        )
     assert len(traces) == 1
+    parameter_free = isinstance(process, processes.EDM | processes.Flow)
+    assert len(answers) == (1 if parameter_free else 3)
 
 
 @EVERY
@@ -189,6 +276,26 @@ def test_the_prior(process):
     assert process.prior_sample(key, (2, 3), jnp.bfloat16).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="leading batch axis"):
         process.prior_sample(key, ())
+
+
+def test_the_prior_takes_every_kind_of_key():
+    process = ds.processes.edm()
+    typed, raw = jax.random.key(3), jax.random.PRNGKey(3)
+    want = process.prior_sample(typed, (4, 2))
+    np.testing.assert_array_equal(process.prior_sample(raw, (4, 2)), want)
+    own = ds.random.sample_keys(typed, 4)
+    np.testing.assert_array_equal(process.prior_sample(own, (4, 2)), want)
+    np.testing.assert_array_equal(process.prior_sample(jax.random.key_data(own), (4, 2)), want)
+    # samples differ from one another, and from those of another key
+    assert len(np.unique(want[:, 0])) == 4
+    assert np.all(process.prior_sample(jax.random.key(4), (4, 2)) != want)
+    for bad in (0, None, jnp.ones(2), np.zeros((), np.uint32)):
+        with pytest.raises(TypeError, match="`key` must be a JAX random key, such as"):
+            process.prior_sample(bad, (4, 2))
+    with pytest.raises(ValueError, match=r"one per sample, shape \(4,\); got shape \(3,\)"):
+        process.prior_sample(own[:3], (4, 2))
+    with pytest.raises(ValueError, match="leading batch axis; got 4"):
+        process.prior_sample(typed, 4)
 
 
 def test_reversed_flow_models():
@@ -222,8 +329,28 @@ def test_reversed_flow_models():
         (lambda: ds.processes.vp_discrete("cosine"), '`betas` must be "linear"'),
         (lambda: ds.processes.vp_discrete([0.1]), r"shape \(T,\) with T >= 2"),
         (lambda: ds.processes.vp_discrete([0.1, 1.5]), r"betas\[1\] = 1.5"),
+        (lambda: ds.processes.vp_discrete([0.1, np.nan, 0.2]), r"betas\[1\] = nan"),
+        (lambda: ds.processes.vp_discrete(None), r"shape \(T,\)"),
+        (lambda: ds.processes.vp_discrete(num_levels=1), "`num_levels` must be at least 2"),
+        (lambda: ds.processes.vp_discrete("scaled_linear", beta_start=-1), "`beta_start` must be"),
+        (lambda: ds.processes.vp_linear("0.1"), "`beta_min` must be a positive, finite number"),
+        (lambda: ds.processes.vp_linear(np.nan), "`beta_min` must be a positive, finite number"),
     ],
 )
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ds.processes.vp_linear(None), "`beta_min` must be a number; got None"),
+        (lambda: ds.processes.edm([1.0, 2.0]), "`sigma_min` must be a number; got"),
+        (lambda: jax.jit(ds.processes.flow)(2.0), "`shift` must be a number; got"),
+        (lambda: ds.processes.vp_discrete(num_levels=2.5), "`num_levels` must be an integer"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

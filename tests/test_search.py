@@ -8,7 +8,7 @@ from cases import DETERMINISTIC, skewed_mixture, twin
 
 import diffsamp as ds
 from diffsamp import schedules, search, solvers
-from diffsamp.search.distill import canonical, from_canonical
+from diffsamp.search import canonical, from_canonical
 
 PROCESS = ds.processes.edm(0.02, 20.0)
 
@@ -197,6 +197,27 @@ def test_distill_starts_exactly_and_never_gets_worse(score_fn):
     wild = search.distill(score_fn, x_T, learning_rate=30.0, evaluate_every=1, **options)
     assert max(h[2] for h in wild.history) >= wild.history[0][2]
     assert wild.psnr["held_out"]["found"] >= wild.psnr["held_out"]["start"] - 0.5
+
+
+def test_several_starts_are_tried(score_fn):
+    """The one that gets furthest in a short run is taken, not the one that begins best."""
+    x_T = start(96)
+    poor = solvers.ddim(PROCESS, [20.0, 19.0, 18.0, 17.0, 0.0])
+    good = solvers.dpmpp(PROCESS, schedules.logsnr(PROCESS, 4))
+    plan = search.distill(
+        score_fn, x_T, start=[poor, good], key=jax.random.key(0), steps=24, batch=32
+    )
+    assert plan.start == "dpmpp_2m"
+    found = search.compare(score_fn, x_T[:16], nfe=(3, 4), key=jax.random.key(0))
+    several = search.candidates(found, 4)
+    assert len(several) == 4
+    assert all(tableau.nfe == 4 and search.can_distill(tableau) for tableau in several)
+    best = found.best(4, where=lambda entry: search.can_distill(entry.tableau))
+    assert several[0].name == best.tableau.name
+    with pytest.raises(ValueError, match="no sampler of 9 evaluations can be distilled"):
+        search.candidates(found, 9)
+    with pytest.raises(ValueError, match="`start` must hold at least one tableau"):
+        search.distill(score_fn, x_T, start=[], key=jax.random.key(0))
 
 
 def test_distill_is_reproducible_and_frees_more_when_asked(score_fn):

@@ -4,8 +4,9 @@
 and coefficients. Both judge a sampler by its distance to a fine solution from the same noise.
 """
 
+from diffsamp.search.canonical import can_distill, canonical, from_canonical
 from diffsamp.search.compare import Comparison, Entry, compare
-from diffsamp.search.distill import Plan, can_distill, canonical, distill
+from diffsamp.search.distill import Plan, candidates, distill
 from diffsamp.search.objective import reference_tableau, run
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "Entry",
     "Plan",
     "can_distill",
+    "candidates",
     "canonical",
     "compare",
     "distill",
+    "from_canonical",
     "reference_tableau",
     "run",
 ]

@@ -1,19 +1,9 @@
-"""`distill`: learn a tableau's times and coefficients by gradient descent.
+"""`distill`: learn a tableau's times and coefficients by gradient descent, in canonical form.
 
-Every deterministic, consistent tableau of N evaluations on falling levels has one canonical form
-in data prediction,
+The start is reproduced exactly at step 0, weights are in units of the step, and a constant data
+prediction stays exact whatever is learned (see `canonical`).
 
-    u_{n+1} = (sigma_{n+1}/sigma_n) u_n + kappa_n sum_{j<=n} G[n,j] D_j,
-    kappa_n = alpha_{n+1} - alpha_n sigma_{n+1}/sigma_n,      sum_j G[n,j] = 1,
-
-because its own x_T coefficient is sigma_n/sigma_0 (the tableau's self-check). The free numbers are
-the log-SNRs of the inner points and the off-diagonal part of the lower triangular G: N - 1 and
-N (N - 1) / 2. Any start is reproduced exactly, the weights are in units of the step, and a constant
-data prediction stays exact whatever is learned. With consistent=False the row sums of G and the
-coefficient of u_n are free as well (3 N - 2 numbers more in all, as in bespoke non-stationary
-solvers).
-
-References: Shaul et al. 2024 (BNS, arXiv:2403.01329): all coefficients and times free, mean
+Reference: Shaul et al. 2024 (BNS, arXiv:2403.01329): all coefficients and times free, mean
 log-error to a fine solution at equal noise, warm start from a known solver.
 """
 
@@ -22,24 +12,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import metrics
+from diffsamp import metrics, solvers
 from diffsamp._checks import expect_int, expect_state
-from diffsamp._numeric import as_float, namespace, silence
+from diffsamp._numeric import silence
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
 from diffsamp.score import ScoreFn
-from diffsamp.search.compare import compare
+from diffsamp.search.canonical import can_distill, canonical, from_canonical
+from diffsamp.search.compare import Comparison, compare
 from diffsamp.search.objective import Progress, reference_tableau, run, slice_batch
 from diffsamp.tableau import Tableau
 
-__all__ = ["Plan", "can_distill", "canonical", "distill"]
+__all__ = ["Plan", "candidates", "distill"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,96 +55,12 @@ class Plan:
     seconds: float
 
 
-def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
-    """The numbers of the canonical form of a deterministic tableau; float64.
-
-    Returns:
-      "log_snr" (N - 1,) of the inner points, "weights" (N, N) strictly lower part of G, "sums"
-      (N,) row sums of G minus 1 and "state" (N,) change of u_n's coefficient; the last two are 0
-      up to rounding for a consistent tableau.
-
-    Raises:
-      ValueError: a stochastic tableau, rows without evaluation other than trailing padding, or
-        levels that do not fall (multi-stage methods revisit one).
-    """
-    rows = tableau.nfe
-    live = np.asarray(tableau.evaluates)
-    if tableau.stochastic or not np.all(live[:rows]):
-        raise ValueError(
-            f"tableau {tableau.name!r} cannot be distilled: it must be deterministic, with every "
-            "row making an evaluation."
-        )
-    alpha, sigma = tableau.alpha[: rows + 1], tableau.sigma[: rows + 1]
-    rho = sigma[:-1] / np.maximum(alpha[:-1], 1e-300)
-    if not (np.all(np.diff(rho) < 0) and sigma[-1] / alpha[-1] < rho[-1]):
-        raise ValueError(
-            f"tableau {tableau.name!r} cannot be distilled: its noise level must fall from row to "
-            "row. Start from a method of one evaluation a step."
-        )
-    # u_n as weights on (x_T, D_0 .. D_{N-1}); m_j = w0 D_j + w1 (u_j - alpha_j D_j) / sigma_j
-    full, outputs = np.zeros((rows + 1, rows + 1)), np.zeros((rows, rows + 1))
-    full[0, 0] = 1.0
-    for n in range(rows):
-        w0, w1 = tableau.target[n]
-        outputs[n] = w1 / sigma[n] * full[n]
-        outputs[n, 1 + n] += w0 - w1 * alpha[n] / sigma[n]
-        for i in range(min(tableau.p, n + 1)):
-            full[n + 1] += tableau.a[n, i] * full[n - i]
-        for j in range(min(tableau.q, n + 1)):
-            full[n + 1] += tableau.b[n, j] * outputs[n - j]
-    on_start, on_data = full[:, 0], full[:, 1:]
-    ratio = sigma[1:] / sigma[:-1]
-    kappa = alpha[1:] - alpha[:-1] * ratio
-    state = on_start[1:] / on_start[:-1] - ratio
-    weights = (on_data[1:] - (ratio + state)[:, None] * on_data[:-1]) / kappa[:, None]
-    return {
-        "log_snr": np.log(alpha[1:-1]) - np.log(sigma[1:-1]),
-        "weights": np.tril(weights, -1),
-        "sums": weights.sum(axis=1) - 1,
-        "state": state,
-    }
-
-
-def from_canonical(
-    numbers: Mapping[str, Any], ends: Mapping[str, Any], process: Process
-) -> dict[str, Any]:
-    """Arrays of the tableau with these numbers: the inverse of `canonical`.
-
-    Works on the host in float64 and, differentiably, on JAX arrays.
-
-    Args:
-      numbers: as `canonical` returns them.
-      ends: "times", "alpha" and "sigma", each (2,): the first and the last level, kept as given.
-      process: the noise process.
-    """
-    xp = namespace(numbers["weights"])
-    weights = as_float(numbers["weights"])
-    rows = weights.shape[0]
-    inner = process.time(numbers["log_snr"])
-    levels = {"times": inner, "alpha": process.alpha(inner), "sigma": process.sigma(inner)}
-    for name, value in levels.items():
-        first_last = as_float(ends[name], weights)
-        levels[name] = xp.concatenate([first_last[:1], value, first_last[1:]])
-    alpha, sigma = levels["alpha"], levels["sigma"]
-    ratio = sigma[1:] / sigma[:-1]
-    kappa = alpha[1:] - alpha[:-1] * ratio
-    lower = xp.tril(weights, -1)
-    diagonal = 1 + as_float(numbers["sums"], weights) - xp.sum(lower, axis=1)
-    square = (lower + diagonal[:, None] * xp.eye(rows, dtype=weights.dtype)) * kappa[:, None]
-    # column j of `square` belongs to D_j; a tableau's column is the lag n - j
-    lag = np.arange(rows)[:, None] - np.arange(rows)[None, :]
-    b = xp.where(lag >= 0, xp.take_along_axis(square, np.maximum(lag, 0), axis=1), 0)
-    target = xp.stack([xp.ones_like(ratio), xp.zeros_like(ratio)], axis=1)
-    a = (ratio + as_float(numbers["state"], weights))[:, None]
-    return {**levels, "target": target, "a": a, "b": b.astype(weights.dtype)}
-
-
 def distill(
     score_fn: ScoreFn,
     x_T: Any,
     *,
     nfe: int | None = None,
-    start: Tableau | None = None,
+    start: Tableau | Sequence[Tableau] | None = None,
     key: Any,
     cond: Mapping[str, Any] | None = None,
     reference: Tableau | Any = None,
@@ -179,8 +86,9 @@ def distill(
       score_fn: the network.
       x_T: (n, ...) starts at the process's t_max, an array.
       nfe: the budget. May be left out if `start` is given.
-      start: the tableau to start from: deterministic, one evaluation a row, falling levels. None:
-        the best of `compare` on the fit noise.
+      start: the tableau to start from: deterministic, one evaluation a row, falling levels. Of
+        several, each is tried for an eighth of the steps and the one that got furthest is taken.
+        None: the best of each of four families of solvers in `compare`, on the fit noise.
       key: random key for the order of the minibatches.
       cond: keyword arguments for the network, every array with the leading axis n.
       reference: the samples to come close to, shaped like x_T, or the tableau that makes them;
@@ -218,9 +126,8 @@ def distill(
     if fit < 1:
         raise ValueError(f"`x_T` has {size} starts, of which {held} are held out: none is left.")
     batch = min(expect_int(batch, "batch", at_least=1), fit)
-    process = score_fn.process
     if reference is None:
-        reference = reference_tableau(process)
+        reference = reference_tableau(score_fn.process)
     if isinstance(reference, Tableau):
         reference = run(
             score_fn, reference, x_T, cond=cond, batch=batch, progress=progress, what="reference"
@@ -234,78 +141,160 @@ def distill(
             score_fn, x_T[:batch], nfe=[nfe], cond=slice_batch(cond, 0, batch),
             reference=reference[:batch], data_range=data_range, progress=progress,
         )  # fmt: skip
-        start = found.best(nfe, where=lambda entry: can_distill(entry.tableau)).tableau
-    if nfe is not None and start.nfe != nfe:
-        raise ValueError(f"`start` makes {start.nfe} evaluations, not the {nfe} asked for.")
-
-    base = canonical(start)
-    rows = start.nfe
-    ends = {k: np.asarray(getattr(start, k))[[0, rows]] for k in ("times", "alpha", "sigma")}
-    scale = _scales(base, start)
-    free = {"log_snr", "weights"} if consistent else set(base)
-    moved = {name: jnp.zeros(base[name].shape, jnp.float32) for name in sorted(free)}
+        starts = candidates(found, nfe)
+    else:
+        starts = [start] if isinstance(start, Tableau) else list(start)
+    for one in starts:
+        if nfe is not None and one.nfe != nfe:
+            raise ValueError(f"`start` makes {one.nfe} evaluations, not the {nfe} asked for.")
+    if not starts:
+        raise ValueError("`start` must hold at least one tableau.")
     if optimizer is None:
         optimizer = _default_optimizer(steps, float(learning_rate))
-    optimizer_state = optimizer.init(moved)
-    fixed = (base, ends, scale)
+    problem = _Problem(
+        score_fn, x_T, cond, reference, fit, fit + held // 2, batch, data_range, key, optimizer,
+        checkpoint, consistent, evaluate_every,
+    )  # fmt: skip
+    if len(starts) > 1:
+        # a short run from each: what is best to start from is not what is best as it stands
+        trial = max(evaluate_every, steps // 8)
+        reached = []
+        for i, one in enumerate(starts):
+            reached.append(problem.descend(one, trial).psnr)
+            if progress is not None:
+                progress("trying starts", i + 1, len(starts))
+        starts = [starts[int(np.argmax(reached))]]
+    best = problem.descend(starts[0], steps, patience, progress)
 
-    def psnr(moved: Mapping[str, Any], first: int, last: int) -> float:
-        arrays = _arrays(moved, fixed, process, host=True)
+    chosen = starts[0]
+    tableau = Tableau.create(
+        **problem.arrays(best),
+        name=f"distilled from {chosen.name}, {chosen.nfe} NFE",
+        source=f"diffsamp.search.distill (after arXiv:2403.01329); start: {chosen.source}",
+        check="full" if consistent and _is_consistent(chosen) else "none",
+    )
+    zero = dataclasses.replace(best, moved=jax.tree.map(jnp.zeros_like, best.moved))
+    report = {
+        name: {"start": problem.psnr(zero, *span), "found": problem.psnr(best, *span)}
+        for name, span in {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}.items()
+    }
+    seconds = time.perf_counter() - began
+    return Plan(tableau, chosen.nfe, chosen.name, report, best.history, seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """Learned changes `moved` of a start whose numbers are `fixed`, and how good they are."""
+
+    fixed: Any
+    moved: Any
+    psnr: float
+    history: tuple[tuple[int, float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What stays the same over the starts of one search: fit on [0, fit), stop on [fit, stop)."""
+
+    score_fn: ScoreFn
+    x_T: Any
+    cond: Any
+    reference: Any
+    fit: int
+    stop: int
+    batch: int
+    data_range: float
+    key: Any
+    optimizer: Any
+    checkpoint: bool
+    consistent: bool
+    evaluate_every: int
+
+    def arrays(self, candidate: _Candidate) -> dict[str, Any]:
+        """The tableau's arrays, float64 on the host."""
+        return _arrays(candidate.moved, candidate.fixed, self.score_fn.process, host=True)
+
+    def psnr(self, candidate: _Candidate, first: int, last: int) -> float:
+        """PSNR on samples first .. last - 1; -inf if anything is not finite."""
+        arrays = self.arrays(candidate)
         if not all(np.all(np.isfinite(array)) for array in arrays.values()):
             return -np.inf
         tableau = Tableau.create(**arrays, check="none")
-        part = slice_batch(cond, first, last)
-        x = run(score_fn, tableau, x_T[first:last], cond=part, batch=batch)
+        part = slice_batch(self.cond, first, last)
+        x = run(self.score_fn, tableau, self.x_T[first:last], cond=part, batch=self.batch)
         if not bool(jnp.all(jnp.isfinite(x))):
             return -np.inf
-        return float(metrics.psnr(x, reference[first:last], data_range=data_range))
+        return float(metrics.psnr(x, self.reference[first:last], data_range=self.data_range))
 
-    stop_end = fit + held // 2
-    key_order = key
-    best, best_moved = psnr(moved, fit, stop_end), moved
-    history = [(0, float("nan"), best)]
-    since_gain, order, loss = 0, np.arange(0), float("nan")
-    for step in range(1, steps + 1):
-        if order.size < batch:
-            key_order, key_epoch = jax.random.split(key_order)
-            order = np.asarray(jax.random.permutation(key_epoch, fit))
-        index, order = order[:batch], order[batch:]
-        moved, optimizer_state, loss = _fit_step(
-            moved,
-            optimizer_state,
-            fixed,
-            score_fn,
-            x_T[index],
-            jax.tree.map(lambda leaf, at=index: leaf[at], cond),
-            reference[index],
-            optimizer=optimizer,
-            checkpoint=checkpoint,
-        )
-        if step % evaluate_every == 0 or step == steps:
-            value = psnr(moved, fit, stop_end)
-            history.append((step, float(loss), value))
-            since_gain = 0 if value > best else since_gain + 1
-            if value > best:
-                best, best_moved = value, moved
-            lost = not np.isfinite(float(loss))  # nothing finite comes after
-            if lost or (patience is not None and since_gain >= patience):
-                break
-        if progress is not None:
-            progress("distilling", step, steps)
+    def descend(
+        self,
+        start: Tableau,
+        steps: int,
+        patience: int | None = None,
+        progress: Progress | None = None,
+    ) -> _Candidate:
+        """Gradient descent from `start`; the best candidate seen on the stopping samples."""
+        base = canonical(start)
+        ends = {
+            k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
+        }
+        free = {"log_snr", "weights"} if self.consistent else set(base)
+        moved = {name: jnp.zeros(base[name].shape, jnp.float32) for name in sorted(free)}
+        state = self.optimizer.init(moved)
+        best = _Candidate((base, ends, _scales(base, start)), moved, -np.inf, ())
+        best = dataclasses.replace(best, psnr=self.psnr(best, self.fit, self.stop))
+        history = [(0, float("nan"), best.psnr)]
+        key, since_gain, order = self.key, 0, np.arange(0)
+        for step in range(1, steps + 1):
+            if order.size < self.batch:
+                key, key_epoch = jax.random.split(key)
+                order = np.asarray(jax.random.permutation(key_epoch, self.fit))
+            index, order = order[: self.batch], order[self.batch :]
+            moved, state, loss = _fit_step(
+                moved,
+                state,
+                best.fixed,
+                self.score_fn,
+                self.x_T[index],
+                jax.tree.map(lambda leaf, at=index: leaf[at], self.cond),
+                self.reference[index],
+                optimizer=self.optimizer,
+                checkpoint=self.checkpoint,
+            )
+            if step % self.evaluate_every == 0 or step == steps:
+                now = dataclasses.replace(best, moved=moved)
+                value = self.psnr(now, self.fit, self.stop)
+                history.append((step, float(loss), value))
+                since_gain = 0 if value > best.psnr else since_gain + 1
+                if value > best.psnr:
+                    best = dataclasses.replace(now, psnr=value)
+                lost = not np.isfinite(float(loss))  # nothing finite comes after
+                if lost or (patience is not None and since_gain >= patience):
+                    break
+            if progress is not None:
+                progress("distilling", step, steps)
+        return dataclasses.replace(best, history=tuple(history))
 
-    arrays = _arrays(best_moved, fixed, process, host=True)
-    tableau = Tableau.create(
-        **arrays,
-        name=f"distilled from {start.name}, {rows} NFE",
-        source=f"diffsamp.search.distill (after arXiv:2403.01329); start: {start.source}",
-        check="full" if consistent and _is_consistent(start) else "none",
-    )
-    zero = jax.tree.map(jnp.zeros_like, moved)
-    report = {
-        name: {"start": psnr(zero, *span), "found": psnr(best_moved, *span)}
-        for name, span in {"fit": (0, min(fit, held)), "held_out": (stop_end, size)}.items()
-    }
-    return Plan(tableau, rows, start.name, report, tuple(history), time.perf_counter() - began)
+
+def candidates(found: Comparison, nfe: int, *, most: int = 4) -> list[Tableau]:
+    """Samplers to `start` from: the best at a budget, no two of one family of solvers.
+
+    Args:
+      found: what `compare` returned.
+      nfe: the budget.
+      most: how many.
+
+    Raises:
+      ValueError: nothing of this budget can be distilled.
+    """
+    starts: dict[Any, Tableau] = {}
+    for entry in sorted(found.entries, key=lambda e: -e.psnr):
+        family = solvers.get(entry.solver).function
+        if entry.nfe == nfe and family not in starts and can_distill(entry.tableau):
+            starts[family] = entry.tableau
+    if not starts:
+        raise ValueError(f"no sampler of {nfe} evaluations can be distilled; give a `start`.")
+    return list(starts.values())[:most]
 
 
 def _optax() -> Any:
@@ -326,15 +315,6 @@ def _default_optimizer(steps: int, learning_rate: float) -> Any:
         optax.clip_by_global_norm(1.0),
         optax.adam(optax.cosine_decay_schedule(learning_rate, steps)),
     )
-
-
-def can_distill(tableau: Tableau) -> bool:
-    """Whether `distill` can start from this tableau (see `canonical`)."""
-    try:
-        canonical(tableau)
-    except ValueError:
-        return False
-    return True
 
 
 def _is_consistent(tableau: Tableau) -> bool:

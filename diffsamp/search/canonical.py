@@ -1,0 +1,119 @@
+"""The canonical form of a sampler, in which it is learned.
+
+Every deterministic, consistent tableau of N evaluations on falling levels has one canonical form
+in data prediction,
+
+    u_{n+1} = (sigma_{n+1}/sigma_n) u_n + kappa_n sum_{j<=n} G[n,j] D_j,
+    kappa_n = alpha_{n+1} - alpha_n sigma_{n+1}/sigma_n,      sum_j G[n,j] = 1,
+
+because its own x_T coefficient is sigma_n/sigma_0 (the tableau's self-check). The free numbers are
+the log-SNRs of the inner points and the off-diagonal part of the lower triangular G: N - 1 and
+N (N - 1) / 2. Without consistency the row sums of G and the coefficient of u_n are free as well,
+2 N numbers more, as in bespoke non-stationary solvers (Shaul et al. 2024, arXiv:2403.01329).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffsamp._numeric import as_float, namespace
+from diffsamp.processes import Process
+from diffsamp.tableau import Tableau
+
+__all__ = ["can_distill", "canonical", "from_canonical"]
+
+
+def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
+    """The numbers of the canonical form of a deterministic tableau; float64.
+
+    Returns:
+      "log_snr" (N - 1,) of the inner points, "weights" (N, N) strictly lower part of G, "sums"
+      (N,) row sums of G minus 1 and "state" (N,) change of u_n's coefficient; the last two are 0
+      up to rounding for a consistent tableau.
+
+    Raises:
+      ValueError: a stochastic tableau, rows without evaluation other than trailing padding, or
+        levels that do not fall (multi-stage methods revisit one).
+    """
+    rows = tableau.nfe
+    live = np.asarray(tableau.evaluates)
+    if tableau.stochastic or not np.all(live[:rows]):
+        raise ValueError(
+            f"tableau {tableau.name!r} cannot be distilled: it must be deterministic, with every "
+            "row making an evaluation."
+        )
+    alpha, sigma = tableau.alpha[: rows + 1], tableau.sigma[: rows + 1]
+    rho = sigma[:-1] / np.maximum(alpha[:-1], 1e-300)
+    if not (np.all(np.diff(rho) < 0) and sigma[-1] / alpha[-1] < rho[-1]):
+        raise ValueError(
+            f"tableau {tableau.name!r} cannot be distilled: its noise level must fall from row to "
+            "row. Start from a method of one evaluation a step."
+        )
+    # u_n as weights on (x_T, D_0 .. D_{N-1}); m_j = w0 D_j + w1 (u_j - alpha_j D_j) / sigma_j
+    full, outputs = np.zeros((rows + 1, rows + 1)), np.zeros((rows, rows + 1))
+    full[0, 0] = 1.0
+    for n in range(rows):
+        w0, w1 = tableau.target[n]
+        outputs[n] = w1 / sigma[n] * full[n]
+        outputs[n, 1 + n] += w0 - w1 * alpha[n] / sigma[n]
+        for i in range(min(tableau.p, n + 1)):
+            full[n + 1] += tableau.a[n, i] * full[n - i]
+        for j in range(min(tableau.q, n + 1)):
+            full[n + 1] += tableau.b[n, j] * outputs[n - j]
+    on_start, on_data = full[:, 0], full[:, 1:]
+    ratio = sigma[1:] / sigma[:-1]
+    kappa = alpha[1:] - alpha[:-1] * ratio
+    state = on_start[1:] / on_start[:-1] - ratio
+    weights = (on_data[1:] - (ratio + state)[:, None] * on_data[:-1]) / kappa[:, None]
+    return {
+        "log_snr": np.log(alpha[1:-1]) - np.log(sigma[1:-1]),
+        "weights": np.tril(weights, -1),
+        "sums": weights.sum(axis=1) - 1,
+        "state": state,
+    }
+
+
+def from_canonical(
+    numbers: Mapping[str, Any], ends: Mapping[str, Any], process: Process
+) -> dict[str, Any]:
+    """Arrays of the tableau with these numbers: the inverse of `canonical`.
+
+    Works on the host in float64 and, differentiably, on JAX arrays.
+
+    Args:
+      numbers: as `canonical` returns them.
+      ends: "times", "alpha" and "sigma", each (2,): the first and the last level, kept as given.
+      process: the noise process.
+    """
+    xp = namespace(numbers["weights"])
+    weights = as_float(numbers["weights"])
+    rows = weights.shape[0]
+    inner = process.time(numbers["log_snr"])
+    levels = {"times": inner, "alpha": process.alpha(inner), "sigma": process.sigma(inner)}
+    for name, value in levels.items():
+        first_last = as_float(ends[name], weights)
+        levels[name] = xp.concatenate([first_last[:1], value, first_last[1:]])
+    alpha, sigma = levels["alpha"], levels["sigma"]
+    ratio = sigma[1:] / sigma[:-1]
+    kappa = alpha[1:] - alpha[:-1] * ratio
+    lower = xp.tril(weights, -1)
+    diagonal = 1 + as_float(numbers["sums"], weights) - xp.sum(lower, axis=1)
+    square = (lower + diagonal[:, None] * xp.eye(rows, dtype=weights.dtype)) * kappa[:, None]
+    # column j of `square` belongs to D_j; a tableau's column is the lag n - j
+    lag = np.arange(rows)[:, None] - np.arange(rows)[None, :]
+    b = xp.where(lag >= 0, xp.take_along_axis(square, np.maximum(lag, 0), axis=1), 0)
+    target = xp.stack([xp.ones_like(ratio), xp.zeros_like(ratio)], axis=1)
+    a = (ratio + as_float(numbers["state"], weights))[:, None]
+    return {**levels, "target": target, "a": a, "b": b.astype(weights.dtype)}
+
+
+def can_distill(tableau: Tableau) -> bool:
+    """Whether `distill` can start from this tableau (see `canonical`)."""
+    try:
+        canonical(tableau)
+    except ValueError:
+        return False
+    return True
