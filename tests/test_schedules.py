@@ -1,6 +1,7 @@
 """Schedules: their laws, values by hand, and user times used verbatim."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, all_processes
@@ -25,6 +26,14 @@ def test_laws(process, name, n):
     assert clean[-1] == process.t_clean
     assert ending[-1] == process.t_min
     assert clean[0] == ending[0]
+    spaced_in_log_snr = name in ("logsnr", "karras")
+    if spaced_in_log_snr and np.isneginf(process.log_snr(process.t_max)):
+        # alpha = 0 at t_max: the spacing starts where log-SNR is -5.1
+        assert process.log_snr(clean[0]) == pytest.approx(-5.1, rel=1e-12)
+    else:
+        assert clean[0] == process.t_max
+    if spaced_in_log_snr and n > 1:
+        assert clean[-2] == process.t_min  # n points from t_max to t_min, then the clean end
 
 
 def test_karras_is_the_edm_grid():
@@ -42,12 +51,29 @@ def test_karras_is_the_edm_grid():
     np.testing.assert_allclose(np.diff(levels), np.diff(levels)[0], rtol=1e-9)
 
 
-def test_logsnr_steps_are_equal():
-    for process in PROCESSES.values():
-        if isinstance(process, ds.processes.VE):
-            continue  # its t_min is clipped
-        log_snr = process.log_snr(schedules.logsnr(process, 9, final="t_min"))
-        np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr)[0], rtol=1e-8)
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("final", ["clean", "t_min"])
+@pytest.mark.parametrize("n", [2, 9])
+def test_steps_are_equal_in_the_grids_own_measure(process, final, n):
+    """log-SNR for "logsnr", (sigma / alpha)^(1/rho) for "karras": n points, or n + 1 to t_min."""
+    points = n if final == "clean" else n + 1
+    options = {"final": final}
+
+    def unevenness(values):
+        steps = np.diff(values[:points])
+        return np.abs(steps / steps.mean() - 1).max()
+
+    def levels(times, rho):
+        return (process.sigma(times[:points]) / process.alpha(times[:points])) ** (1 / rho)
+
+    log_snr = process.log_snr(schedules.logsnr(process, n, **options)[:points])
+    times = schedules.karras(process, n, **options)
+    # log-SNR is a difference of logarithms up to 10, and its steps are at least 0.9
+    assert unevenness(log_snr) < 1e-12
+    assert unevenness(levels(times, 7)) < 1e-12
+    assert unevenness(levels(schedules.karras(process, n, rho=3, **options), 3)) < 1e-12
+    if points > 2:  # it can fail: a power 1 % off
+        assert unevenness(levels(times, 7.07)) > 1e-4
 
 
 def test_uniform_quadratic_and_polynomial():
@@ -58,6 +84,16 @@ def test_uniform_quadratic_and_polynomial():
     )
     np.testing.assert_allclose(schedules.quadratic(flow, 2), [1, 0.25, 0])
     np.testing.assert_allclose(schedules.polynomial(flow, 2, power=3), [1, 0.125, 0])
+    # powers of a table's time count from its clean end at -1
+    table = ds.processes.vp_discrete()
+    u = 1 - np.arange(6) / 5
+    np.testing.assert_allclose(schedules.quadratic(table, 5), 1000 * u**2 - 1, rtol=1e-12)
+    np.testing.assert_allclose(schedules.uniform(table, 5), 999 - 200 * np.arange(6), rtol=1e-12)
+    np.testing.assert_allclose(
+        schedules.polynomial(vp, 5, power=1.5, t_max=0.8, t_min=0.01, final="t_min") ** (2 / 3),
+        0.8 ** (2 / 3) + np.arange(6) / 5 * (0.01 ** (2 / 3) - 0.8 ** (2 / 3)),
+        rtol=1e-12,
+    )
     shifted = schedules.uniform(ds.processes.flow(shift=3.0), 4)
     t = np.array([1, 0.75, 0.5, 0.25, 0])
     np.testing.assert_allclose(shifted, 3 * t / (1 + 2 * t))
@@ -70,6 +106,9 @@ def test_uniform_on_a_table_is_trailing():
         got = schedules.rounded(process, schedules.uniform(process, n))
         np.testing.assert_array_equal(got[:-1], trailing)
         assert got[-1] == -1
+        np.testing.assert_array_equal(schedules.rounded(process, got), got)
+    times = schedules.rounded(process, [998.6, 3.4, 0.2, -1.0])
+    np.testing.assert_array_equal(times, [999.0, 3.0, 0.0, -1.0])
     with pytest.raises(ValueError, match="must decrease"):
         schedules.rounded(process, [3.4, 3.2, -1.0])
     with pytest.raises(ValueError, match="only a discrete process has integer labels; got Flow"):
@@ -84,6 +123,28 @@ def test_user_times_are_used_verbatim(case, name):
     times = process.t_clean + u * (process.t_max - process.t_clean)
     np.testing.assert_array_equal(case.solver(process, times).times, times)
     np.testing.assert_array_equal(case.solver(process, list(times)).times, times)
+    single = times.astype(np.float32)  # not rounded again, whatever array they come in
+    for given in (single, jnp.asarray(single)):
+        np.testing.assert_array_equal(case.solver(process, given).times, single.astype(np.float64))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_solver_refuses_bad_times(case):
+    process = PROCESSES["vp_linear"]
+    for times, message in (
+        ([0.1, 0.5, 1.0], r"must decrease from noise to data; got times\[1\] = 0.5"),
+        ([1.0, 0.5, 0.5, 0.1], r"got times\[2\] = 0.5 >= times\[1\] = 0.5"),
+        ([1.0, np.nan, 0.1], r"must be finite; got times\[1\] = nan"),
+        ([1.0, 0.5, -np.inf], r"must be finite; got times\[2\] = -inf"),
+        ([], r"must have shape \(n \+ 1,\)"),
+        (0.5, r"must have shape \(n \+ 1,\)"),
+        ([1.5, 0.5, 0.1], "must lie between t_clean = 0.0 and t_max = 1.0 of VPLinear; got 1.5"),
+        ([1.0, 0.5, -0.1], "must lie between t_clean = 0.0 and t_max = 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            case.solver(process, times)
+    with pytest.raises(TypeError, match=r"(`times` must be a host array|host functions)"):
+        jax.jit(lambda t: case.solver(process, t).a)(np.array([1.0, 0.5]))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +159,13 @@ def test_user_times_are_used_verbatim(case, name):
         (lambda p: schedules.logsnr(p, 3, t_min=0.0), "spacing is infinite at t = 0"),
         (lambda p: schedules.karras(p, 3, final="end"), "`final` must be one of 'clean', 't_min'"),
         (lambda p: schedules.karras(p, 3, rho=0), "`rho` must be positive"),
+        (lambda p: schedules.karras(p, 3, rho=np.inf), "`rho` must be positive and finite"),
+        (lambda p: schedules.polynomial(p, 3, power=np.inf), "`power` must be positive and finite"),
+        (lambda p: schedules.logsnr(p, 3, t_max=np.nan), "`t_max` must exceed `t_min`; got .*nan"),
+        (lambda p: schedules.uniform(p, 3, t_max=1.01), "times must lie between"),
+        (lambda p: schedules.uniform(p, 3, t_max=0.0), "`t_max` must exceed `t_min`"),
+        (lambda p: schedules.uniform(p, -2), "`n` must be at least 1; got -2"),
+        (lambda p: schedules.uniform(p, "3"), "`n` must be an integer; got '3'"),
         (lambda p: schedules.polynomial(p, 3, power=-1), "`power` must be positive"),
         (lambda p: schedules.uniform(p, 3, t_min=0.1), '`t_min` has no effect with final="clean"'),
         (lambda p: schedules.get("sgm"), "`schedule` must be one of"),
