@@ -148,6 +148,21 @@ def test_the_inverse_of_log_snr(process):
     np.testing.assert_allclose(again, process.log_snr(rising), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["vp_cosine", "vp_zero_snr", "flow", "flow_shift"])
+def test_the_end_without_signal(name):
+    """Up to the time where alpha is 0 and log-SNR -inf; for the cosine that lies beyond t_max."""
+    process = PROCESSES[name]
+    last = 1.0 if name == "vp_cosine" else process.t_max
+    assert process.alpha(last) == 0
+    assert process.sigma(last) == 1
+    assert process.log_snr(last) == -np.inf
+    assert process.time(-np.inf) == last
+    t = last - np.logspace(-12, -2.5, 20) * last
+    assert np.all(np.diff(process.log_snr(t)) > 0)
+    # a few roundings of t, which holds its distance from the end to 1e-16 of the range
+    np.testing.assert_allclose(process.time(process.log_snr(t)), t, rtol=2e-15)
+
+
 @EVERY
 def test_the_ends(process):
     clean = process.t_clean
@@ -283,7 +298,7 @@ def test_the_prior_takes_every_kind_of_key():
     typed, raw = jax.random.key(3), jax.random.PRNGKey(3)
     want = process.prior_sample(typed, (4, 2))
     np.testing.assert_array_equal(process.prior_sample(raw, (4, 2)), want)
-    own = ds.random.sample_keys(typed, 4)
+    own = jnp.stack([jax.random.fold_in(typed, i) for i in range(4)])  # as documented
     np.testing.assert_array_equal(process.prior_sample(own, (4, 2)), want)
     np.testing.assert_array_equal(process.prior_sample(jax.random.key_data(own), (4, 2)), want)
     # samples differ from one another, and from those of another key

@@ -129,6 +129,10 @@ def test_density_and_moments_of_a_mixture():
             for w, m, c in zip(target.log_weights, target.means, covs, strict=True)
         )
         np.testing.assert_allclose(target.log_prob(x, alpha, sigma), np.log(want), rtol=1e-10)
+    points = np.random.default_rng(2).normal(size=(5, 3))
+    want = np.mean([multivariate_normal(0.6 * m, 0.64 * np.eye(3)).pdf(x) for m in points], axis=0)
+    got = targets.empirical(points).log_prob(x, 0.6, 0.8)
+    np.testing.assert_allclose(got, np.log(want), rtol=1e-10)
     samples = np.asarray(target.sample(jax.random.key(0), 20_000))
     mean, cov = target.mean_and_cov()
     error = 5 * np.sqrt(np.diag(cov) / len(samples))  # five standard errors
