@@ -47,7 +47,9 @@ class Tableau:
     returns a tableau without them, and two tableaux of one shape share a compiled program.
 
     A trailing axis of size batch on every array but `evaluates` (see `Tableau.stack`) gives each
-    sample of the batch a sampler of its own.
+    sample of the batch a sampler of its own. The coefficients alone may have trailing axes that
+    broadcast against the state, the batch axis (of size 1) included: one number per pixel,
+    (1, height, width, channels), or per part of a phase-space state, (1, 2).
 
     Attributes:
       times: (N + 1,) the process's time of u_0 .. u_N.
@@ -186,6 +188,8 @@ class Tableau:
         self._expect_concrete("check")
         if np.ndim(self.times) != 1:
             raise ValueError("check the tableaux before stacking them.")
+        if np.ndim(self.a) != 2:
+            raise ValueError("coefficients with axes of the data cannot be checked this way.")
         data, noise = self._propagate()
         scale = np.hypot(self.alpha, self.sigma)
         mean_error = np.abs(data - self.alpha) / scale
@@ -244,15 +248,13 @@ class Tableau:
         q = expect_int(self.q if q is None else q, "q", at_least=self.q)
         self._expect_concrete("pad")
         extra = rows - self.rows
-        tail = np.shape(self.times)[1:]
-
         dead = np.zeros((extra, *np.shape(self.evaluates)[1:]), bool)
 
         def repeat_last(array: np.ndarray) -> np.ndarray:
             return np.concatenate([array, np.repeat(array[-1:], extra, axis=0)])
 
         def widen(array: np.ndarray, columns: int, keep: bool) -> np.ndarray:
-            wide = np.zeros((rows, columns, *tail))
+            wide = np.zeros((rows, columns, *array.shape[2:]))
             wide[: self.rows, : array.shape[1]] = array
             if keep:
                 wide[self.rows :, 0] = 1.0
@@ -266,7 +268,7 @@ class Tableau:
             target=repeat_last(self.target),
             a=widen(self.a, p, keep=True),
             b=widen(self.b, q, keep=False),
-            c=np.concatenate([self.c, np.zeros((extra, *tail))]),
+            c=np.concatenate([self.c, np.zeros((extra, *np.shape(self.c)[1:]))]),
             evaluates=np.concatenate([self.evaluates, dead]),
         )
 
@@ -319,23 +321,41 @@ class Tableau:
         source = "; ".join(dict.fromkeys(s for s in (self.source, other.source) if s))
         return Tableau(**joined, name=name, source=source)
 
-    def unroll(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def unroll(self, *, prediction: str = "target") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The sampler without recursion, u = A x_T + B m + C z.
+
+        Args:
+          prediction: "target": m_n is what the row asks the network for; "data": m_n is its data
+            prediction at (u_n, t_n), whatever the row asks for.
 
         Returns:
           A of shape (N + 1,), B and C of shape (N + 1, N): weights of x_T, of every output and of
           every fresh noise in u_0 .. u_N. B and C are strictly lower triangular.
+
+        Raises:
+          ValueError: coefficients with axes of the data, or tableaux stacked per sample.
         """
+        expect_choice(prediction, "prediction", ("target", "data"))
         self._expect_concrete("unroll")
+        if np.ndim(self.times) != 1 or np.ndim(self.a) != 2:
+            raise ValueError("only a tableau of plain numbers can be unrolled.")
         rows = self.rows
-        full = np.zeros((rows + 1, 1 + 2 * rows))
+        full, outputs = np.zeros((rows + 1, 1 + 2 * rows)), np.zeros((rows, 1 + 2 * rows))
         full[0, 0] = 1.0
         for n in range(rows):
+            # m_n = w_0 D_n + w_1 (u_n - alpha_n D_n) / sigma_n
+            w_0, w_1 = self.target[n] if prediction == "data" and self.evaluates[n] else (1.0, 0.0)
+            outputs[n, 1 + n] = w_0
+            if w_1 != 0:
+                outputs[n] += w_1 / self.sigma[n] * full[n]
+                outputs[n, 1 + n] -= w_1 * self.alpha[n] / self.sigma[n]
             for i in range(min(self.p, n + 1)):
                 full[n + 1] += self.a[n, i] * full[n - i]
             for j in range(min(self.q, n + 1)):
-                full[n + 1, 1 + n - j] += self.b[n, j]
+                full[n + 1] += self.b[n, j] * outputs[n - j]
             full[n + 1, 1 + rows + n] += self.c[n]
+        dead = np.flatnonzero(~np.asarray(self.evaluates))
+        full[:, 1 + dead] = 0.0  # rows without an evaluation say 0
         return full[:, 0], full[:, 1 : 1 + rows], full[:, 1 + rows :]
 
     # -- files ------------------------------------------------------------------------------------
@@ -437,13 +457,18 @@ def _check_shapes(arrays: dict[str, np.ndarray], rows: int) -> None:
         "target": (rows, 2, *tail),
         "c": (rows, *tail),
     }
-    for key, shape in expected.items():
-        if arrays[key].shape != shape:
-            raise ValueError(f"`{key}` must have shape {shape}; got {arrays[key].shape}.")
+    # the coefficients may have axes of the data, whose first is the batch axis
+    inner = arrays["a"].shape[2:]
+    if not tail and inner[:1] == (1,):
+        tail = inner
+        expected["c"] = (rows, *tail) if arrays["c"].ndim > 1 else (rows,)
     for key in ("a", "b"):
         shape = arrays[key].shape
         if len(shape) != 2 + len(tail) or shape[0] != rows or shape[1] < 1 or shape[2:] != tail:
             raise ValueError(f"`{key}` must have shape ({rows}, columns >= 1); got {shape}.")
+    for key, shape in expected.items():
+        if arrays[key].shape != shape:
+            raise ValueError(f"`{key}` must have shape {shape}; got {arrays[key].shape}.")
     evaluates = arrays["evaluates"]
     if evaluates.dtype != bool or evaluates.shape not in ((rows,), (rows, *tail)):
         raise ValueError(

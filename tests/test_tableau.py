@@ -217,3 +217,36 @@ def test_labels_survive_replace_but_not_tree_map():
     tableau = build()
     assert dataclasses.replace(tableau, name="mine").name == "mine"
     assert jax.tree.map(np.asarray, tableau).name == ""
+
+
+def test_coefficients_with_axes_of_the_data():
+    """One number per element: each element is sampled as by a tableau of its own."""
+    process = ds.processes.vp_linear()
+    times = ds.schedules.logsnr(process, 5, final="t_min")
+    one = ds.solvers.dpmpp(process, times, order=2)
+    two = ds.solvers.unipc(process, times, order=2)
+    one, two = ds.Tableau.pad_together([one, two])
+    fields = {k: getattr(one, k) for k in ("times", "alpha", "sigma", "target", "evaluates")}
+    both = ds.Tableau.create(
+        **fields,
+        **{k: np.stack([getattr(one, k), getattr(two, k)], -1)[:, :, None] for k in ("a", "b")},
+        check="none",
+    )
+    assert both.pad(rows=7).a.shape == (7, 1, 1, 2)
+    network = ds.targets.gaussian([0.3], 0.4).score_fn(process)
+    columns = ds.ScoreFn(
+        lambda f, x, t: jax.numpy.concatenate([f(x[:, :1], t), f(x[:, 1:], t)], axis=1),
+        network, process, prediction="data",
+    )  # fmt: skip
+    x_T = process.prior_sample(jax.random.key(0), (4, 2))
+    got = ds.sample(columns, both.pad(rows=7), x_T)
+    for i, tableau in enumerate((one, two)):
+        want = ds.sample(network, tableau, x_T[:, i : i + 1])
+        np.testing.assert_allclose(got[:, i : i + 1], want, rtol=1e-5, atol=1e-6)
+    for broken in (both.a[:, :, 0], both.a[:, :, :, :1]):
+        with pytest.raises(ValueError, match="must have shape"):
+            ds.Tableau.create(**fields, a=broken, b=both.b, check="none")
+    with pytest.raises(ValueError, match="axes of the data"):
+        both.check()
+    with pytest.raises(ValueError, match="plain numbers"):
+        both.unroll()

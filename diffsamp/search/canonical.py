@@ -52,18 +52,8 @@ def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
             f"tableau {tableau.name!r} cannot be distilled: its noise level must fall from row to "
             "row. Start from a method of one evaluation a step."
         )
-    # u_n as weights on (x_T, D_0 .. D_{N-1}); m_j = w0 D_j + w1 (u_j - alpha_j D_j) / sigma_j
-    full, outputs = np.zeros((rows + 1, rows + 1)), np.zeros((rows, rows + 1))
-    full[0, 0] = 1.0
-    for n in range(rows):
-        w0, w1 = tableau.target[n]
-        outputs[n] = w1 / sigma[n] * full[n]
-        outputs[n, 1 + n] += w0 - w1 * alpha[n] / sigma[n]
-        for i in range(min(tableau.p, n + 1)):
-            full[n + 1] += tableau.a[n, i] * full[n - i]
-        for j in range(min(tableau.q, n + 1)):
-            full[n + 1] += tableau.b[n, j] * outputs[n - j]
-    on_start, on_data = full[:, 0], full[:, 1:]
+    on_start, on_data, _ = tableau.unroll(prediction="data")
+    on_start, on_data = on_start[: rows + 1], on_data[: rows + 1, :rows]
     ratio = sigma[1:] / sigma[:-1]
     kappa = alpha[1:] - alpha[:-1] * ratio
     state = on_start[1:] / on_start[:-1] - ratio
