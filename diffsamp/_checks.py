@@ -10,8 +10,14 @@ import numpy as np
 __all__ = ["expect_choice", "expect_int", "expect_state", "expect_times"]
 
 
-def expect_times(times: Any, name: str = "times") -> np.ndarray:
-    """`times` as a float64 array of shape (n + 1,), n >= 1, strictly decreasing."""
+def expect_times(times: Any, name: str = "times", *, may_rise: bool = False) -> np.ndarray:
+    """`times` as a float64 array of shape (n + 1,), n >= 1, strictly decreasing.
+
+    Args:
+      times: what the caller passed.
+      name: what the caller calls it.
+      may_rise: also accept strictly increasing times, as encoding takes them.
+    """
     if isinstance(times, jax.core.Tracer):
         raise TypeError(
             f"`{name}` must be a host array: solvers build their coefficients in NumPy before "
@@ -30,12 +36,14 @@ def expect_times(times: Any, name: str = "times") -> np.ndarray:
         bad = int(np.argmin(np.isfinite(array)))
         raise ValueError(f"`{name}` must be finite; got {name}[{bad}] = {array[bad]}.")
     step = np.diff(array)
+    if may_rise and step[0] > 0:
+        step = -step
     if not np.all(step < 0):
         bad = int(np.argmax(step >= 0))
         raise ValueError(
-            f"`{name}` must decrease from noise to data; got {name}[{bad + 1}] = {array[bad + 1]} "
-            f">= {name}[{bad}] = {array[bad]}. Pass them sorted from noise to data, without "
-            "repeats."
+            f"`{name}` must decrease from noise to data; got {name}[{bad}] = {array[bad]} and then "
+            f"{name}[{bad + 1}] = {array[bad + 1]}. Pass them sorted from noise to data, without "
+            "repeats" + (" (or from data to noise, to encode)." if may_rise else ".")
         )
     return array
 

@@ -173,10 +173,11 @@ def list_solvers(arguments: argparse.Namespace) -> int:
     del arguments
     for solver in ds.solvers.SOLVERS.values():
         kind = "stochastic" if solver.stochastic else "deterministic"
+        start = f" and {solver.extra} to start" if solver.extra else ""
         aliases = f" (elsewhere: {', '.join(solver.aliases)})" if solver.aliases else ""
         print(
             f"{solver.name:16s} order {solver.order}, {solver.stages} evaluation"
-            f"{'s' if solver.stages > 1 else ' '} a step, {kind}; {solver.source}{aliases}"
+            f"{'s' if solver.stages > 1 else ' '} a step{start}, {kind}; {solver.source}{aliases}"
         )
     return 0
 

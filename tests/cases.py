@@ -25,6 +25,8 @@ class Case:
       free: options that let it keep that order to the last step.
       exact_start: how many starting states must be exact to see the order.
       steps: the numbers of steps at which the order is measured.
+      uniform: the order where the test's grid is uniform in the method's variable, by process.
+      check: what a tableau checks of itself, as for `Tableau.create`.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Case:
     free: dict[str, Any] = dataclasses.field(default_factory=dict)
     exact_start: int = 0
     steps: tuple[int, ...] = (80, 160, 320, 640, 1280)
+    check: str = "full"
+    uniform: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def solver(self) -> ds.solvers.Solver:
@@ -60,6 +64,9 @@ CASES = [
     Case("ipndm2", 2),
     Case("ipndm3", 2),
     Case("ipndm4", 2),
+    Case("pndm", 2, uniform={"flow": 4}),
+    Case("s_pndm", 2),
+    Case("accelerated_ddim", 2),
     Case("unipc1", 2, _FREE),
     Case("unipc2", 3, _FREE),
     Case("unipc3", 4, _FREE, exact_start=3),
@@ -71,6 +78,8 @@ CASES = [
     Case("dpm_solver_3s", 3, steps=(80, 161, 320, 641)),
     Case("dpmpp_2s", 2),
     Case("dpmpp_3s", 3, steps=(80, 161, 320, 641)),
+    Case("res_2s", 2),
+    Case("res_3s", 3),
     Case("dpm2", 2),
     Case("rho_midpoint2", 2),
     Case("rho_kutta3", 3),
@@ -81,12 +90,20 @@ CASES = [
     Case("ghvb3.8", 4, exact_start=3),
     Case("bdia", 2),
     Case("belm", 2),
+    Case("conjugate_ddim", 1, check="none"),
     Case("dpmpp_2m_sde", 2, _FREE),
     Case("dpmpp_3m_sde", 2, _FREE),
     Case("dpmpp_sde", 1),
     Case("sa_solver", 2, _FREE),
+    Case("er_sde1", 1),
+    Case("er_sde2", 2),
     Case("er_sde3", 2),
     Case("seeds2", 2),
+    Case("seeds3", 2),
+    Case("dpm2_ancestral", 2),
+    Case("accelerated_ddpm", 2, check="mean"),
+    Case("interpolant_em", 1, check="mean"),
+    Case("interpolant_heun", 1, check="mean"),
 ]
 
 DETERMINISTIC = [case for case in CASES if not case.solver.stochastic]

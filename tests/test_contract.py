@@ -23,9 +23,9 @@ def tableaux(case, process):
 def test_no_solver_escapes():
     assert [case.name for case in CASES] == list(solvers.SOLVERS)
     functions = {s.function for s in solvers.SOLVERS.values()}
-    others = {"COMPOSED", "RESTART_CONFIGURATIONS", "SOLVERS", "RestartInterval", "Solver"}
-    others |= {"get", "names", *solvers.COMPOSED}
-    public = {getattr(solvers, n) for n in solvers.__all__ if n not in others}
+    others = {"get", "names", *solvers.COMPOSED, *solvers.FITTED, *solvers.FEW_STEP}
+    functions_of = [n for n in solvers.__all__ if n not in others and n[0].islower()]
+    public = {getattr(solvers, n) for n in functions_of}
     assert functions == public
 
 
@@ -53,7 +53,7 @@ def test_every_process_schedule_and_budget(case, process):
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+@pytest.mark.parametrize("case", [c for c in DETERMINISTIC if c.check == "full"], ids=str)
 def test_constant_data_prediction_is_exact_in_one_step(case, process):
     """If the network always says x_0, the closed sample is x_0, whatever x_T was."""
     x_0 = np.array([[0.3], [-1.2], [0.0]])
@@ -138,7 +138,9 @@ def test_steps_for_a_budget():
         (lambda p, t: solvers.unipc(p, t, variant="bh3"), "`variant` must be one of"),
         (lambda p, t: solvers.euler(p, t, churn=-1.0), "must not be negative"),
         (lambda p, t: solvers.heun(p, t, coordinates="x"), "`coordinates` must be one of"),
-        (lambda p, t: solvers.ddim(p, t[::-1]), "`times` must decrease from noise to data"),
+        (lambda p, t: solvers.ddim(p, t[::-1]), "at t = 0, where sigma = 0. Falling times may end"),
+        (lambda p, t: solvers.ddim(p, [0.5, 0.2, 0.3]), "`times` must decrease from noise to data"),
+        (lambda p, t: solvers.ddpm(p, t[-2::-1]), "adds noise, and so cannot encode"),
         (lambda p, t: solvers.ddim(p, t + 1), "must lie between"),
         (lambda p, t: solvers.ddim(p, [0.0, -0.1]), "must lie between"),
     ],

@@ -70,7 +70,8 @@ def solver_table():
     ]
     for s in ds.solvers.SOLVERS.values():
         noise = "yes" if s.stochastic else "no"
-        lines.append(f"| `{s.name}` | {s.order} | {s.stages} | {noise} | {s.source} |")
+        evaluations = f"{s.stages}, start +{s.extra}" if s.extra else s.stages
+        lines.append(f"| `{s.name}` | {s.order} | {evaluations} | {noise} | {s.source} |")
     return "\n".join(lines)
 
 

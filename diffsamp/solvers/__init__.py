@@ -12,42 +12,62 @@ from typing import Any
 
 from diffsamp._checks import expect_choice, expect_int
 from diffsamp.processes import Process
-from diffsamp.solvers.adams import deis, ipndm
-from diffsamp.solvers.ddim import ddim, ddpm
-from diffsamp.solvers.dpm import dpm_solver
+from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm, pndm
+from diffsamp.solvers.consistency import CONSISTENCY_INDICES, consistency
+from diffsamp.solvers.ddim import accelerated_ddpm, conjugate_ddim, ddim, ddpm
+from diffsamp.solvers.dpm import dpm_solver, exponential_rk
 from diffsamp.solvers.dpmpp import dpmpp
 from diffsamp.solvers.edm import dpm2, euler, heun, runge_kutta
+from diffsamp.solvers.iia import iia
+from diffsamp.solvers.interpolant import interpolant
 from diffsamp.solvers.invertible import bdia, belm
 from diffsamp.solvers.momentum import ghvb, heavy_ball
 from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
 from diffsamp.solvers.restart import RestartInterval, restart
-from diffsamp.solvers.sde import dpmpp_sde, er_sde, sa_solver, seeds
-from diffsamp.solvers.unipc import unipc
+from diffsamp.solvers.sde import er_sde, sa_solver
+from diffsamp.solvers.sde_stages import dpm2_ancestral, dpmpp_sde, seeds
+from diffsamp.solvers.unipc import dc_solver, unipc
+from diffsamp.solvers.v3 import ModelStatistics, dpm_solver_v3
 from diffsamp.tableau import Tableau
 
 __all__ = [
     "COMPOSED",
+    "CONSISTENCY_INDICES",
+    "FEW_STEP",
+    "FITTED",
     "RESTART_CONFIGURATIONS",
     "SOLVERS",
+    "ModelStatistics",
     "RestartInterval",
     "Solver",
+    "accelerated_ddim",
+    "accelerated_ddpm",
     "bdia",
     "belm",
+    "conjugate_ddim",
+    "consistency",
+    "dc_solver",
     "ddim",
     "ddpm",
     "deis",
     "dpm2",
+    "dpm2_ancestral",
     "dpm_solver",
+    "dpm_solver_v3",
     "dpmpp",
     "dpmpp_sde",
     "er_sde",
     "euler",
+    "exponential_rk",
     "get",
     "ghvb",
     "heavy_ball",
     "heun",
+    "iia",
+    "interpolant",
     "ipndm",
     "names",
+    "pndm",
     "restart",
     "runge_kutta",
     "sa_solver",
@@ -55,8 +75,12 @@ __all__ = [
     "unipc",
 ]
 
-# functions that make a sampler from other samplers, and so have no row in the registry
+# functions without a row in the registry: they make a sampler from other samplers,
 COMPOSED = ("heavy_ball", "restart")
+# from numbers that were fitted to a network,
+FITTED = ("dc_solver", "dpm_solver_v3", "iia")
+# or for a network that is no diffusion model
+FEW_STEP = ("consistency",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +97,8 @@ class Solver:
       aliases: what other libraries call it.
       stages: evaluations per step; the step to sigma = 0 takes one.
       stochastic: whether it draws noise.
+      extra: evaluations that the start takes beyond `stages` a step.
+      least: the smallest number of steps.
     """
 
     name: str
@@ -83,6 +109,8 @@ class Solver:
     aliases: tuple[str, ...] = ()
     stages: int = 1
     stochastic: bool = False
+    extra: int = 0
+    least: int = 1
 
     def __call__(self, process: Process, times: Any, **options: Any) -> Tableau:
         """The tableau on these times; `options` override the solver's own."""
@@ -96,8 +124,9 @@ class Solver:
           closed: whether the times end at the clean end, where the last step takes one evaluation.
         """
         expect_int(nfe, "nfe", at_least=1)
-        used = nfe + self.stages - 1 if closed else nfe
-        return used // self.stages if used % self.stages == 0 else None
+        used = nfe - self.extra + (self.stages - 1 if closed else 0)
+        steps = used // self.stages
+        return steps if used % self.stages == 0 and steps >= self.least else None
 
 
 def _listed(*solvers: Solver) -> dict[str, Solver]:
@@ -152,6 +181,18 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver("ipndm2", ipndm, {"order": 2}, 2, "arXiv:2202.09778"),
     Solver("ipndm3", ipndm, {"order": 3}, 2, "arXiv:2202.09778"),
     Solver("ipndm4", ipndm, {"order": 4}, 2, "arXiv:2202.09778", ("IPNDMScheduler", "ipndm")),
+    Solver(
+        "pndm",
+        pndm,
+        {},
+        2,
+        "arXiv:2202.09778",
+        ("PNDMScheduler",),
+        extra=9,
+        least=4,
+    ),
+    Solver("s_pndm", pndm, {"start": "heun"}, 2, "arXiv:2202.09778", extra=1, least=2),
+    Solver("accelerated_ddim", accelerated_ddim, {}, 2, "arXiv:2403.03852"),
     Solver("unipc1", unipc, {"order": 1}, 2, "arXiv:2302.04867, alg. 1"),
     Solver(
         "unipc2",
@@ -178,6 +219,8 @@ SOLVERS: dict[str, Solver] = _listed(
         "dpmpp_2s", dpm_solver, {"order": 2, "prediction": "data"}, 2, "arXiv:2211.01095, alg. 1"
     ),
     Solver("dpmpp_3s", dpm_solver, {"order": 3, "prediction": "data"}, 3, "arXiv:2211.01095"),
+    Solver("res_2s", exponential_rk, {"stages": 2}, 2, "arXiv:2308.02157", stages=2),
+    Solver("res_3s", exponential_rk, {"stages": 3}, 3, "arXiv:2308.02157", stages=3),
     Solver("dpm2", dpm2, {}, 2, "arXiv:2206.00927", ("KDPM2DiscreteScheduler", "dpm_2"), stages=2),
     Solver("rho_midpoint2", runge_kutta, {"method": "midpoint2"}, 2, "arXiv:2204.13902", stages=2),
     Solver("rho_kutta3", runge_kutta, {"method": "kutta3"}, 3, "arXiv:2204.13902", stages=3),
@@ -188,6 +231,7 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver("ghvb3.8", ghvb, {"order": 4, "beta": 0.8}, 4, "arXiv:2307.11118"),
     Solver("bdia", bdia, {}, 2, "arXiv:2307.10829"),
     Solver("belm", belm, {}, 2, "arXiv:2410.07273"),
+    Solver("conjugate_ddim", conjugate_ddim, {}, 1, "arXiv:2310.07894"),
     Solver(
         "dpmpp_2m_sde",
         dpmpp,
@@ -217,8 +261,32 @@ SOLVERS: dict[str, Solver] = _listed(
         ("SASolverScheduler",),
         stochastic=True,
     ),
+    Solver("er_sde1", er_sde, {"order": 1}, 1, "arXiv:2309.06169", stochastic=True),
+    Solver("er_sde2", er_sde, {"order": 2}, 2, "arXiv:2309.06169", stochastic=True),
     Solver("er_sde3", er_sde, {}, 2, "arXiv:2309.06169", ("er_sde",), stochastic=True),
     Solver("seeds2", seeds, {}, 2, "arXiv:2305.14267", stages=2, stochastic=True),
+    Solver("seeds3", seeds, {"order": 3}, 2, "arXiv:2305.14267", stages=3, stochastic=True),
+    Solver(
+        "dpm2_ancestral",
+        dpm2_ancestral,
+        {},
+        2,
+        "arXiv:2206.00927",
+        ("KDPM2AncestralDiscreteScheduler", "dpm_2_ancestral"),
+        stages=2,
+        stochastic=True,
+    ),
+    Solver("accelerated_ddpm", accelerated_ddpm, {}, 2, "arXiv:2403.03852", stochastic=True),
+    Solver("interpolant_em", interpolant, {}, 1, "arXiv:2401.08740", stochastic=True),
+    Solver(
+        "interpolant_heun",
+        interpolant,
+        {"method": "heun"},
+        1,
+        "arXiv:2401.08740",
+        stages=2,
+        stochastic=True,
+    ),
 )
 
 _ALIASES = {alias: s.name for s in SOLVERS.values() for alias in s.aliases if alias not in SOLVERS}

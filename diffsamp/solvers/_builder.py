@@ -39,9 +39,13 @@ DATA, NOISE, FLOW = (1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)  # weights of (x_0, eps)
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """A linear combination of symbols ("u", k), ("m", k) and ("z", k)."""
+    """A linear combination of symbols ("u", k), ("m", k) and ("z", k).
 
-    terms: dict[tuple[str, int], float]
+    A weight is a number, or an array with one number per element of the data.
+    """
+
+    terms: dict[tuple[str, int], Any]
+    __array_ufunc__ = None  # array * combination is ours, not NumPy's element by element
 
     def __add__(self, other: Combination) -> Combination:
         terms = dict(self.terms)
@@ -49,13 +53,13 @@ class Combination:
             terms[symbol] = terms.get(symbol, 0.0) + weight
         return Combination(terms)
 
-    def __mul__(self, number: float) -> Combination:
-        return Combination({s: w * float(number) for s, w in self.terms.items()})
+    def __mul__(self, number: Any) -> Combination:
+        return Combination({s: w * np.float64(number) for s, w in self.terms.items()})
 
     __rmul__ = __mul__
 
-    def __truediv__(self, number: float) -> Combination:
-        return self * (1.0 / float(number))
+    def __truediv__(self, number: Any) -> Combination:
+        return self * (1.0 / np.float64(number))
 
     def __neg__(self) -> Combination:
         return self * -1.0
@@ -107,9 +111,9 @@ class Builder:
             )
         if not is_concrete(process):
             raise TypeError("solvers are host functions: build the tableau outside `jit`.")
-        times = expect_times(times)
+        times = expect_times(times, may_rise=True)
         low, high = process.t_clean, process.t_max
-        if times[-1] < low or times[0] > high * (1 + 1e-9):
+        if times.min() < low or times.max() > high * (1 + 1e-9):
             raise ValueError(
                 f"`times` must lie between t_clean = {low} and t_max = {high} of "
                 f"{type(process).__name__}; got {times[0]:g} .. {times[-1]:g}."
@@ -117,11 +121,38 @@ class Builder:
         self.process = process
         self.target = target
         self.points = [self.point(t) for t in times]
+        if self.rising and self.points[-1].alpha == 0:
+            raise ValueError(
+                f"the times rise to t = {times[-1]:g}, where alpha = 0 and nothing is left of the "
+                "data; encode to a time before it."
+            )
         self._levels = [self.points[0]]
         self._states: list[Combination] = []  # u_1, u_2, ..
         self.start = self.symbol(0)
         self._targets: dict[int, tuple[float, float]] = {}  # rows that evaluate
         self._noises = 0
+
+    def unit_time(self, t: Any) -> Any:
+        """Time(s) t, counted from 0 at the data to 1 at the noise."""
+        return (t - self.process.t_clean) / (self.process.t_max - self.process.t_clean)
+
+    @property
+    def rows(self) -> int:
+        """How many states have been written: u_1 .. u_rows."""
+        return len(self._states)
+
+    @property
+    def rising(self) -> bool:
+        """Whether the times go from data to noise: encoding."""
+        return self.points[0].t < self.points[-1].t
+
+    def expect_falling(self, what: str) -> None:
+        """Raise if the times rise: fresh noise cannot be added on the way to the noise."""
+        if self.rising:
+            raise ValueError(
+                f"{what} adds noise, and so cannot encode: its times must decrease. Encode with a "
+                "deterministic solver."
+            )
 
     def point(self, t: float) -> Point:
         """The point at time t."""
@@ -158,8 +189,8 @@ class Builder:
         """
         if point.sigma == 0:
             raise ValueError(
-                f"the network would be evaluated at t = {point.t:g}, where sigma = 0. End the "
-                "times there, or stop before it."
+                f"the network would be evaluated at t = {point.t:g}, where sigma = 0. Falling "
+                "times may end there; rising ones start later, at the process's t_min."
             )
         target = self.target if target is None else target
         if point.alpha == 0 and target == NOISE:
@@ -190,28 +221,28 @@ class Builder:
         """The tableau whose sample is x, at `point`."""
         self.move(x, point)
         rows = len(self._states)
-        p = q = 1
-        for n, state in enumerate(self._states):
-            for (kind, k), weight in state.terms.items():
-                if weight != 0 and kind == "u":
-                    p = max(p, n - k + 1)
-                elif weight != 0 and kind == "m":
-                    q = max(q, n - k + 1)
-        a, b, c = np.zeros((rows, p)), np.zeros((rows, q)), np.zeros(rows)
+        entries = [
+            (n, kind, k, weight)
+            for n, state in enumerate(self._states)
+            for (kind, k), weight in state.terms.items()
+            if np.any(weight != 0)
+        ]
+        p = max((n - k + 1 for n, kind, k, _ in entries if kind == "u"), default=1)
+        q = max((n - k + 1 for n, kind, k, _ in entries if kind == "m"), default=1)
+        tail = np.broadcast_shapes(*(np.shape(weight) for *_, weight in entries))
+        tail = (1, *tail) if tail else ()  # weights per element broadcast over the batch
+        a, b, c = np.zeros((rows, p, *tail)), np.zeros((rows, q, *tail)), np.zeros((rows, *tail))
         used: set[int] = set()
-        for n, state in enumerate(self._states):
-            for (kind, k), weight in state.terms.items():
-                if weight == 0:
-                    continue
-                if kind == "u":
-                    a[n, n - k] = weight
-                elif kind == "m":
-                    b[n, n - k] = weight
-                else:
-                    if k in used:
-                        raise RuntimeError("one fresh noise entered two rows of a tableau.")
-                    used.add(k)
-                    c[n] = math.hypot(c[n], weight) if c[n] else weight
+        for n, kind, k, weight in entries:
+            if kind == "u":
+                a[n, n - k] = weight
+            elif kind == "m":
+                b[n, n - k] = weight
+            elif k in used:
+                raise RuntimeError("one fresh noise entered two rows of a tableau.")
+            else:
+                used.add(k)
+                c[n] = np.hypot(c[n], weight)
         return Tableau.create(
             times=[p.t for p in self._levels],
             alpha=[p.alpha for p in self._levels],

@@ -1,4 +1,4 @@
-"""Coordinates in which the ODE has no linear part.
+"""Coordinates in which the ODE has no linear part, and Runge-Kutta steps in them.
 
 - "edm": state x / alpha, variable rho = sigma / alpha, dx/drho = E. EDM's own for alpha = 1.
 - "flow": state x / (alpha + sigma), variable sigma / (alpha + sigma), dx/dt = E - D. The flow
@@ -16,9 +16,25 @@ import numpy as np
 
 from diffsamp._checks import expect_choice
 from diffsamp.processes import Flow
-from diffsamp.solvers._builder import FLOW, NOISE, Answer, Builder, Combination, Point
+from diffsamp.solvers._builder import FLOW, NOISE, Answer, Builder, Combination, Point, total
 
-__all__ = ["Chart"]
+__all__ = ["BUTCHER", "Chart", "runge_kutta_step"]
+
+# name: (stage fractions, rows of the lower triangle, weights); Butcher's tableaux
+BUTCHER: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
+    "heun2": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "midpoint2": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "ralston2": ((0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4)),
+    "kutta3": ((0, 1 / 2, 1), ((), (1 / 2,), (-1, 2)), (1 / 6, 4 / 6, 1 / 6)),
+    "heun3": ((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "ralston3": ((0, 1 / 2, 3 / 4), ((), (1 / 2,), (0, 3 / 4)), (2 / 9, 3 / 9, 4 / 9)),
+    "ssprk3": ((0, 1, 1 / 2), ((), (1,), (1 / 4, 1 / 4)), (1 / 6, 1 / 6, 4 / 6)),
+    "rk4": (
+        (0, 1 / 2, 1 / 2, 1),
+        ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)),
+        (1 / 6, 2 / 6, 2 / 6, 1 / 6),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,3 +89,17 @@ class Chart:
         """The state at t from state x at s along a constant slope."""
         change = self.variable(t) - self.variable(s)
         return self.scale(t) * (x / self.scale(s) + change * slope)
+
+
+def runge_kutta_step(
+    builder: Builder, chart: Chart, first: Answer, t: Point, method: str
+) -> Combination:
+    """The state at t by one step of a Runge-Kutta method from the answer `first`."""
+    fractions, lower, weights = BUTCHER[method]
+    s, slopes = first.point, [chart.slope(first)]
+    for fraction, row in zip(fractions[1:], lower[1:], strict=True):
+        stage = chart.between(s, t, fraction)
+        # sum_j a_ij slope_j (t - s) is a step of `fraction` along the mean slope
+        mean = total([a / fraction for a in row], slopes)
+        slopes.append(chart.slope(builder.evaluate(chart.step(first.state, mean, s, stage), stage)))
+    return chart.step(first.state, total(weights, slopes), s, t)

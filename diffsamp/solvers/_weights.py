@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["adams_weights", "exponential_weights", "lagrange", "phis"]
+__all__ = ["adams_weights", "exponential_weights", "lagrange", "phis", "spread"]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
@@ -101,3 +101,8 @@ def adams_weights(
     if variable is None:
         return lagrange(nodes, point) @ weight
     return lagrange(nodes, variable(point)) @ (weight * np.exp(point))
+
+
+def spread(strength: float) -> float:
+    """sqrt(1 - exp(-2 strength)): the fresh noise of an SDE step, in units of sigma_t."""
+    return math.sqrt(-math.expm1(-2 * strength))

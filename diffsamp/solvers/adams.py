@@ -1,4 +1,4 @@
-"""Adams-Bashforth methods on dx/drho = E: DEIS in three variables, and iPNDM.
+"""Adams-Bashforth methods on dx/drho = E: DEIS in four variables, iPNDM and PNDM.
 
 In coordinates x / alpha and rho = sigma / alpha the ODE has no linear part:
 
@@ -16,11 +16,20 @@ import numpy as np
 
 from diffsamp._checks import expect_choice, expect_int
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import NOISE, Answer, Builder, Point, total, transfer
+from diffsamp.solvers._builder import (
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    Point,
+    total,
+    transfer,
+)
+from diffsamp.solvers._charts import Chart
 from diffsamp.solvers._weights import adams_weights
 from diffsamp.tableau import Tableau
 
-__all__ = ["deis", "ipndm"]
+__all__ = ["accelerated_ddim", "deis", "ipndm", "pndm"]
 
 _ADAMS = {
     1: (1.0,),
@@ -114,6 +123,100 @@ def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
 
     source = "arXiv:2202.09778"
     return _adams(process, times, order, weights, f"ipndm{order}", source, False)
+
+
+def accelerated_ddim(process: Process, times: Any) -> Tableau:
+    """Accelerated DDIM: the noise prediction extrapolated linearly in abar = alpha^2.
+
+    A DEIS of order 1 in the variable abar (variance-preserving, alpha^2 / (alpha^2 + sigma^2)
+    elsewhere), whose integral is elementary: with a = atan(1 / rho),
+
+        x_t / alpha_t = x_s / alpha_s + (rho_t - rho_s) E_n
+                        + (abar_s (rho_t - rho_s) + a_t - a_s) / (abar_s - abar_p) (E_p - E_n).
+
+    Order 2, one evaluation a step, and finite at sigma = 0, so the last step keeps its order. The
+    first step, and one whose past lies at alpha = 0, is DDIM's.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times, used verbatim.
+
+    Returns:
+      A deterministic tableau of n evaluations, in noise prediction.
+
+    Raises:
+      ValueError: times that do not decrease.
+
+    Reference: Li, Huang, Efimov et al. 2024, arXiv:2403.03852.
+    """
+
+    def weights(history: list[Answer], to: Point) -> np.ndarray:
+        s = history[0].point
+        step = to.rho - s.rho
+        if len(history) == 1:
+            return np.array([step])
+        abar, before = (1 / (1 + a.point.rho**2) for a in history)
+        angle = math.atan2(1, to.rho) - math.atan2(1, s.rho)
+        slope = (abar * step + angle) / (abar - before)
+        return np.array([step - slope, slope])
+
+    return _adams(process, times, 2, weights, "accelerated_ddim", "arXiv:2403.03852", False)
+
+
+def pndm(
+    process: Process, times: Any, *, start: str = "rk4", coordinates: str | None = None
+) -> Tableau:
+    """PNDM: iPNDM of order 4 behind a Runge-Kutta start, the paper's F-PNDM; or S-PNDM.
+
+    "rk4" spends four evaluations on each of the first three steps (with the midpoint in the
+    process's time) and so n + 9 in all; "heun" two on the first, n + 1, and then uses two
+    evaluations in the mean. With few evaluations iPNDM is the better use of them. (The authors'
+    code takes alpha and sigma one index later than the time it gives the network; this one does
+    not.)
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times of the steps, n at least 4 ("heun": 2); PNDM's own are
+        uniform.
+      start: "rk4" or "heun".
+      coordinates: "edm" or "flow", as for `heun`; the paper's DDIM transfer is "edm".
+
+    Returns:
+      A deterministic tableau.
+
+    Raises:
+      ValueError: times that do not decrease, too few steps, an unknown start or coordinates.
+
+    Reference: Liu et al. 2022, arXiv:2202.09778.
+    """
+    expect_choice(start, "start", ("rk4", "heun"))
+    builder = Builder(process, times, NOISE)
+    starting = 3 if start == "rk4" else 1
+    if len(builder.points) - 1 <= starting:
+        raise ValueError(
+            f"PNDM's {start!r} start takes {starting} steps and needs at least one after it; got "
+            f"{len(builder.points) - 1} steps. Use ipndm for fewer."
+        )
+    chart = Chart.choose(builder, coordinates)
+    x, slopes = builder.start, list[Combination]()
+    for n, (s, t) in enumerate(zip(builder.points, builder.points[1:], strict=False)):
+        first = builder.evaluate(x, s)
+        x = first.state
+        slopes = [chart.slope(first), *slopes[:starting]]
+        if n < starting:
+            middle = builder.point((s.t + t.t) / 2)
+            places = [middle, middle, t] if start == "rk4" else [t]
+            weights = [1 / 6, 2 / 6, 2 / 6, 1 / 6] if start == "rk4" else [1 / 2, 1 / 2]
+            stages = [slopes[0]]
+            for place in places:
+                stage = builder.evaluate(chart.step(x, stages[-1], s, place), place)
+                stages.append(chart.slope(stage))
+            mean = total(weights, stages)
+        else:
+            mean = total(_ADAMS[len(slopes)], slopes)
+        x = chart.step(x, mean, s, t)
+    name = "pndm" if start == "rk4" else "s_pndm"
+    return builder.finish(x, builder.points[-1], name=name, source="arXiv:2202.09778")
 
 
 def _adams(

@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++ in their single-step form, in noise or data prediction.
+"""DPM-Solver and DPM-Solver++ in their single-step form, and exponential Runge-Kutta (RES).
 
 With P the prediction the form uses, D (or E), k = alpha_t (or sigma_t), ratio = sigma_t / sigma_s
 (or alpha_t / alpha_s), H = h (or -h) and phi_k as in `_weights.phis`, a step from s to t is
@@ -27,10 +27,11 @@ from diffsamp.solvers._builder import (
     total,
     transfer,
 )
+from diffsamp.solvers._charts import Chart, runge_kutta_step
 from diffsamp.solvers._weights import phis
 from diffsamp.tableau import Tableau
 
-__all__ = ["dpm_solver", "step_orders"]
+__all__ = ["dpm_solver", "exponential_rk", "step_orders"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,3 +156,76 @@ def _step(
     on_third = np.array([-r[0] / (r[1] - r[0]), 2 / (r[1] - r[0])]) / r[1]
     w_2, w_3 = on_second @ [phi_2, phi_3], on_third @ [phi_2, phi_3]
     return form.step(start, t, [phi_1 - w_2 - w_3, w_2, w_3], [first, second, third])
+
+
+def exponential_rk(
+    process: Process, times: Any, *, stages: int = 3, c_2: float = 0.5, c_3: float = 1.0
+) -> Tableau:
+    """RES: exponential Runge-Kutta methods that meet the stiff order conditions.
+
+    In log-SNR and data prediction, with H_i = c_i h and phi_1(H) = 1 - exp(-H), phi_2 = 1 -
+    phi_1 / H (the step's length multiplied in), two stages are order 2,
+
+        u_2 = .. + alpha_2 phi_1(H_2) D_1,     weights (phi_1 - phi_2 / c_2, phi_2 / c_2),
+
+    and three are order 3: with g = (3 c_3^2 - 2 c_3) / (c_2 (2 - 3 c_2)),
+
+        u_3 = .. + alpha_3 [(phi_1(H_3) - e) D_1 + e D_2],  e = g phi_2(H_2) + (c_3/c_2) phi_2(H_3),
+        weights (phi_1 - (1 + g) w, g w, w),                w = phi_2 / (g c_2 + c_3).
+
+    Two stages with c_2 = 1/2 are DPM-Solver++ 2S ("taylor"). A step to sigma = 0 takes one
+    evaluation; one from alpha = 0, of infinite length in log-SNR, is a classical Runge-Kutta step
+    in flow coordinates with as many.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times of the steps.
+      stages: 2 or 3.
+      c_2: where the second stage lies, as a fraction of the log-SNR step, in (0, 1], not 2/3 for
+        three stages.
+      c_3: where the third lies, in (0, 1].
+
+    Returns:
+      A deterministic tableau of `stages` evaluations a step, in data prediction.
+
+    Raises:
+      ValueError: times that do not decrease, another number of stages, a fraction out of range.
+
+    Reference: Zhang et al. 2023 (RES), arXiv:2308.02157; Hochbruck & Ostermann 2005, SIAM J. Numer.
+    Anal. 43, the methods of orders 2 and 3.
+    """
+    expect_int(stages, "stages", 2, 3)
+    fractions = [c_2] if stages == 2 else [c_2, c_3]
+    if not all(0 < c <= 1 for c in fractions) or (stages == 3 and abs(c_2 - 2 / 3) < 1e-9):
+        raise ValueError(
+            "`c_2` and `c_3` must lie in (0, 1], `c_2` not at 2/3 if there are three stages; got "
+            f"{fractions}."
+        )
+    form = _Form("data")
+    builder = Builder(process, times)
+    x = builder.start
+    for s, t in zip(builder.points, builder.points[1:], strict=False):
+        start = builder.evaluate(x, s)
+        if t.sigma == 0:
+            x = transfer(start, t)
+            continue
+        if s.alpha == 0:
+            method = "midpoint2" if stages == 2 else "kutta3"
+            x = runge_kutta_step(builder, Chart("flow", builder), start, t, method)
+            continue
+        h = t.log_snr - s.log_snr
+        inner = [t if c == 1 else builder.point_at(s.log_snr + c * h) for c in fractions]
+        phi_1, phi_2, _ = phis(h)
+        first, second = start.data, builder.evaluate(transfer(start, inner[0]), inner[0]).data
+        if stages == 2:
+            x = form.step(start, t, [phi_1 - phi_2 / c_2, phi_2 / c_2], [first, second])
+            continue
+        g = (3 * c_3**2 - 2 * c_3) / (c_2 * (2 - 3 * c_2))
+        stage_1, stage_2, _ = phis(c_3 * h)
+        bent = g * phis(c_2 * h)[1] + c_3 / c_2 * stage_2
+        u_3 = form.step(start, inner[1], [stage_1 - bent, bent], [first, second])
+        third = builder.evaluate(u_3, inner[1]).data
+        w = phi_2 / (g * c_2 + c_3)
+        x = form.step(start, t, [phi_1 - (1 + g) * w, g * w, w], [first, second, third])
+    name = f"res_{stages}s"
+    return builder.finish(x, builder.points[-1], name=name, source="arXiv:2308.02157")

@@ -20,7 +20,7 @@ from typing import Any
 from diffsamp._checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, total
-from diffsamp.solvers._weights import phis
+from diffsamp.solvers._weights import phis, spread
 from diffsamp.tableau import Tableau
 
 __all__ = ["dpmpp"]
@@ -70,6 +70,8 @@ def dpmpp(
         raise ValueError(f"`eta` must not be negative; got {eta}.")
     expect_choice(variant, "variant", ("midpoint", "heun"))
     builder = Builder(process, times)
+    if eta > 0:
+        builder.expect_falling("dpmpp with eta > 0")
     points = builder.points
     steps = len(points) - 1
     x, history = builder.start, list[Answer]()
@@ -86,7 +88,7 @@ def dpmpp(
         x = (t.sigma / s.sigma) * kept * history[0].state
         x = x + t.alpha * total(weights, [a.data for a in history[:now]])
         if eta > 0 and t.sigma > 0:
-            x = x + t.sigma * math.sqrt(-math.expm1(-2 * eta * h)) * builder.fresh_noise()
+            x = x + t.sigma * spread(eta * h) * builder.fresh_noise()
     label = f"dpmpp_{order}m" if order > 1 else "dpmpp_1"
     label += "" if eta == 0 else "_sde" if eta == 1 else f"_sde(eta={eta:g})"
     label += "_heun" if order == 2 and variant == "heun" else ""

@@ -9,27 +9,17 @@ import numpy as np
 
 from diffsamp._checks import expect_choice
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import NOISE, Builder, Combination, Point, total, transfer
-from diffsamp.solvers._charts import Chart
+from diffsamp.solvers._builder import (
+    NOISE,
+    Builder,
+    Combination,
+    Point,
+    transfer,
+)
+from diffsamp.solvers._charts import BUTCHER, Chart, runge_kutta_step
 from diffsamp.tableau import Tableau
 
 __all__ = ["dpm2", "euler", "heun", "runge_kutta"]
-
-# name: (stage fractions, rows of the lower triangle, weights); Butcher's tableaux
-_BUTCHER: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
-    "heun2": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
-    "midpoint2": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
-    "ralston2": ((0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4)),
-    "kutta3": ((0, 1 / 2, 1), ((), (1 / 2,), (-1, 2)), (1 / 6, 4 / 6, 1 / 6)),
-    "heun3": ((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
-    "ralston3": ((0, 1 / 2, 3 / 4), ((), (1 / 2,), (0, 3 / 4)), (2 / 9, 3 / 9, 4 / 9)),
-    "ssprk3": ((0, 1, 1 / 2), ((), (1,), (1 / 4, 1 / 4)), (1 / 6, 1 / 6, 4 / 6)),
-    "rk4": (
-        (0, 1 / 2, 1 / 2, 1),
-        ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)),
-        (1 / 6, 2 / 6, 2 / 6, 1 / 6),
-    ),
-}
 
 
 def euler(
@@ -142,7 +132,7 @@ def runge_kutta(
 
     Reference: Zhang & Chen 2023, arXiv:2204.13902.
     """
-    expect_choice(method, "method", tuple(_BUTCHER))
+    expect_choice(method, "method", tuple(BUTCHER))
     still = _Churn(0.0, 0.0, math.inf, 1.0)
     return _runge_kutta(
         process, times, method, coordinates, still, f"rho_{method}", "arXiv:2204.13902"
@@ -168,19 +158,18 @@ def dpm2(process: Process, times: Any) -> Tableau:
     Reference: Lu et al. 2022, arXiv:2206.00927; Karras et al. 2022, arXiv:2206.00364.
     """
     builder = Builder(process, times, NOISE)
-    edm, flow = Chart("edm", builder), Chart("flow", builder)
+    edm = Chart("edm", builder)
     x = builder.start
     for s, t in zip(builder.points, builder.points[1:], strict=False):
         first = builder.evaluate(x, s)
         if t.sigma == 0:
             x = transfer(first, t)
-            continue
-        if s.alpha == 0:
-            chart, middle = flow, flow.between(s, t, 0.5)
+        elif s.alpha == 0:
+            x = runge_kutta_step(builder, Chart("flow", builder), first, t, "midpoint2")
         else:
-            chart, middle = edm, builder.point_at((s.log_snr + t.log_snr) / 2)
-        second = builder.evaluate(transfer(first, middle), middle)
-        x = chart.step(first.state, chart.slope(second), s, t)
+            middle = builder.point_at((s.log_snr + t.log_snr) / 2)
+            second = builder.evaluate(transfer(first, middle), middle)
+            x = edm.step(first.state, edm.slope(second), s, t)
     return builder.finish(x, builder.points[-1], name="dpm2", source="arXiv:2206.00364")
 
 
@@ -193,7 +182,6 @@ def _runge_kutta(
     name: str,
     source: str,
 ) -> Tableau:
-    fractions, lower, weights = _BUTCHER[method]
     builder = Builder(process, times)
     chart = Chart.choose(builder, coordinates)
     x = builder.start
@@ -203,15 +191,7 @@ def _runge_kutta(
         if t.sigma == 0:
             x = transfer(first, t)
             continue
-        slopes = [chart.slope(first)]
-        for fraction, row in zip(fractions[1:], lower[1:], strict=True):
-            stage = chart.between(s, t, fraction)
-            # sum_j a_ij slope_j (t - s) is a step of `fraction` along the mean slope
-            mean = total([a / fraction for a in row], slopes)
-            slopes.append(
-                chart.slope(builder.evaluate(chart.step(first.state, mean, s, stage), stage))
-            )
-        x = chart.step(first.state, total(weights, slopes), s, t)
+        x = runge_kutta_step(builder, chart, first, t, method)
     return builder.finish(
         x,
         builder.points[-1],
@@ -238,6 +218,8 @@ class _Churn:
 
     def lift(self, builder: Builder, x: Combination, s: Point) -> tuple[Combination, Point]:
         """The state and point at which the network is asked."""
+        if self.churn > 0:
+            builder.expect_falling("churn")
         gamma = min(self.churn / (len(builder.points) - 1), math.sqrt(2) - 1)
         if gamma == 0 or s.alpha == 0 or not self.low <= s.rho <= self.high:
             return x, s

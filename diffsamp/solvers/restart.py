@@ -38,27 +38,39 @@ class RestartInterval(NamedTuple):
     high: float
 
 
-# main Heun steps and intervals of the paper's configurations for EDM models, by network evaluations
+_LOW = (0.06, 0.30)
+_LEVELS = ((19.35, 40.79), (1.09, 1.92), (0.59, 1.09), (0.30, 0.59), _LOW)
+
+
+def _configuration(
+    steps: int, *intervals: tuple[int, int, tuple[float, float]]
+) -> tuple[int, tuple[RestartInterval, ...]]:
+    return steps, tuple(RestartInterval(points, k, *ends) for points, k, ends in intervals)
+
+
+def _imagenet(steps: int, *counts: tuple[int, int]) -> tuple[int, tuple[RestartInterval, ...]]:
+    return _configuration(
+        steps, *((points, k, ends) for (points, k), ends in zip(counts, _LEVELS, strict=True))
+    )
+
+
+# main Heun steps and intervals of the paper's tables 3 and 5, by model and network evaluations:
+# EDM's (and PFGM++'s) CIFAR-10 model, the VP one of the same, and EDM's ImageNet-64 model
 PUBLISHED: dict[str, tuple[int, tuple[RestartInterval, ...]]] = {
-    "cifar10-43": (18, (RestartInterval(3, 2, 0.14, 0.30),)),
-    "imagenet64-39": (
-        14,
-        (
-            RestartInterval(3, 1, 19.35, 40.79),
-            RestartInterval(3, 1, 1.09, 1.92),
-            RestartInterval(3, 1, 0.06, 0.30),
-        ),
-    ),
-    "imagenet64-203": (
-        36,
-        (
-            RestartInterval(4, 1, 19.35, 40.79),
-            RestartInterval(4, 1, 1.09, 1.92),
-            RestartInterval(4, 5, 0.59, 1.09),
-            RestartInterval(4, 5, 0.30, 0.59),
-            RestartInterval(6, 6, 0.06, 0.30),
-        ),
-    ),
+    "cifar10-43": _configuration(18, (3, 2, (0.14, 0.30))),
+    "cifar10_vp-43": _configuration(18, (3, 2, _LOW)),
+    "cifar10_vp-55": _configuration(18, (3, 5, _LOW)),
+    "cifar10_vp-75": _configuration(18, (3, 10, _LOW)),
+    "cifar10_vp-115": _configuration(18, (3, 20, _LOW)),
+    "cifar10_vp-519": _configuration(20, (9, 30, (0.06, 0.20))),
+    "imagenet64-39": _configuration(14, *((3, 1, _LEVELS[i]) for i in (0, 1, 4))),
+    "imagenet64-67": _configuration(18, *((5, 1, _LEVELS[i]) for i in (0, 1, 2, 4))),
+    "imagenet64-99": _imagenet(18, (3, 1), (4, 1), (4, 4), (4, 1), (4, 4)),
+    "imagenet64-165": _imagenet(18, (3, 1), (4, 1), (4, 5), (4, 5), (4, 10)),
+    "imagenet64-203": _imagenet(36, (4, 1), (4, 1), (4, 5), (4, 5), (6, 6)),
+    "imagenet64-385": _imagenet(36, (3, 1), (6, 1), (6, 5), (6, 5), (6, 20)),
+    "imagenet64-535": _imagenet(36, (6, 1), (6, 1), (7, 6), (7, 6), (7, 25)),
+    "imagenet64-623": _imagenet(36, (10, 3), (10, 3), (7, 6), (7, 6), (7, 25)),
 }
 
 
@@ -68,6 +80,7 @@ def restart(
     *,
     intervals: Sequence[tuple[int, int, float, float]] = PUBLISHED["cifar10-43"][1],
     solver: Callable[[Process, Any], Tableau] = heun,
+    down: Callable[[Process, Any], Tableau] | None = None,
     noise_scale: float = 1.0,
 ) -> Tableau:
     """Restart around any deterministic solver.
@@ -78,8 +91,8 @@ def restart(
     evaluations are 2 n - 1 + sum 2 (points - 1) repeats. No intervals, or none repeated, give the
     solver's own tableau.
 
-    The authors' code also has EDM's churn within restarts (gamma = 0.05 by default), which is left
-    out here as in their paper's algorithm; pass a `solver` with churn for it.
+    The authors' code also has EDM's churn within restarts (gamma = 0.05 by default), which their
+    paper's algorithm has not; pass a `down` with churn for it.
 
     Args:
       process: the noise process.
@@ -87,6 +100,7 @@ def restart(
       intervals: (points, repeats, low, high) each, as `RestartInterval`. Two that fall on one point
         of the grid are both carried out, in the order given.
       solver: (process, times) -> Tableau.
+      down: the solver within restarts; None: the same.
       noise_scale: standard deviation of the added noise, the authors' S_noise.
 
     Returns:
@@ -122,8 +136,8 @@ def restart(
         for one in plans[at]:
             low, high = float(times[at]), float(process.time(-np.log(one.high)))
             grid = schedules.karras(process, one.points - 1, t_max=high, t_min=low, final="t_min")
-            up, down = _renoise(process, low, high, noise_scale), solver(process, grid)
-            pieces.extend([up, down] * one.repeats)
+            up = _renoise(process, low, high, noise_scale)
+            pieces.extend([up, (down or solver)(process, grid)] * one.repeats)
         done = at
     if done < len(times) - 1:
         pieces.append(solver(process, times[done:]))

@@ -1,4 +1,4 @@
-"""Stochastic multistep and multi-stage samplers: SA-Solver, ER-SDE, SEEDS, DPM++ SDE.
+"""Stochastic multistep samplers: SA-Solver and ER-SDE.
 
 With noise strength tau and rate c = 1 + tau^2 the reverse SDE's solution over a log-SNR step h is
 
@@ -19,15 +19,10 @@ import numpy as np
 from diffsamp._checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, total, transfer
-from diffsamp.solvers._weights import exponential_weights
+from diffsamp.solvers._weights import exponential_weights, spread
 from diffsamp.tableau import Tableau
 
-__all__ = ["dpmpp_sde", "er_sde", "sa_solver", "seeds"]
-
-
-def _spread(rate: float) -> float:
-    """sqrt(1 - exp(-2 rate)): the fresh noise of a step, in units of sigma_t."""
-    return math.sqrt(-math.expm1(-2 * rate))
+__all__ = ["er_sde", "sa_solver"]
 
 
 def sa_solver(
@@ -80,6 +75,8 @@ def sa_solver(
         strength = float(tau(t.t) if callable(tau) else tau)
         if not strength >= 0:
             raise ValueError(f"`tau` must not be negative; got {strength}.")
+        if strength:
+            builder.expect_falling("sa_solver with tau > 0")
         history = [answer, *history[: order - 1]]
         now = 1 if t.sigma == 0 else min(order, steps - n) if lower_order_final else order
         used = ([a for a in history if math.isfinite(a.point.log_snr)] or history[:1])[:now]
@@ -88,7 +85,7 @@ def sa_solver(
         kept = math.exp(-(strength**2) * h) if strength else 1.0
         x = (t.sigma / s.sigma) * kept * x + t.alpha * total(weights, [a.data for a in used])
         if strength and t.sigma:
-            x = x + t.sigma * _spread(strength**2 * h) * builder.fresh_noise()
+            x = x + t.sigma * spread(strength**2 * h) * builder.fresh_noise()
     name = f"sa_solver{order}" + ("" if callable(tau) else f"(tau={tau:g})")
     return builder.finish(x, points[-1], name=name, source="arXiv:2309.05019, algorithm 1")
 
@@ -128,6 +125,8 @@ def er_sde(process: Process, times: Any, *, order: int = 3, scale: str = "er_sde
     phi = _SCALES[scale]
     nodes, quadrature = np.polynomial.legendre.leggauss(64)
     builder = Builder(process, times)
+    if scale != "ode":
+        builder.expect_falling("er_sde")
     x, history = builder.start, list[Answer]()
     for s, t in zip(builder.points, builder.points[1:], strict=False):
         history = [builder.evaluate(x, s), *history[:2]]
@@ -163,78 +162,3 @@ def er_sde(process: Process, times: Any, *, order: int = 3, scale: str = "er_sde
             x = x + t.alpha * std * builder.fresh_noise()
     name = f"er_sde{order}" + ("" if scale == "er_sde" else f"({scale})")
     return builder.finish(x, builder.points[-1], name=name, source="arXiv:2309.06169")
-
-
-def seeds(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
-    """SEEDS-2: exponential two-stage method for the reverse SDE, in data prediction.
-
-    The stage's noise is the first part of the step's. Two evaluations a step, one on a step to
-    sigma = 0.
-
-    Args:
-      process: the noise process.
-      times: (n + 1,) decreasing times of the steps.
-      stage: where the stage lies, as a fraction of the log-SNR step, in (0, 1).
-
-    Returns:
-      A stochastic tableau.
-
-    Raises:
-      ValueError: times that do not decrease, a stage outside (0, 1).
-
-    Reference: Gonzalez et al. 2023, arXiv:2305.14267; the noises combined for any `stage`, where
-    the authors' code is right for 1/2 only.
-    """
-    return _two_stage(process, times, stage, shared=True, name="seeds2", source="arXiv:2305.14267")
-
-
-def dpmpp_sde(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
-    """DPM-Solver++ (SDE) of k-diffusion: two stages with independent noises; weak order 1.
-
-    Two evaluations a step, one on a step to sigma = 0. Arguments and errors as `seeds`.
-
-    Reference: Lu et al. 2022, arXiv:2211.01095, as in k-diffusion's `sample_dpmpp_sde`, eta = 1.
-    """
-    return _two_stage(
-        process, times, stage, shared=False, name="dpmpp_sde", source="arXiv:2211.01095"
-    )
-
-
-def _two_stage(
-    process: Process, times: Any, stage: float, *, shared: bool, name: str, source: str
-) -> Tableau:
-    if not 0 < stage < 1:
-        raise ValueError(f"`stage` must lie in (0, 1); got {stage}.")
-    builder = Builder(process, times)
-    x = builder.start
-    for s, t in zip(builder.points, builder.points[1:], strict=False):
-        first = builder.evaluate(x, s)
-        if t.sigma == 0:
-            x = transfer(first, t)
-            continue
-        if s.alpha == 0:
-            # an infinite step: two full renewals, the first halfway in sigma / (alpha + sigma)
-            v = (1 + t.sigma / (t.alpha + t.sigma)) / 2
-            middle = builder.point_at(-math.log(v / (1 - v)))
-            u = middle.alpha * first.data + middle.sigma * builder.fresh_noise()
-            second = builder.evaluate(u, middle)
-            x = t.alpha * second.data + t.sigma * builder.fresh_noise()
-            continue
-        h = t.log_snr - s.log_snr
-        middle = builder.point_at(s.log_snr + stage * h)
-        ratio = middle.sigma / s.sigma
-        drift = ratio * math.exp(-stage * h) * first.state
-        drift = drift - middle.alpha * math.expm1(-2 * stage * h) * first.data
-        noise_std = middle.sigma * _spread(stage * h)
-        second = builder.evaluate(drift + noise_std * builder.fresh_noise(), middle)
-        slope = 1 / (2 * stage)
-        data = (1 - slope) * first.data + slope * second.data
-        x = (t.sigma / s.sigma) * math.exp(-h) * first.state - t.alpha * math.expm1(-2 * h) * data
-        if shared:
-            z = (second.state - drift) / noise_std  # the stage's noise, from the stage's state
-            kept = math.exp(-(1 - stage) * h) * _spread(stage * h)
-            x = x + t.sigma * kept * z
-            x = x + t.sigma * _spread((1 - stage) * h) * builder.fresh_noise()
-        else:
-            x = x + t.sigma * _spread(h) * builder.fresh_noise()
-    return builder.finish(x, builder.points[-1], name=name, source=source)

@@ -1,4 +1,4 @@
-"""UniPC: predictor and corrector of any order at one evaluation a step.
+"""UniPC and DC-Solver: predictor and corrector of any order at one evaluation a step.
 
 UniP-p extrapolates the data predictions over the last p evaluations in log-SNR; UniC-p interpolates
 over those and the one just made, and moves the state without a new evaluation:
@@ -12,18 +12,20 @@ and UniC-1), which is what `variant` selects.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from diffsamp._checks import expect_choice, expect_int
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import Answer, Builder, Point, total
-from diffsamp.solvers._weights import exponential_weights
+from diffsamp.solvers._builder import Answer, Builder, Combination, Point, total
+from diffsamp.solvers._weights import exponential_weights, lagrange
 from diffsamp.tableau import Tableau
 
-__all__ = ["unipc"]
+__all__ = ["dc_solver", "unipc"]
 
 
 def unipc(
@@ -35,7 +37,7 @@ def unipc(
     corrector: bool = True,
     lower_order_final: bool = True,
 ) -> Tableau:
-    """UniPC of order 1 to 4: one evaluation a step, order + 1 with the corrector.
+    """UniPC of any order: one evaluation a step, order + 1 with the corrector.
 
     Without the corrector it is UniP: UniP-1 is DDIM, UniP-2 (bh2) is DPM-Solver++ 2M midpoint,
     UniP-3 is DPM-Solver++ 3M. The corrected state's own evaluation is not repeated (the authors'
@@ -44,7 +46,7 @@ def unipc(
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
-      order: order p of the predictor, 1 to 4; 3 is the authors' choice without guidance, 2 with.
+      order: order p of the predictor, at least 1; the authors take 3, with guidance 2.
       variant: "bh1" or "bh2".
       corrector: apply UniC after each evaluation.
       lower_order_final: lower the order over the last steps. A step to sigma = 0 is always of
@@ -58,19 +60,91 @@ def unipc(
 
     Reference: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2.
     """
-    expect_int(order, "order", 1, 4)
+    label = f"unipc{order}_{variant}" if corrector else f"unip{order}_{variant}"
+    builder, x = _multistep(
+        process, times, order, variant, lower_order_final, [corrector] * (len(times) - 1)
+    )
+    return builder.finish(x, builder.points[-1], name=label, source="arXiv:2302.04867, algorithm 1")
+
+
+def dc_solver(
+    process: Process,
+    times: Any,
+    *,
+    ratios: Any,
+    order: int = 2,
+    variant: str = "bh2",
+    lower_order_final: bool = True,
+    correct_first: bool = True,
+    stop: int | None = None,
+) -> Tableau:
+    """DC-Solver: UniPC whose newest output is moved to a fitted time before it is used.
+
+    Before the predictor of step n, D_n is replaced by the parabola through the last three
+    (replaced) outputs, as a function of t, at t_{n-1} + ratio_n (t_n - t_{n-1}): by dynamic
+    compensation of the misalignment between predictor and corrector. Ratio 1 leaves it as it is.
+    The replaced outputs are combinations of all earlier ones, so rows are dense. The ratios depend
+    on network, guidance, grid and order: `diffsamp.search.fit_dc` finds them.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times, used verbatim.
+      ratios: (n,) one per step; those of the first two are not used.
+      order: of UniPC, at least 1.
+      variant: "bh1" or "bh2".
+      lower_order_final: as for `unipc`.
+      correct_first: correct the state after the first step; the authors do not, with guidance.
+      stop: take only the first `stop` steps, and correct the state there with one evaluation more
+        unless it is the last; what the fit of the ratios looks at.
+
+    Returns:
+      A deterministic tableau of n evaluations, in data prediction.
+
+    Raises:
+      ValueError: as for `unipc`, or another number of ratios.
+
+    Reference: Zhao et al. 2024, arXiv:2409.03755.
+    """
+    ratios = np.asarray(ratios, np.float64)
+    if ratios.shape != (len(times) - 1,) or not np.all(np.isfinite(ratios)):
+        raise ValueError(
+            f"`ratios` must be {len(times) - 1} finite numbers, one per step; got {ratios}."
+        )
+    corrected = [False, correct_first] + [True] * (len(times) - 3)
+    builder, x = _multistep(
+        process, times, order, variant, lower_order_final, corrected, ratios, stop
+    )
+    return builder.finish(
+        x, builder.points[stop or -1], name=f"dc_solver{order}", source="arXiv:2409.03755"
+    )
+
+
+def _multistep(
+    process: Process,
+    times: Any,
+    order: int,
+    variant: str,
+    lower_order_final: bool,
+    corrected: Sequence[bool],
+    ratios: np.ndarray | None = None,
+    stop: int | None = None,
+) -> tuple[Builder, Combination]:
+    """The builder after all steps, and the sample."""
+    expect_int(order, "order", at_least=1)
     expect_choice(variant, "variant", ("bh1", "bh2"))
     builder = Builder(process, times)
     points = builder.points
     steps = len(points) - 1
     x, history, used = builder.start, list[Answer](), list[Answer]()
-    for n in range(steps):
+    for n in range(steps if stop is None else expect_int(stop, "stop", 1, steps)):
         s, t = points[n], points[n + 1]
         answer = builder.evaluate(x, s)
         x = answer.state
-        if corrector and n > 0 and math.isfinite(used[0].point.log_snr):
+        if n > 0 and corrected[n] and math.isfinite(used[0].point.log_snr):
             x = _correct(x, answer, used, variant)
-        history = [answer, *history[: order - 1]]
+        if ratios is not None and n >= 2:
+            answer = _compensate([answer, *history[:2]], float(ratios[n]))
+        history = [answer, *history[: max(order - 1, 2)]]
         now = 1 if t.sigma == 0 else order
         if lower_order_final:
             now = min(now, steps - n)
@@ -78,8 +152,20 @@ def unipc(
         used = finite[:now]
         weights = _predictor_weights(used, t, variant)
         x = (t.sigma / s.sigma) * x + t.alpha * total(weights, [a.data for a in used])
-    label = f"unipc{order}_{variant}" if corrector else f"unip{order}_{variant}"
-    return builder.finish(x, points[-1], name=label, source="arXiv:2302.04867, algorithm 1")
+    if stop is not None and stop < steps:
+        answer = builder.evaluate(x, points[stop])
+        x = answer.state
+        if corrected[stop] and math.isfinite(used[0].point.log_snr):
+            x = _correct(x, answer, used, variant)
+    return builder, x
+
+
+def _compensate(history: list[Answer], ratio: float) -> Answer:
+    """The newest answer with its data prediction taken at the compensated time."""
+    now, before = history[0].point.t, history[1].point.t
+    at = np.array([before + ratio * (now - before)])
+    weights = lagrange([a.point.t for a in history], at)[:, 0]
+    return dataclasses.replace(history[0], data=total(weights, [a.data for a in history]))
 
 
 def _half_weight(h: float, variant: str) -> float:

@@ -371,6 +371,11 @@ def test_restart():
     other = solvers.restart(ds.processes.vp_linear(), np.linspace(1, 0, 9), solver=solvers.dpmpp,
                             intervals=[(4, 2, 0.5, 2.0)])  # fmt: skip
     assert other.nfe == 8 + 2 * 3
+    churned = solvers.restart(
+        process, times, down=lambda p, t: solvers.heun(p, t, churn=0.05 * (len(t) - 1))
+    )
+    assert churned.nfe == 43
+    assert np.sum(churned.c > 0) == 2 * (1 + 2)  # noise up, and at both steps down, twice
     with pytest.raises(ValueError, match="must lie within the grid, above its clean end"):
         solvers.restart(process, times, intervals=[(3, 1, 0.0, 0.3)])
     with pytest.raises(ValueError, match="must lie within the grid"):

@@ -1,0 +1,103 @@
+"""IIA: a solver's step corrected by a fitted combination of what is already known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffsamp._checks import expect_choice
+from diffsamp.processes import Process
+from diffsamp.solvers._builder import (
+    DATA,
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    total,
+    transfer,
+)
+from diffsamp.tableau import Tableau
+
+__all__ = ["iia", "iia_features"]
+
+# features of IIA: how many coefficients a step has
+_FEATURES = {"ddim": 2, "guided": 1, "heun": 4}
+
+
+def iia(
+    process: Process, times: Any, *, coefficients: Any, method: str = "ddim", check: str = "none"
+) -> Tableau:
+    """IIA: a solver's step plus a fitted combination of what is known already.
+
+    "ddim": x_t = DDIM + c_0 (D_n - D_{n-1}) + c_1 (E_n - E_{n-1}); "guided": DDIM + c_0 E_n;
+    "heun": Heun's step plus c times (x_n - D_n, D'_n - D_n, x_{n-1} - D_{n-1}, D'_{n-1} - D_{n-1}),
+    D' the data prediction at a step's end and x scaled by 1 / alpha. The first step, and one to
+    sigma = 0, is the solver's own. All coefficients 0 is the solver. They are least squares fits to
+    a fine solution from the same state: `diffsamp.search.fit_iia`.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times, used verbatim.
+      coefficients: (n, 2), (n, 1) or (n, 4) for the three methods.
+      method: "ddim", "guided" or "heun".
+      check: as for `Tableau.create`; only "ddim" keeps a constant data prediction exact.
+
+    Returns:
+      A deterministic tableau of n evaluations ("heun": two a step, one on a step to sigma = 0).
+
+    Raises:
+      ValueError: times that do not decrease, an unknown method, coefficients of another shape.
+
+    Reference: Zhang, Niwa & Kleijn 2023, arXiv:2304.11328.
+    """
+    return iia_features(process, times, coefficients, method, check)[0]
+
+
+def iia_features(
+    process: Process, times: Any, coefficients: Any, method: str, check: str = "none"
+) -> tuple[Tableau, list[list[Combination]], list[int]]:
+    """What `iia` is made of, for the fit of its coefficients.
+
+    Args:
+      process: as for `iia`, and the other arguments.
+      times: as there.
+      coefficients: as there.
+      method: as there.
+      check: as there.
+
+    Returns:
+      The tableau; each step's features, combinations of the states u_k and outputs m_k; and the
+      number of the state each step ends with.
+    """
+    expect_choice(method, "method", tuple(_FEATURES))
+    builder = Builder(process, times, NOISE if method == "heun" else DATA)
+    values = np.asarray(coefficients, np.float64)
+    shape = (len(builder.points) - 1, _FEATURES[method])
+    if values.shape != shape or not np.all(np.isfinite(values)):
+        raise ValueError(f"`coefficients` must be finite, of shape {shape}; got {values.shape}.")
+    x, features, rows = builder.start, list[list[Combination]](), list[int]()
+    answers, pairs = list[Answer](), list[list[Combination]]()
+    for s, t in zip(builder.points, builder.points[1:], strict=False):
+        answer = builder.evaluate(x, s)
+        x, own = transfer(answer, t), list[Combination]()
+        if t.sigma == 0 or s.alpha == 0:
+            pairs = []
+        elif method == "heun":
+            end = builder.evaluate(x, t)
+            scaled = (1 / s.alpha) * answer.state
+            x = t.alpha * (scaled + (t.rho - s.rho) / 2 * (answer.noise + end.noise))
+            pairs = [[scaled - answer.data, end.data - answer.data], *pairs[:1]]
+            own = [*pairs[0], *pairs[1]] if len(pairs) == 2 else []
+        elif answers and method == "ddim":
+            own = [answer.data - answers[-1].data, answer.noise - answers[-1].noise]
+        elif answers:
+            own = [answer.noise]
+        answers.append(answer)
+        x = x + total(values[len(features)][: len(own)], own)
+        features.append(own)
+        rows.append(builder.rows + 1)
+    tableau = builder.finish(
+        x, builder.points[-1], name=f"iia_{method}", source="arXiv:2304.11328", check=check
+    )
+    return tableau, features, rows

@@ -1,0 +1,188 @@
+"""DPM-Solver-v3: a multistep method with statistics of the network in its coefficients."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import zipfile
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from diffsamp._checks import expect_int
+from diffsamp._files import write_atomically
+from diffsamp._numeric import as_float
+from diffsamp.processes import Process
+from diffsamp.solvers._builder import (
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    Point,
+    total,
+    transfer,
+)
+from diffsamp.solvers._weights import lagrange
+from diffsamp.tableau import Tableau
+
+__all__ = ["ModelStatistics", "dpm_solver_v3"]
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStatistics:
+    """A network's statistics along its trajectories, for DPM-Solver-v3.
+
+    Attributes:
+      log_snr: (M,) rising, the levels; monotone cubics between them (a curve with kinks would
+        limit the order to 2), constant beyond.
+      l: (M,) or (M, *data): E[sigma d eps / dx], the linear part of the noise prediction.
+      s: same shape: the rate at which the rest grows, f' = s f in mean square.
+    """
+
+    log_snr: Any
+    l: Any  # noqa: E741 - the paper's letter
+    s: Any
+
+    def __post_init__(self) -> None:
+        for name in ("log_snr", "l", "s"):
+            object.__setattr__(self, name, as_float(getattr(self, name)))
+        size = self.log_snr.shape[:1]
+        if self.log_snr.ndim != 1 or size[0] < 2 or not np.all(np.diff(self.log_snr) > 0):
+            raise ValueError("`log_snr` must hold at least two rising numbers.")
+        if self.l.shape != self.s.shape or self.l.shape[:1] != size:
+            raise ValueError(
+                f"`l` and `s` must have one shape that starts with {size}; got {self.l.shape} and "
+                f"{self.s.shape}."
+            )
+        if not all(np.all(np.isfinite(v)) for v in (self.log_snr, self.l, self.s)):
+            raise ValueError("the statistics must be finite.")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz file, atomically."""
+        buffer = io.BytesIO()
+        np.savez(buffer, log_snr=self.log_snr, l=self.l, s=self.s)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ModelStatistics:
+        """Read what `save` wrote.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: a file of another kind, or a corrupt one.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(**{name: file[name] for name in ("log_snr", "l", "s")})
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{os.fspath(path)} holds no model statistics: {error}") from error
+
+    def at(self, name: str, log_snr: Any) -> np.ndarray:
+        """Statistic "l" or "s" at log-SNR(s)."""
+        return self._curve(name)(np.clip(log_snr, self.log_snr[0], self.log_snr[-1]))
+
+    def integral(self, name: str, start: float, end: Any) -> np.ndarray:
+        """Its integral over log-SNR from `start` to `end`(s)."""
+        whole, low, high = self._curve(name).antiderivative(), self.log_snr[0], self.log_snr[-1]
+
+        def up_to(log_snr: Any) -> np.ndarray:
+            inside = np.clip(log_snr, low, high)
+            beyond = np.asarray(log_snr - inside)
+            beyond = beyond.reshape(beyond.shape + (1,) * (self.l.ndim - 1))
+            return whole(inside) + beyond * self.at(name, log_snr)
+
+        return up_to(np.asarray(end, np.float64)) - up_to(np.float64(start))
+
+    def _curve(self, name: str) -> PchipInterpolator:
+        return PchipInterpolator(self.log_snr, getattr(self, name), axis=0)
+
+
+def dpm_solver_v3(
+    process: Process,
+    times: Any,
+    *,
+    statistics: ModelStatistics,
+    order: int = 3,
+    corrector: bool = False,
+    lower_order_final: bool = True,
+) -> Tableau:
+    """DPM-Solver-v3: multistep, with the linear part of the network itself integrated exactly.
+
+    With f = (sigma eps - l x) / alpha, L = int l and S = int s over log-SNR from the present point,
+
+        x_t = alpha_t exp(-L_t) [x_s / alpha_s - sum_j W_j exp(-S_j) f_j],
+        W_j = int exp(L + S) l_j d lambda,
+
+    l_j the Lagrange polynomials on the past log-SNRs. l = 1, s = 0 is DPM-Solver++ (data), l = 0,
+    s = -1 DPM-Solver (noise); any statistics converge at order p, `corrector` adds one. The
+    paper's third statistic, a bias, is taken as 0. A step to sigma = 0 or from alpha = 0 is DDIM's.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times, used verbatim (no rounding to the statistics' levels).
+      statistics: of the network, from `diffsamp.search.model_statistics`; with axes of the data the
+        coefficients have them too.
+      order: p, at least 1; the authors take 3, with guidance 2.
+      corrector: correct each state with the evaluation made there.
+      lower_order_final: lower the order over the last steps.
+
+    Returns:
+      A deterministic tableau of n evaluations, in noise prediction.
+
+    Raises:
+      ValueError: times that do not decrease, an order below 1.
+
+    Reference: Zheng et al. 2023, arXiv:2310.13268.
+    """
+    expect_int(order, "order", at_least=1)
+    builder = Builder(process, times, NOISE)
+    steps = len(builder.points) - 1
+
+    def remainder(answer: Answer, s: Point) -> Combination:
+        """exp(-S_j) f_j, S from s to the answer's point."""
+        point = answer.point
+        f = point.sigma * answer.noise - statistics.at("l", point.log_snr) * answer.state
+        grown = statistics.integral("s", s.log_snr, point.log_snr)
+        return np.exp(-grown) / point.alpha * f
+
+    def weights(nodes: list[float], s: Point, t: Point) -> np.ndarray:
+        # Gauss rules between the knots of the statistics, at most 0.25 long
+        low, high = sorted([s.log_snr, t.log_snr])
+        knots = statistics.log_snr[(statistics.log_snr > low) & (statistics.log_snr < high)]
+        even = np.linspace(low, high, int(np.ceil((high - low) / 0.25)) + 1)
+        edges = np.union1d(even, knots)
+        half = np.diff(edges)[:, None] / 2
+        at = ((edges[1:] + edges[:-1])[:, None] / 2 + half * _NODES).reshape(-1)
+        measure = (half * _WEIGHTS).reshape(-1) * np.sign(t.log_snr - s.log_snr)
+        grown = sum(statistics.integral(name, s.log_snr, at) for name in ("l", "s"))
+        return np.tensordot(lagrange(nodes, at) * measure, np.exp(grown), axes=1)
+
+    x, history, used, last = builder.start, list[Answer](), list[Answer](), None
+    before = np.zeros(0)
+    for n in range(steps):
+        s, t = builder.points[n], builder.points[n + 1]
+        answer = builder.evaluate(x, s)
+        x = answer.state
+        if corrector and last is not None:
+            nodes = [a.point.log_snr for a in [*used, answer]]
+            after = weights(nodes, last, s)
+            shrink = np.exp(-statistics.integral("l", last.log_snr, s.log_snr))
+            parts = [remainder(a, last) for a in [*used, answer]]
+            change = [p - c for p, c in zip([*before, 0.0], after, strict=True)]
+            x = x + s.alpha * shrink * total(change, parts)
+        history = [answer, *history[: order - 1]]
+        if s.alpha == 0 or t.sigma == 0:
+            x, last = transfer(answer, t), None
+            continue
+        now = min(order, steps - n) if lower_order_final else order
+        used = [a for a in history if a.point.alpha > 0][:now]
+        before = weights([a.point.log_snr for a in used], s, t)
+        shrink = np.exp(-statistics.integral("l", s.log_snr, t.log_snr))
+        inner = (1 / s.alpha) * x - total(before, [remainder(a, s) for a in used])
+        x, last = t.alpha * shrink * inner, s
+    name = f"dpm_solver_v3_{order}" + ("c" if corrector else "")
+    return builder.finish(x, builder.points[-1], name=name, source="arXiv:2310.13268", check="none")
