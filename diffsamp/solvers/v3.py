@@ -107,7 +107,7 @@ def dpm_solver_v3(
     *,
     statistics: ModelStatistics,
     order: int = 3,
-    corrector: bool = False,
+    corrector: bool = True,
     lower_order_final: bool = True,
 ) -> Tableau:
     """DPM-Solver-v3: multistep, with the linear part of the network itself integrated exactly.

@@ -383,14 +383,14 @@ def statistics(l, s):  # noqa: E741
 
 def test_dpm_solver_v3_with_trivial_statistics_is_older_solvers():
     times = grid(VP)
-    options = {"lower_order_final": False}
+    options = {"lower_order_final": False, "corrector": False}
     data = statistics(1.0, 0.0)
     assert_same(
         solvers.dpm_solver_v3(VP, times, statistics=data, order=2, **options),
-        solvers.dpmpp(VP, times, order=2, variant="heun", **options),
+        solvers.dpmpp(VP, times, order=2, variant="heun", lower_order_final=False),
     )
     same = solvers.dpm_solver_v3(VP, times, statistics=data, order=3, **options)
-    unip = solvers.unipc(VP, times, order=3, corrector=False, **options)
+    unip = solvers.unipc(VP, times, order=3, **options)
     rows = slice(2, None)  # the start-up of UniP has its coefficient fixed at 1/2
     for key in ("weights", "sums", "state"):
         np.testing.assert_allclose(

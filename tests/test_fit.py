@@ -1,0 +1,115 @@
+"""The fits behind DC-Solver, IIA and DPM-Solver-v3, on a network with exact predictions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffsamp as ds
+from diffsamp import schedules, search, solvers
+
+PROCESS = ds.processes.vp_linear()
+TARGET = ds.targets.gaussian_mixture(
+    [0.5, 0.3, 0.2], [[-1.0, 0.5], [1.0, -0.5], [0.2, 1.3]], [0.05, 0.1, 0.02]
+)
+NETWORK = TARGET.score_fn(PROCESS, "noise")
+
+
+@pytest.fixture(scope="module")
+def starts():
+    fit = PROCESS.prior_sample(jax.random.key(0), (64, 2))
+    new = PROCESS.prior_sample(jax.random.key(1), (512, 2))
+    return fit, new, search.run(NETWORK, search.reference_tableau(PROCESS), new)
+
+
+def error(tableau, starts):
+    return float(jnp.mean((ds.sample(NETWORK, tableau, starts[1]) - starts[2]) ** 2))
+
+
+def test_dc_ratios_lower_the_error_on_new_noise(starts):
+    times = schedules.logsnr(PROCESS, 6)
+    calls = []
+    fit = search.fit_dc(NETWORK, times, starts[0], progress=lambda *a: calls.append(a))
+    assert fit.tableau.nfe == 6
+    assert np.all(fit.errors[:, 1] <= fit.errors[:, 0])
+    assert np.any(fit.values != 1)
+    np.testing.assert_array_equal(fit.values[:2], 1)
+    assert calls[-1] == ("fitting", 6, 6)
+    plain = error(solvers.unipc(PROCESS, times, order=2), starts)
+    assert error(fit.tableau, starts) < 0.8 * plain
+
+
+@pytest.mark.parametrize("method", ["ddim", "guided", "heun"])
+def test_iia_coefficients_lower_the_error_on_new_noise(method, starts):
+    times = schedules.logsnr(PROCESS, 8)
+    fit = search.fit_iia(NETWORK, times, starts[0], method=method)
+    assert np.all(fit.errors[1:, 1] <= fit.errors[1:, 0])
+    plain = solvers.heun(PROCESS, times) if method == "heun" else solvers.ddim(PROCESS, times)
+    assert fit.tableau.nfe == plain.nfe
+    assert error(fit.tableau, starts) < 0.8 * error(plain, starts)
+
+
+def test_iia_against_its_own_solver_has_nothing_to_add(starts):
+    """With one fine step of Heun's, the target is Heun's step itself."""
+    times = schedules.logsnr(PROCESS, 5, final="t_min")
+    fit = search.fit_iia(NETWORK, times, starts[0], method="heun", refine=1)
+    # single precision: states of order 1, rounded to 1e-7
+    assert np.all(fit.errors < 1e-11)
+
+
+def test_statistics_of_a_gaussian_are_closed_forms():
+    """eps = sigma (x - alpha m) / (alpha^2 v + sigma^2), so l = sigma^2 / (alpha^2 v + sigma^2)."""
+    variance = np.array([0.3, 2.0])
+    target = ds.targets.gaussian([0.0, 0.0], variance)
+    network = target.score_fn(PROCESS, "noise")
+    x_0 = target.sample(jax.random.key(0), 256)
+    levels = np.linspace(-3.0, 3.0, 49)
+    got = search.model_statistics(
+        network, x_0, key=jax.random.key(1), log_snr=levels, per_element=True
+    )
+    want = 1 / (1 + np.exp(2 * levels)[:, None] * variance)
+    np.testing.assert_allclose(got.l, want, atol=2e-5)  # exact for a linear network
+    # f = (sigma eps - l x) / alpha is then constant 0 for zero-mean data: s is free; with a mean:
+    shifted = ds.targets.gaussian([0.7, -1.2], variance)
+    x_0 = shifted.sample(jax.random.key(0), 256)
+    got = search.model_statistics(
+        shifted.score_fn(PROCESS, "noise"), x_0, key=jax.random.key(1), log_snr=levels,
+        per_element=True,
+    )  # fmt: skip
+    # f = -l m, so s = f'/f = l'/l, up to central differences of l
+    inner = slice(2, -2)
+    slope = -2 * (1 - want)
+    np.testing.assert_allclose(got.s[inner], slope[inner], atol=0.05)
+    scalar = search.model_statistics(network, x_0, key=jax.random.key(1), log_snr=levels)
+    assert scalar.l.shape == (49,)
+    assert np.all((scalar.l > want.min(1) - 1e-4) & (scalar.l < want.max(1) + 1e-4))
+
+
+def test_dpm_solver_v3_is_exact_for_a_gaussian_with_its_own_statistics():
+    """The linear part is integrated exactly: one step of order 1 is the ODE's solution, where
+    DDIM's error is large. Needs the statistics per element."""
+    variance = np.array([0.3, 2.0])
+    target = ds.targets.gaussian([0.0, 0.0], variance)
+    levels = np.linspace(-3.5, 3.5, 200)
+    linear = 1 / (1 + np.exp(2 * levels)[:, None] * variance)
+    own = solvers.ModelStatistics(levels, linear, np.zeros_like(linear))
+    times = PROCESS.time(np.array([-3.0, -1.0, 3.0]))
+    tableau = solvers.dpm_solver_v3(PROCESS, times, statistics=own, order=1)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2)), jnp.float32)
+    truth = target.ode_solution(np.asarray(x), PROCESS, times[0], times[-1])
+    got = ds.sample(target.score_fn(PROCESS, "noise"), tableau, x)
+    np.testing.assert_allclose(got, truth, atol=2e-4)
+    ddim = ds.sample(target.score_fn(PROCESS, "noise"), solvers.ddim(PROCESS, times), x)
+    assert np.abs(ddim - truth).max() > 0.1
+
+
+def test_statistics_of_this_network_help_at_few_evaluations(starts):
+    """Against UniPC, its counterpart without statistics, at the same evaluations."""
+    x_0 = TARGET.sample(jax.random.key(3), 256)
+    own = search.model_statistics(NETWORK, x_0, key=jax.random.key(4))
+    ratios = []
+    for nfe in (6, 8, 10):
+        times = schedules.logsnr(PROCESS, nfe)
+        v3 = solvers.dpm_solver_v3(PROCESS, times, statistics=own, order=2)
+        ratios.append(error(v3, starts) / error(solvers.unipc(PROCESS, times, order=2), starts))
+    assert np.exp(np.mean(np.log(ratios))) < 0.5
