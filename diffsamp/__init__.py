@@ -5,6 +5,8 @@ with `sample`, and `search` for the best tableau under a budget of network evalu
 """
 
 from diffsamp import (
+    bridges,
+    few_step,
     guidance,
     metrics,
     predictions,
@@ -14,6 +16,7 @@ from diffsamp import (
     search,
     solvers,
     targets,
+    time_shift,
 )
 from diffsamp._sampler import Sampler, sampler
 from diffsamp.compat.diffusers import from_diffusers
@@ -30,6 +33,8 @@ __all__ = [
     "State",
     "Tableau",
     "Trajectory",
+    "bridges",
+    "few_step",
     "from_diffusers",
     "guidance",
     "init",
@@ -45,5 +50,6 @@ __all__ = [
     "solvers",
     "step",
     "targets",
+    "time_shift",
     "trajectory",
 ]

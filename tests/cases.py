@@ -25,6 +25,8 @@ class Case:
       free: options that let it keep that order to the last step.
       exact_start: how many starting states must be exact to see the order.
       steps: the numbers of steps at which the order is measured.
+      levels: "given" where the rows stand at the given times; "more" where there are others, or a
+        time is visited twice.
       uniform: the order where the test's grid is uniform in the method's variable, by process.
       check: what a tableau checks of itself, as for `Tableau.create`.
     """
@@ -36,6 +38,7 @@ class Case:
     steps: tuple[int, ...] = (80, 160, 320, 640, 1280)
     check: str = "full"
     uniform: dict[str, int] = dataclasses.field(default_factory=dict)
+    levels: str = "given"
 
     @property
     def solver(self) -> ds.solvers.Solver:
@@ -64,8 +67,8 @@ CASES = [
     Case("ipndm2", 2),
     Case("ipndm3", 2),
     Case("ipndm4", 2),
-    Case("pndm", 2, uniform={"flow": 4}),
-    Case("s_pndm", 2),
+    Case("pndm", 2, uniform={"flow": 4}, levels="more"),
+    Case("s_pndm", 2, levels="more"),
     Case("accelerated_ddim", 2),
     Case("unipc1", 2, _FREE),
     Case("unipc2", 3, _FREE),
@@ -101,7 +104,7 @@ CASES = [
     Case("seeds2", 2),
     Case("seeds3", 2),
     Case("dpm2_ancestral", 2),
-    Case("accelerated_ddpm", 2, check="mean"),
+    Case("accelerated_ddpm", 2, check="mean", levels="more"),
     Case("interpolant_em", 1, check="mean"),
     Case("interpolant_heun", 1, check="mean"),
 ]

@@ -16,7 +16,17 @@ LEVELS = [
     ["predictions", "schedules", "tableau"],
     ["score", "solvers"],
     ["sampling", "targets", "guidance"],
-    ["search", "compat", "_sampler"],
+    [
+        "search",
+        "compat",
+        "_sampler",
+        "bridges",
+        "few_step",
+        "time_shift",
+        "parallel",
+        "adaptive",
+        "phase_space",
+    ],  # fmt: skip
     ["plots", "models"],
     ["cli"],
 ]
@@ -27,6 +37,7 @@ EXTRAS = {
     "safetensors": {"models"},
     "sklearn": {"models"},
     "optax": {"search"},
+    "diffrax": {"adaptive"},
     "matplotlib": {"plots"},
     "tqdm": {"cli"},
 }

@@ -63,23 +63,24 @@ def ddpm(process: Process, times: Any, *, variance: str = "small") -> Tableau:
 
     "small" draws from the posterior q(x_t | x_s, x_0 = D) and equals DDIM with eta = 1. "large"
     keeps its mean and takes the forward variance sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2
-    (beta in DDPM's symbols), which is too much noise unless steps are many. No noise is added on
-    the last row when it ends at sigma = 0.
+    (beta in DDPM's symbols), which is too much noise unless steps are many. "learned" is the mean
+    alone: the noise comes from `guidance.learned_range`. No noise is added on the last row when
+    it ends at sigma = 0.
 
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
-      variance: "small" or "large".
+      variance: "small", "large" or "learned".
 
     Returns:
-      A stochastic tableau of n evaluations, in data prediction.
+      A tableau of n evaluations, in data prediction; stochastic unless "learned".
 
     Raises:
       ValueError: times that do not decrease, an unknown `variance`.
 
     Reference: Ho, Jain & Abbeel 2020, arXiv:2006.11239, eq. 6-7 and section 3.2.
     """
-    expect_choice(variance, "variance", ("small", "large"))
+    expect_choice(variance, "variance", ("small", "large", "learned"))
     builder = Builder(process, times)
     builder.expect_falling("ddpm")
     x = builder.start
@@ -88,13 +89,14 @@ def ddpm(process: Process, times: Any, *, variance: str = "small") -> Tableau:
         if t.sigma == 0:
             x = transfer(answer, t)
             continue
-        small, large = _posterior_std(s, t), _forward_std(s, t)
         x = _posterior_mean(answer, t)
-        x = x + (small if variance == "small" else large) * builder.fresh_noise()
+        if variance != "learned":
+            std = _posterior_std(s, t) if variance == "small" else _forward_std(s, t)
+            x = x + std * builder.fresh_noise()
     return builder.finish(
         x,
         builder.points[-1],
-        name="ddpm" if variance == "small" else "ddpm(large)",
+        name="ddpm" if variance == "small" else f"ddpm({variance})",
         source="arXiv:2006.11239, eq. 7",
         check="full" if variance == "small" else "mean",
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int
+from diffsamp._checks import expect_choice, expect_int, expect_times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, Combination, Point, total
 from diffsamp.solvers._weights import exponential_weights, lagrange
@@ -60,6 +60,7 @@ def unipc(
 
     Reference: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2.
     """
+    times = expect_times(times, may_rise=True)
     label = f"unipc{order}_{variant}" if corrector else f"unip{order}_{variant}"
     builder, x = _multistep(
         process, times, order, variant, lower_order_final, [corrector] * (len(times) - 1)
@@ -105,7 +106,7 @@ def dc_solver(
 
     Reference: Zhao et al. 2024, arXiv:2409.03755.
     """
-    ratios = np.asarray(ratios, np.float64)
+    times, ratios = expect_times(times, may_rise=True), np.asarray(ratios, np.float64)
     if ratios.shape != (len(times) - 1,) or not np.all(np.isfinite(ratios)):
         raise ValueError(
             f"`ratios` must be {len(times) - 1} finite numbers, one per step; got {ratios}."
