@@ -5,9 +5,11 @@ with `sample`, and `search` for the best tableau under a budget of network evalu
 """
 
 from diffsamp import (
+    adaptive,
     bridges,
     few_step,
     guidance,
+    inversion,
     metrics,
     predictions,
     processes,
@@ -21,7 +23,7 @@ from diffsamp import (
 from diffsamp._sampler import Sampler, sampler
 from diffsamp.compat.diffusers import from_diffusers
 from diffsamp.processes import reversed_flow_apply
-from diffsamp.sampling import State, Trajectory, init, sample, step, trajectory
+from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
@@ -33,15 +35,18 @@ __all__ = [
     "State",
     "Tableau",
     "Trajectory",
+    "adaptive",
     "bridges",
     "few_step",
     "from_diffusers",
     "guidance",
     "init",
+    "inversion",
     "metrics",
     "predictions",
     "processes",
     "random",
+    "resume",
     "reversed_flow_apply",
     "sample",
     "sampler",

@@ -32,7 +32,7 @@ from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
 
-__all__ = ["State", "Trajectory", "init", "sample", "step", "trajectory"]
+__all__ = ["State", "Trajectory", "init", "resume", "sample", "step", "trajectory"]
 
 
 class State(NamedTuple):
@@ -177,6 +177,37 @@ def step(
         lambda array: lax.dynamic_index_in_dim(jnp.asarray(array), state.row, keepdims=False), rows
     )
     return _advance(score_fn, row, state, cond)[0]
+
+
+def resume(
+    score_fn: ScoreFn,
+    tableau: Tableau,
+    state: State,
+    *,
+    cond: Mapping[str, Any] | None = None,
+) -> State:
+    """Run the rows that are left: `step` until the end, in one compiled loop.
+
+    Args:
+      score_fn: the network.
+      tableau: the sampler.
+      state: from `init`, `step` or `diffsamp.inversion.encode`; changed in between if wanted.
+      cond: keyword arguments for the network.
+
+    Returns:
+      The state after the last row; its `x` is the sample.
+    """
+    return _rest(score_fn, _bind(score_fn, tableau), state, cond)
+
+
+@jax.jit
+def _rest(score_fn, rows, state, cond):
+    def body(n, state):
+        row = jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, n, keepdims=False), rows)
+        return _advance(score_fn, row, state, cond)[0]
+
+    rows = jax.tree.map(jnp.asarray, rows)
+    return lax.fori_loop(state.row, rows.a.shape[0], body, state)
 
 
 def _start(score_fn, tableau, x_T, key, cond, *, checkpoint, record):

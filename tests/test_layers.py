@@ -16,17 +16,7 @@ LEVELS = [
     ["predictions", "schedules", "tableau"],
     ["score", "solvers"],
     ["sampling", "targets", "guidance"],
-    [
-        "search",
-        "compat",
-        "_sampler",
-        "bridges",
-        "few_step",
-        "time_shift",
-        "parallel",
-        "adaptive",
-        "phase_space",
-    ],  # fmt: skip
+    "search compat _sampler bridges few_step time_shift parallel adaptive inversion".split(),
     ["plots", "models"],
     ["cli"],
 ]
