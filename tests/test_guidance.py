@@ -1,10 +1,12 @@
 """Guidance and thresholding as transforms of a ScoreFn."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import skewed_mixture, twin
+from cases import all_processes, skewed_mixture, twin
 
 import diffsamp as ds
 from diffsamp import guidance, schedules, solvers
@@ -178,3 +180,65 @@ def test_errors():
         guidance.dynamic_thresholding(NETWORK, quantile=0.0)
     with pytest.raises(ValueError, match="`bound` must be positive"):
         guidance.dynamic_thresholding(NETWORK, bound=0.0)
+
+
+# -- learned variance -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "variance"), [(-1.0, "small"), (1.0, "large")])
+@pytest.mark.parametrize("name", ["vp_linear", "vp_discrete"])
+def test_learned_range_spans_small_to_large(name, value, variance):
+    """v = -1 is DDPM's small variance and v = 1 its large one, with the same key the same noise."""
+    process = all_processes()[name]
+    exact = skewed_mixture().score_fn(process, "noise")
+
+    def apply(params, x, t):
+        return exact.apply(params, x, t), jnp.full_like(x, value)
+
+    network = dataclasses.replace(exact, apply=apply)
+    times = ds.schedules.uniform(process, 12)
+    x_T, key = process.prior_sample(jax.random.key(0), (7, 1)), jax.random.key(1)
+    want = ds.sample(exact, ds.solvers.ddpm(process, times, variance=variance), x_T, key=key)
+    mean = ds.solvers.ddpm(process, times, variance="learned")
+    ranged = ds.guidance.learned_range(network, mean, key)
+    np.testing.assert_allclose(ds.sample(ranged, mean, x_T), want, rtol=2e-4, atol=2e-4)
+    padded = ds.sample(ranged, mean.pad(rows=15, p=2), x_T)
+    np.testing.assert_allclose(padded, want, rtol=2e-4, atol=2e-4)
+    keys = jax.random.split(jax.random.key(5), 7)  # one per sample
+    ranged = ds.guidance.learned_range(network, mean, keys)
+    want = ds.sample(
+        exact, ds.solvers.ddpm(process, times, variance=variance), x_T[2:4], key=keys[2:4]
+    )
+    np.testing.assert_allclose(ds.sample(ranged, mean, x_T)[2:4], want, rtol=2e-4, atol=2e-4)
+
+
+def test_learned_range_is_geometric_between():
+    """At v = 0 the noise of one row has the geometric mean of the two standard deviations."""
+    process = ds.processes.vp_linear()
+
+    def apply(params, x, t):
+        return jnp.zeros_like(x), jnp.zeros_like(x)
+
+    network = ds.ScoreFn(apply, None, process, prediction="data")
+    mean = ds.solvers.ddpm(process, [0.6, 0.2], variance="learned")
+    ranged = ds.guidance.learned_range(network, mean, jax.random.key(0))
+    x = ds.sample(ranged, mean, jnp.zeros((4000, 4)))
+    alpha, sigma = mean.alpha, mean.sigma
+    large = np.sqrt(sigma[0] ** 2 - (alpha[0] / alpha[1] * sigma[1]) ** 2)
+    small = large * sigma[1] / sigma[0]
+    assert float(jnp.std(x)) == pytest.approx(np.sqrt(small * large), rel=0.02)
+    assert small < 0.9 * large
+
+
+def test_learned_range_takes_its_own_tableau_only():
+    process = ds.processes.vp_linear()
+    network = ds.ScoreFn(lambda p, x, t: (x, x), None, process)
+    times = ds.schedules.uniform(process, 6)
+    for tableau in (ds.solvers.ddpm(process, times), ds.solvers.unipc(process, times)):
+        with pytest.raises(ValueError, match=r"learned_range needs the tableau of solvers\.ddpm"):
+            ds.guidance.learned_range(network, tableau, jax.random.key(0))
+    mean = ds.solvers.ddpm(process, times, variance="learned")
+    ranged = ds.guidance.learned_range(network, mean, jax.random.key(0))
+    fewer = ds.solvers.ddpm(process, times[2:], variance="learned")
+    with pytest.raises(ValueError, match="made for 6 rows; the tableau has 4"):
+        ds.sample(ranged, fewer, jnp.ones((2, 1)))

@@ -16,7 +16,17 @@ LEVELS = [
     ["predictions", "schedules", "tableau"],
     ["score", "solvers"],
     ["sampling", "targets", "guidance"],
-    "search compat _sampler bridges few_step time_shift parallel adaptive inversion".split(),
+    [
+        "search",
+        "compat",
+        "_sampler",
+        "bridges",
+        "few_step",
+        "time_shift",
+        "parallel",
+        "adaptive",
+        "inversion",
+    ],
     ["plots", "models"],
     ["cli"],
 ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from cases import all_processes
 from scipy.integrate import quad
 
@@ -369,3 +370,46 @@ def test_bad_arguments(call, message):
 def test_arguments_of_the_wrong_kind(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+# -- PFGM++ ---------------------------------------------------------------------------------------
+
+
+def test_pfgmpp_prior_has_its_second_moment_and_radius():
+    """E |x|^2 / N = sigma_max^2 D / (D - 2); the radius is a ratio of chi variables (exact CDF)."""
+    size, dimension = 48, 64
+    process = processes.pfgmpp(dimension, sigma_max=2.0)
+    x = np.asarray(process.prior_sample(jax.random.key(0), (40_000, size)), np.float64)
+    squares = np.sum(x**2, axis=1)
+    assert squares.mean() / size / 4 == pytest.approx(dimension / (dimension - 2), rel=0.01)
+    # R^2 / (r_max^2) (D / N) has the F distribution with (N, D) degrees of freedom
+    statistic = squares / (4 * size)
+    distance = scipy.stats.kstest(statistic, scipy.stats.f(size, dimension).cdf)
+    assert distance.pvalue > 1e-3
+    assert scipy.stats.kstest(1.05 * statistic, scipy.stats.f(size, dimension).cdf).pvalue < 1e-6
+    direction = x / np.sqrt(squares)[:, None]
+    np.testing.assert_allclose(direction.mean(axis=0), 0, atol=4 / np.sqrt(size * 40_000))
+
+
+def test_pfgmpp_becomes_gaussian():
+    process = processes.pfgmpp(1e7)
+    x = np.asarray(process.prior_sample(jax.random.key(0), (20_000, 2))) / 80.0
+    assert scipy.stats.kstest(x.reshape(-1), "norm").pvalue > 1e-3
+    np.testing.assert_allclose(np.corrcoef(x.T), np.eye(2), atol=0.03)
+
+
+def test_pfgmpp_is_edm_but_for_the_prior():
+    process, edm = processes.pfgmpp(128), processes.edm()
+    t = np.linspace(0.01, 80, 5)
+    np.testing.assert_array_equal(process.sigma(t), edm.sigma(t))
+    keys = jax.random.split(jax.random.key(0), 3)
+    all_ = process.prior_sample(keys, (3, 8, 8))
+    np.testing.assert_allclose(all_[1:2], process.prior_sample(keys[1:2], (1, 8, 8)), rtol=1e-6)
+    target = ds.targets.gaussian([0.5], 0.04)
+    tableau = ds.solvers.heun(process, ds.schedules.karras(process, 18))
+    x = ds.sample(target.score_fn(process), tableau, process.prior_sample(keys, (3, 1)))
+    np.testing.assert_allclose(x, 0.5, atol=0.8)
+    with pytest.raises(ValueError, match="`dimension` must be above 2; got 2"):
+        processes.pfgmpp(2)
+    with pytest.raises(ValueError, match="must have a leading batch axis"):
+        process.prior_sample(jax.random.key(0), ())
