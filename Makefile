@@ -48,6 +48,7 @@ test-peers: $(VENV)/dev.stamp  ## compare with diffusers and k-diffusion, instal
 bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/families.py
 
 train-digits: $(VENV)/demo.stamp  ## train the bundled network again (minutes on two cores)
 	$(BIN)/python benchmarks/train_digits.py

@@ -12,7 +12,7 @@ import numpy as np
 from diffsamp._files import write_atomically
 from diffsamp.search.compare import Comparison
 
-__all__ = ["image_grid", "quality_against_nfe", "save"]
+__all__ = ["error_against_nfe", "image_grid", "quality_against_nfe", "save"]
 
 
 def _figure(**options: Any) -> Any:
@@ -109,4 +109,42 @@ def image_grid(rows: Sequence[tuple[str, Any]], *, title: str = "") -> Any:
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def error_against_nfe(
+    panels: Sequence[tuple[str, str, dict[str, Sequence[tuple[float, float]]], float | None]],
+) -> Any:
+    """Curves of an error over the number of evaluations, on logarithmic axes.
+
+    Args:
+      panels: for each, its title, the label of the error, {name: points (nfe, error)}, and a level
+        that none can be below (drawn dashed) or None. Values that are not finite are left out.
+
+    Returns:
+      A matplotlib Figure, two panels a row.
+    """
+    rows = -(-len(panels) // 2)
+    figure = _figure(figsize=(5.2 * min(len(panels), 2), 4.0 * rows))
+    axes = figure.subplots(rows, min(len(panels), 2), squeeze=False).reshape(-1)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, label, lines, floor) in zip(axes, panels, strict=False):
+        ticks: set[int] = set()
+        for i, (name, points) in enumerate(lines.items()):
+            kept = [(n, e) for n, e in points if np.isfinite(e) and e > 0]
+            ticks |= {round(n) for n, _ in kept}
+            style = ("-", "--", ":")[i // 10 % 3]
+            axis.plot(*zip(*kept, strict=True), style, marker=".", label=name, color=f"C{i % 10}")
+        if floor:
+            axis.axhline(floor, color="0.6", linestyle="--", linewidth=1)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="evaluations", ylabel=label)
+        chosen: list[int] = []
+        for n in sorted(ticks):  # none closer than their labels are wide
+            if not chosen or n > 1.13 * chosen[-1]:
+                chosen.append(n)
+        axis.set_xticks(chosen, [str(n) for n in chosen])
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     return figure

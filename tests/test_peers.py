@@ -111,12 +111,50 @@ def check_k_diffusion(name, case):
         "dpmpp_2m_sde_heun": functools.partial(dpmpp, eta=0.5, variant="heun"),
         "dpmpp_3m_sde": functools.partial(dpmpp, order=3, eta=1.0, compatible=True, variant="heun"),
         "dpmpp_sde": solvers.dpmpp_sde,
+        "dpm_2_ancestral": solvers.dpm2_ancestral,
+        "dpm_2_ancestral_half": functools.partial(solvers.dpm2_ancestral, eta=0.5),
+        "dpmpp_2s": _with_midpoints,
     }[name](process, sigmas)
     got = states(tableau, START * sigmas[0], noises=np.array(case["noises"])[..., None])
     if tableau.nfe > len(case["states"]):
         # two stages: its callback sees whole steps, we also have the predicted points
         got = np.concatenate([got[1:-1:2], got[-1:]])
     np.testing.assert_allclose(got, case["states"], rtol=1e-12, atol=1e-12 * sigmas[0])
+
+
+def _with_midpoints(process, sigmas):
+    """k-diffusion's grid has the steps, ours all evaluations: stages at the geometric means."""
+    pairs = np.stack([sigmas[:-2], np.sqrt(sigmas[:-2] * sigmas[1:-1])], axis=1)
+    times = np.concatenate([pairs.reshape(-1), sigmas[-2:]])
+    return solvers.dpm_solver(process, times, order=2, prediction="data")
+
+
+def check_consistency(case):
+    """Jumps to the data and the noises added after them; what is drawn last is not used."""
+    sigmas = np.array(case["sigmas"])
+    process = ds.processes.edm(sigmas[-1], sigmas[0])
+    tableau = solvers.consistency(process, [*sigmas[:-1], 0.0], rho_min=sigmas[-1])
+    got = states(tableau, START * sigmas[0], noises=np.array(case["noises"])[..., None])
+    np.testing.assert_allclose(got, case["states"], rtol=1e-12, atol=EXACT * sigmas[0])
+
+
+def single_step(case, order, steps=None):
+    """Our DPM-Solver++ (or DPM-Solver) on the sigmas of a case."""
+    process, rho = ds.processes.vp_discrete("scaled_linear"), np.array(case["sigmas"])
+    closed = np.where(rho > 0, rho, 1.0)
+    times = np.where(rho > 0, process.time(-np.log(closed)), process.t_clean)[:steps]
+    noise = case["config"].get("algorithm_type") == "dpmsolver"
+    return solvers.dpm_solver(process, times, order=order, prediction="noise" if noise else "data")
+
+
+@pytest.mark.parametrize("name", ["singlestep 2", "singlestep 2 odd"])
+def test_diffusers_single_step(name):
+    case = GOLDEN["diffusers_solvers"][name]
+    np.testing.assert_allclose(states(single_step(case, 2), START), case["states"], atol=EXACT)
+
+
+def test_diffusers_consistency():
+    check_consistency(GOLDEN["consistency"])
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
@@ -186,6 +224,21 @@ def test_diffusers_third_order_lacks_a_factor_two(name):
     sampler, times, _ = ours(case)
     right = solvers.dpmpp(sampler.process, times, order=3, lower_order_final=case["n"] < 15)
     assert difference(right, case).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["singlestep 3", "singlestep 3 noise"])
+def test_diffusers_single_step_3_takes_another_stage(name):
+    """Its second stage is the second-order update (half of phi_1), not algorithm 2's with phi_2.
+
+    That stage alone is then ours of order 2, and the step another than the paper's.
+    """
+    case = GOLDEN["diffusers_solvers"][name]
+    stage = states(single_step(case, 2, steps=3), START)
+    np.testing.assert_allclose(stage, case["states"][:2], rtol=0, atol=EXACT)
+    published = states(single_step(case, 3), START)
+    assert published.shape == np.shape(case["states"])  # the same rule for the orders of steps
+    np.testing.assert_allclose(published[0], case["states"][0], rtol=0, atol=EXACT)
+    assert np.abs(published - case["states"])[1:].max(axis=1).min() > 1e-5
 
 
 def test_diffusers_deis_interpolates_in_log_rho():
@@ -258,7 +311,8 @@ def live():
 def test_the_golden_file_is_what_the_installed_peers_do(live):
     assert live["fields"] == GOLDEN["fields"]
     assert live["trailing 61"] == GOLDEN["trailing 61"]
-    for group in ("diffusers", "k_diffusion"):
+    check_consistency(live["consistency"])
+    for group in ("diffusers", "diffusers_solvers", "k_diffusion"):
         assert set(live[group]) == set(GOLDEN[group])
         for name, case in live[group].items():
             for key in set(case) & {"timesteps", "sigmas", "noises", "states", "shipped"}:
