@@ -337,9 +337,41 @@ def few_step(samples: int) -> list[tuple[str, str, Curves, float | None]]:
     return [("Gaussian flow", "RMSE to the ODE's solution", result, None)]
 
 
+def phase_space(samples: int) -> list[tuple[str, str, Curves, float | None]]:
+    """PSLD's methods at equal NFE, on Gaussian data; the reference is Verlet of 3000 steps."""
+    process, mean, variance = ds.phase_space.psld(), 0.7, 0.3
+
+    def apply(params: Any, z: Any, t: Any) -> Any:  # eps = -L^T score
+        xx, _, mx, _ = process.mean(t)
+        s_xx, s_xm, s_mm = process.covariance(t)
+        c = (s_xx + variance * xx * xx, s_xm + variance * xx * mx, s_mm + variance * mx * mx)
+        dx, dm, det = z[:, 0] - xx * mean, z[:, 1] - mx * mean, c[0] * c[2] - c[1] ** 2
+        score = (c[1] * dm - c[2] * dx) / det, (c[1] * dx - c[0] * dm) / det
+        first = jnp.sqrt(s_xx)
+        noise = first * score[0] + s_xm / first * score[1]
+        return -jnp.stack([noise, jnp.sqrt(s_mm - s_xm**2 / s_xx) * score[1]], axis=1)
+
+    network = ds.ScoreFn(apply, None, process, prediction="noise")
+    z_T = process.prior_sample(jax.random.key(0), (samples, 2))
+
+    def run(method: str, steps: int) -> tuple[int, Any]:
+        times = schedules.quadratic(process, steps, final="t_min")
+        made = ds.phase_space.sampler(network, times, method=method)
+        x = ds.sample(made.network, made.tableau, z_T)[:, 0]
+        return made.tableau.nfe, np.asarray(x, np.float64)
+
+    fine, result = run("reduced_verlet", 3000)[1], Curves()
+    costs = {"euler": 1, "conjugate": 1, "symplectic_euler": 2, "verlet": 3, "reduced_verlet": 2}
+    for method, cost in costs.items():
+        for budget in (24, 48, 96, 192):
+            nfe, x = run(method, budget // cost)
+            result.setdefault(method, []).append((nfe, float(np.sqrt(np.mean((x - fine) ** 2)))))
+    return [("Gaussian data, PSLD", "RMSE of x to the ODE's solution", result, None)]
+
+
 SPECIAL = {"restart": restart, "inversion": inversion, "time_shift": time_shift,
            "parallel": parallel, "adaptive": adaptive, "bridges": bridges,
-           "few_step": few_step}  # fmt: skip
+           "few_step": few_step, "phase_space": phase_space}  # fmt: skip
 
 
 def main() -> None:

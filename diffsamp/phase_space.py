@@ -1,0 +1,321 @@
+"""Phase-space Langevin diffusion (PSLD): data x with a momentum m beside it, and its samplers.
+
+The state z has the two parts on its last axis, (batch, ..., 2). With b = beta t,
+
+    dz = (beta / 2) [[-Gamma, 1/M], [-1, -nu]] z dt + G dw,   G G^T = beta diag(Gamma, M nu),
+
+1/M = (Gamma - nu)^2 / 4 (critical damping), so that both the mean exp(F0 b) (x_0, 0) and the
+covariance S(b) are closed forms, with m_0 ~ N(0, kappa M) taken as noise. The network predicts
+eps of z = exp(F0 b) (x_0, 0) + L eps, L the lower Cholesky factor of S; the score is -L^-T eps.
+
+Every row of every method here is z' = z + P z + Q eps with matrices of 2 x 2 that depend on the
+row. They mix the parts, which a tableau's coefficients do not; so a transform of the network gives
+P z + Q eps, and the tableau adds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp._checks import expect_choice, expect_times
+from diffsamp._numeric import as_float, namespace, silence, working_dtype
+from diffsamp.guidance import Transform
+from diffsamp.predictions import Level, level_at
+from diffsamp.processes import Process
+from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.tableau import Tableau
+
+__all__ = ["PSLD", "PhaseSpaceSampler", "PhaseSpaceSteps", "psld", "sampler"]
+
+_METHODS = ("euler", "conjugate", "symplectic_euler", "verlet", "reduced_verlet")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PSLD(Process):
+    """The process; made by `psld`. `alpha` and `sigma` are those of x alone.
+
+    Pandey & Mandt 2023, arXiv:2303.01748.
+    """
+
+    beta: Any
+    gamma: Any
+    nu: Any
+    kappa: Any
+
+    @property
+    def mass(self) -> Any:
+        """M, the momentum's stationary variance."""
+        return 4 / (self.gamma - self.nu) ** 2
+
+    def mean(self, t: Any) -> tuple[Any, Any, Any, Any]:
+        """exp(F0 b), as (xx, xm, mx, mm); the inverse at -t."""
+        b = as_float(t) * self.beta
+        decay = namespace(b).exp(-(self.nu + self.gamma) / 4 * b)
+        slope = (self.nu - self.gamma) / 4 * b
+        return decay * (1 + slope), decay * b / (2 * self.mass), -decay * b / 2, decay * (1 - slope)
+
+    def covariance(self, t: Any) -> tuple[Any, Any, Any]:
+        """S as (xx, xm, mm): the stationary diag(1, M) less what the mean has not yet forgotten."""
+        xx, xm, mx, mm = self.mean(t)
+        rest = (1 - self.kappa) * self.mass
+        return (
+            1 - xx**2 - rest * xm**2,
+            -xx * mx - rest * xm * mm,
+            self.mass - mx**2 - rest * mm**2,
+        )
+
+    def alpha(self, t: Any) -> Any:
+        return self.mean(t)[0]
+
+    @silence
+    def sigma(self, t: Any) -> Any:
+        return namespace(as_float(t)).sqrt(self.covariance(t)[0])
+
+    def alpha_dot(self, t: Any) -> Any:
+        xx, _, mx, _ = self.mean(t)  # d exp(F0 b) = beta F0 exp(F0 b) dt
+        return self.beta / 2 * (-self.gamma * xx + mx / self.mass)
+
+    @silence
+    def sigma_dot(self, t: Any) -> Any:
+        xx, xm, _ = self.covariance(t)  # dS = F S + S F^T + G G^T
+        change = self.beta * (-self.gamma * xx + xm / self.mass + self.gamma)
+        return change / (2 * namespace(as_float(t)).sqrt(xx))
+
+    @silence
+    def time(self, log_snr: Any) -> Any:
+        log_snr = as_float(log_snr)
+        xp = namespace(log_snr)
+        low, high = xp.zeros_like(log_snr), xp.ones_like(log_snr)
+        for _ in range(60):  # no closed form; alpha / sigma falls with t
+            middle = (low + high) / 2
+            noisier = self.log_snr(middle) < log_snr
+            low, high = xp.where(noisier, low, middle), xp.where(noisier, middle, high)
+        return (low + high) / 2
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_min(self) -> float:
+        return 1e-3
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+    def prior_sample(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """Draw (x, m) ~ N(0, diag(1, M)); `shape` ends in 2. Else as for any process."""
+        if np.ndim(shape) != 1 or len(shape) < 2 or shape[-1] != 2:
+            raise ValueError(
+                f"`shape` must be (batch, .., 2), with x and m on the last axis; got {shape}."
+            )
+        width = jnp.sqrt(jnp.asarray([1.0, self.mass], dtype))
+        noise = super().prior_sample(key, shape, dtype)
+        return noise * width.reshape((1,) * (len(shape) - 1) + (2,))
+
+
+def psld(beta: float = 8.0, gamma: float = 0.01, nu: float = 4.01, kappa: float = 0.04) -> PSLD:
+    """Phase-space Langevin diffusion with constant beta, t from 1 (noise) to 0 (data).
+
+    Args:
+      beta: noise rate.
+      gamma: friction of the data, Gamma. The authors' best models have 0.02 with nu = 4.02.
+      nu: friction of the momentum, above gamma.
+      kappa: variance of the data's own momentum, as a share of M.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    if not (beta > 0 and 0 <= gamma < nu and 0 < kappa <= 1):
+        raise ValueError(
+            "PSLD needs beta > 0, 0 <= gamma < nu and 0 < kappa <= 1; got "
+            f"beta = {beta}, gamma = {gamma}, nu = {nu}, kappa = {kappa}."
+        )
+    return PSLD(float(beta), float(gamma), float(nu), float(kappa))
+
+
+class _StepsBound(NamedTuple):
+    inner: Any
+    on_state: Any
+    on_noise: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PhaseSpaceSteps(Transform):
+    """A network that says P z + Q eps with every row's own matrices; made by `sampler`.
+
+    Attributes:
+      score_fn: the network, of the noise prediction.
+      on_state: P as four arrays (N,): xx, xm, mx, mm.
+      on_noise: Q likewise.
+    """
+
+    score_fn: Any
+    on_state: Any
+    on_noise: Any
+
+    def bind(self, level: Level, target: tuple[Any, Any]) -> _StepsBound:
+        """As `ScoreFn.bind`, with the matrices of every row."""
+        rows, own = np.shape(level.t)[0], np.shape(self.on_state[0])[0]
+        if rows < own:
+            raise ValueError(f"these steps were made for {own} rows; the tableau has {rows}.")
+        padded = [
+            tuple(namespace(v).pad(v, (0, rows - own)) for v in matrix)
+            for matrix in (self.on_state, self.on_noise)
+        ]
+        return _StepsBound(self.score_fn.bind(level, target), *padded)
+
+    def predict(self, x: Any, bound: _StepsBound, cond: Mapping[str, Any] | None = None) -> Any:
+        """P z + Q eps."""
+        noise = self.score_fn.predict(x, bound.inner, cond)
+
+        def both(z: jax.Array, eps: jax.Array) -> jax.Array:
+            def times(matrix: Any, v: jax.Array) -> jax.Array:
+                xx, xm, mx, mm = (scale_rows(entry, z[..., 0]) for entry in matrix)
+                first, second = v[..., 0], v[..., 1]
+                return jnp.stack([xx * first + xm * second, mx * first + mm * second], axis=-1)
+
+            wide = working_dtype(z.dtype)
+            value = times(bound.on_state, z.astype(wide)) + times(bound.on_noise, eps.astype(wide))
+            return value.astype(z.dtype)
+
+        return jax.tree.map(both, x, noise)
+
+
+class PhaseSpaceSampler(NamedTuple):
+    """What `sampler` returns: give both to `ds.sample`.
+
+    Attributes:
+      network: the transform of the ScoreFn.
+      tableau: with as many evaluations as the method takes.
+    """
+
+    network: PhaseSpaceSteps
+    tableau: Tableau
+
+
+def sampler(
+    score_fn: ScoreFn, times: Any, *, method: str = "reduced_verlet", rate: float = 0.0
+) -> PhaseSpaceSampler:
+    """A sampler of a phase-space model: the reverse ODE dz = F z + (1/2) G G^T L^-T eps dt.
+
+    - "euler": one evaluation a step.
+    - "conjugate": the linear part exact and eps frozen, in coordinates stretched by exp(rate t)
+      (Conjugate Integrators with B = rate I); one evaluation a step.
+    - "symplectic_euler": the momentum's half of the equation, then the data's with the new
+      momentum (naive splitting); two evaluations a step.
+    - "verlet": half a step of the momentum, a step of the data, half of the momentum, each with an
+      evaluation of its own at the step's first time (naive); three a step.
+    - "reduced_verlet": the first two share an evaluation, and the last is made at the step's end;
+      two a step.
+
+    All are of order 1; at equal steps the split ones are closer.
+
+    Example:
+      >>> import jax, diffsamp as ds
+      >>> process = ds.phase_space.psld()
+      >>> def apply(params, z, t):
+      ...     return 0.1 * z  # stands for a network that predicts the noise of both parts
+      >>> score_fn = ds.ScoreFn(apply, None, process, prediction="noise")
+      >>> network, tableau = ds.phase_space.sampler(score_fn, [1.0, 0.6, 0.3, 0.001])
+      >>> z_T = process.prior_sample(jax.random.key(0), (4, 8, 8, 2))
+      >>> x = ds.sample(network, tableau, z_T)[..., 0]
+      >>> tableau.nfe, x.shape
+      (6, (4, 8, 8))
+
+    Args:
+      score_fn: a network of the state (batch, ..., 2) on a `PSLD` process, prediction="noise".
+      times: (n + 1,) decreasing times; the last above 0, where L is singular.
+      method: one of the above.
+      rate: of "conjugate"; 0 is the exponential integrator.
+
+    Returns:
+      A `PhaseSpaceSampler`, deterministic.
+
+    Raises:
+      ValueError: another process, prediction or method, or times down to 0.
+
+    Reference: Pandey, Rudolph & Mandt 2023 (efficient integrators), arXiv:2310.07894.
+    """
+    process = score_fn.process
+    if not isinstance(process, PSLD) or score_fn.prediction != "noise":
+        raise ValueError(
+            "phase-space samplers take a ScoreFn with a phase_space.psld() process and "
+            f'prediction="noise"; got {type(process).__name__} and {score_fn.prediction!r}.'
+        )
+    expect_choice(method, "method", _METHODS)
+    times = expect_times(times)
+    if times[-1] <= 0 or times[0] > process.t_max:
+        raise ValueError(
+            f"`times` must lie in (0, {process.t_max:g}], such as down to process.t_min; got "
+            f"{times[0]:g} .. {times[-1]:g}."
+        )
+    rows: list[tuple[float, np.ndarray, np.ndarray]] = []  # time of the evaluation, P, Q
+    x_only, m_only = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
+    drift = _drift(process)
+    for s, t in itertools.pairwise(times):
+        step, noise = t - s, _noise(process, s)
+        whole = (step * drift, step * noise)
+        if method == "euler":
+            rows.append((s, *whole))
+        elif method == "conjugate":
+            rows.append((s, *_conjugate(process, s, t, rate)))
+        elif method == "reduced_verlet":
+            half = np.eye(2) * [step, step / 2] + step**2 / 2 * drift * [[0, 1], [0, 0]]
+            rows.append((s, half @ drift, half @ noise))
+            rows.append((t, m_only @ whole[0] / 2, m_only @ _noise(process, t) * step / 2))
+        else:
+            parts = [m_only, x_only] if method[0] == "s" else [m_only / 2, x_only, m_only / 2]
+            rows += [(s, part @ whole[0], part @ whole[1]) for part in parts]
+    asked = np.array([row[0] for row in rows] + [times[-1]])
+    level = level_at(process, asked)
+    matrices = [tuple(np.stack([row[i] for row in rows]).reshape(-1, 4).T) for i in (1, 2)]
+    one = np.ones((len(rows), 1))
+    tableau = Tableau.create(
+        times=asked, alpha=level.alpha, sigma=level.sigma, target=one * [0.0, 1.0], a=one, b=one,
+        name=f"psld_{method}", source="arXiv:2310.07894", check="none",
+    )  # fmt: skip
+    return PhaseSpaceSampler(PhaseSpaceSteps(score_fn, *matrices), tableau)
+
+
+def _drift(process: PSLD) -> np.ndarray:
+    """F, (2, 2)."""
+    entries = [[-process.gamma, 1 / process.mass], [-1.0, -process.nu]]
+    return process.beta / 2 * np.array(entries)
+
+
+def _noise(process: PSLD, t: Any) -> np.ndarray:
+    """(1/2) G G^T L^-T at t: what eps is multiplied by in the reverse ODE."""
+    xx, xm, mm = process.covariance(np.float64(t))
+    first = np.sqrt(xx)
+    second = np.sqrt(mm - xm**2 / xx)
+    inverse = np.array([[1 / first, -xm / xx / second], [0.0, 1 / second]])
+    return process.beta / 2 * np.diag([process.gamma, process.mass * process.nu]) @ inverse
+
+
+def _conjugate(process: PSLD, s: float, t: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """P and Q with A(t') = exp(rate (t' - s) - F (t' - s)) and eps frozen."""
+
+    def stretch(time: float) -> np.ndarray:
+        return np.exp(rate * (time - s)) * np.array(process.mean(s - time)).reshape(2, 2)
+
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    inner = s + (t - s) * (nodes + 1) / 2
+    total = sum(
+        w * (t - s) / 2 * stretch(time) @ _noise(process, time)
+        for w, time in zip(weights, inner, strict=True)
+    )
+    back = np.linalg.inv(stretch(t))
+    return back * (1 + rate * (t - s)) - np.eye(2), back @ total

@@ -1,0 +1,179 @@
+"""PSLD: its moments against their ODE, and samplers against the exact reverse ODE of a Gaussian."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+import diffsamp as ds
+from diffsamp import phase_space
+
+PROCESS = phase_space.psld(gamma=0.02, nu=4.02)
+MEAN, VARIANCE = 0.7, 0.3  # of the data, per element
+
+
+def drift_and_spread(process):
+    F = process.beta / 2 * np.array([[-process.gamma, 1 / process.mass], [-1, -process.nu]])
+    return F, process.beta * np.diag([process.gamma, process.mass * process.nu])
+
+
+@pytest.mark.parametrize(
+    "process", [PROCESS, phase_space.psld(4.0, 0.0, 3.0, 0.2)], ids=["paper", "gamma0"]
+)
+def test_moments_solve_their_equations(process):
+    F, GG = drift_and_spread(process)
+
+    def rhs(t, y):
+        mean, cov = y[:4].reshape(2, 2), y[4:].reshape(2, 2)
+        return np.concatenate([(F @ mean).ravel(), (F @ cov + cov @ F.T + GG).ravel()])
+
+    start = np.concatenate([np.eye(2).ravel(), [0, 0, 0, process.kappa * process.mass]])
+    times = np.array([0.01, 0.1, 0.5, 1.0])
+    exact = solve_ivp(rhs, (0, 1), start, t_eval=times, rtol=1e-12, atol=1e-14).y
+    np.testing.assert_allclose(np.stack(process.mean(times)), exact[:4], atol=1e-10)
+    np.testing.assert_allclose(np.stack(process.covariance(times)), exact[[4, 5, 7]], atol=1e-10)
+    h = 1e-6
+    for value, slope in ((process.alpha, process.alpha_dot), (process.sigma, process.sigma_dot)):
+        numeric = (value(times[:-1] + h) - value(times[:-1] - h)) / (2 * h)
+        np.testing.assert_allclose(slope(times[:-1]), numeric, rtol=1e-5)
+    np.testing.assert_allclose(process.time(process.log_snr(times)), times, rtol=1e-9)
+    assert (process.alpha(0.0), process.sigma(0.0)) == (1, 0)
+
+
+def moments(process, t):
+    """Mean (2,) and covariance (2, 2) of z_t for Gaussian data."""
+    e = np.array(process.mean(t)).reshape(2, 2)
+    xx, xm, mm = process.covariance(t)
+    return e[:, 0] * MEAN, np.array([[xx, xm], [xm, mm]]) + VARIANCE * np.outer(e[:, 0], e[:, 0])
+
+
+def network(process):
+    """eps = -L^T score, the perfect network, in JAX."""
+
+    def apply(params, z, t):
+        xx, _xm, mx, _mm = process.mean(t)
+        s_xx, s_xm, s_mm = process.covariance(t)
+        c = (s_xx + VARIANCE * xx * xx, s_xm + VARIANCE * xx * mx, s_mm + VARIANCE * mx * mx)
+        det = c[0] * c[2] - c[1] ** 2
+        shape = (-1,) + (1,) * (z.ndim - 2)
+        dx = z[..., 0] - (xx * MEAN).reshape(shape)
+        dm = z[..., 1] - (mx * MEAN).reshape(shape)
+        c = [(v / det).reshape(shape) for v in c]
+        score = -(c[2] * dx - c[1] * dm), -(c[0] * dm - c[1] * dx)
+        first = jnp.sqrt(s_xx)
+        cross, second = s_xm / first, jnp.sqrt(s_mm - s_xm**2 / s_xx)
+        eps_x = -(first.reshape(shape) * score[0] + cross.reshape(shape) * score[1])
+        return jnp.stack([eps_x, -second.reshape(shape) * score[1]], axis=-1)
+
+    return ds.ScoreFn(apply, None, process, prediction="noise")
+
+
+def exact_flow(process, z, s, t):
+    """The reverse ODE by a tight integrator, nothing of the package's matrices in it."""
+    F, GG = drift_and_spread(process)
+
+    def rhs(time, y):
+        y = y.reshape(-1, 2)
+        mean, cov = moments(process, time)
+        score = -(y - mean) @ np.linalg.inv(cov)
+        return (y @ F.T - score @ GG / 2).ravel()
+
+    return solve_ivp(rhs, (s, t), z.ravel(), rtol=1e-11, atol=1e-12).y[:, -1].reshape(-1, 2)
+
+
+NFE = {"euler": 1, "conjugate": 1, "symplectic_euler": 2, "verlet": 3, "reduced_verlet": 2}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", NFE)
+def test_order_and_evaluations(method):
+    score_fn = network(PROCESS)
+    z_T = np.array([[-1.5, 0.2], [0.3, -0.7], [1.2, 0.9]])
+    exact = exact_flow(PROCESS, z_T, 1.0, 0.02)
+    errors = []
+    for n in (100, 200, 400):
+        times = np.linspace(1, 0.02, n + 1)
+        steps, tableau = phase_space.sampler(score_fn, times, method=method)
+        assert tableau.nfe == n * NFE[method]
+        got = ds.sample(steps, tableau, jnp.asarray(z_T))
+        errors.append(np.abs(got - exact).max())
+    slopes = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert 0.8 < slopes[-1] < 1.4, (slopes, errors)
+    assert errors[-1] < (0.12 if NFE[method] == 1 else 0.05)
+
+
+@pytest.mark.usefixtures("x64")
+def test_splitting_and_conjugate_steps_are_closer_than_eulers():
+    score_fn = network(PROCESS)
+    z_T = np.array([[-1.5, 0.2], [0.3, -0.7], [1.2, 0.9]])
+    exact = exact_flow(PROCESS, z_T, 1.0, 0.02)
+    times = np.linspace(1, 0.02, 201)
+    error = {}
+    for method in NFE:
+        steps, tableau = phase_space.sampler(score_fn, times, method=method)
+        error[method] = np.abs(ds.sample(steps, tableau, jnp.asarray(z_T)) - exact).max()
+    assert all(error[m] < 0.6 * error["euler"] for m in ("verlet", "reduced_verlet"))
+    assert error["conjugate"] < 0.8 * error["euler"]
+
+
+@pytest.mark.usefixtures("x64")
+def test_conjugate_is_exact_for_a_constant_noise_prediction():
+    """At rate 0 in one step of any length; another rate is Euler on the stretch alone."""
+    eps = jnp.array([0.4, -1.1])
+    score_fn = ds.ScoreFn(
+        lambda p, z, t: jnp.broadcast_to(eps, z.shape), None, PROCESS, prediction="noise"
+    )
+    F, GG = drift_and_spread(PROCESS)
+
+    def rhs(t, z):
+        xx, xm, mm = PROCESS.covariance(t)
+        L = np.linalg.cholesky(np.array([[xx, xm], [xm, mm]]))
+        return F @ z + GG @ np.linalg.inv(L).T @ np.asarray(eps) / 2
+
+    z_T = np.array([0.5, -0.2])
+    exact = solve_ivp(rhs, (1, 0.1), z_T, rtol=1e-12, atol=1e-12).y[:, -1]
+    for rate, close in ((0.0, True), (0.5, False)):
+        steps, tableau = phase_space.sampler(score_fn, [1.0, 0.1], method="conjugate", rate=rate)
+        got = ds.sample(steps, tableau, jnp.asarray(z_T)[None])[0]
+        assert np.allclose(got, exact, atol=1e-8) == close
+
+
+def test_samples_have_the_datas_moments():
+    """From the prior, in float32, images of 3 x 2 elements; padding changes nothing."""
+    times = ds.schedules.quadratic(PROCESS, 120, final="t_min")
+    steps, tableau = phase_space.sampler(network(PROCESS), times)
+    z_T = PROCESS.prior_sample(jax.random.key(0), (3000, 3, 2, 2))
+    assert float(jnp.std(z_T[..., 1])) == pytest.approx(np.sqrt(PROCESS.mass), rel=0.02)
+    z = ds.sample(steps, tableau, z_T)
+    assert float(jnp.mean(z[..., 0])) == pytest.approx(MEAN, abs=0.03)
+    assert float(jnp.std(z[..., 0])) == pytest.approx(np.sqrt(VARIANCE), rel=0.05)
+    padded = ds.sample(steps, tableau.pad(rows=250, p=2, q=3), z_T[:4])
+    np.testing.assert_allclose(padded, z[:4], atol=1e-4)
+
+
+def test_bad_input():
+    score_fn = network(PROCESS)
+    for call, message in (
+        (lambda: phase_space.sampler(score_fn, [1.0, 0.0]), r"`times` must lie in \(0, 1\]"),
+        (
+            lambda: phase_space.sampler(score_fn, [1.0, 0.1], method="oba"),
+            "`method` must be one of",
+        ),
+        (lambda: phase_space.psld(gamma=5.0), "0 <= gamma < nu"),
+        (lambda: PROCESS.prior_sample(jax.random.key(0), (4, 3)), "x and m on the last axis"),
+        (
+            lambda: phase_space.sampler(
+                ds.targets.gaussian([0.0], 1.0).score_fn(ds.processes.vp_linear()), [1.0, 0.1]
+            ),
+            r"take a ScoreFn with a phase_space.psld\(\) process",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    steps, tableau = phase_space.sampler(score_fn, [1.0, 0.5, 0.1])
+    short = ds.Tableau(**{k: getattr(tableau, k)[:1 if k not in ("times", "alpha", "sigma") else 2]
+                          for k in ("times", "alpha", "sigma", "target", "a", "b", "c",
+                                    "evaluates")})  # fmt: skip
+    with pytest.raises(ValueError, match="made for 4 rows; the tableau has 1"):
+        ds.sample(steps, short, jnp.zeros((1, 2)))
