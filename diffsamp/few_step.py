@@ -20,7 +20,7 @@ import numpy as np
 from diffsamp import solvers
 from diffsamp._checks import expect_choice, expect_int
 from diffsamp._numeric import as_float, is_concrete, namespace, silence, to_host
-from diffsamp.guidance import Transform
+from diffsamp.guidance import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
@@ -48,6 +48,7 @@ class StepConditioned(Transform):
     @silence
     def bind(self, level: Level, target: tuple[Any, Any]) -> _StepBound:
         """As `ScoreFn.bind`, with every row's step from the tableau's own times."""
+        per_row(level, "a step-conditioned network")
         t = as_float(level.t)
         xp = namespace(t)
         clean = xp.zeros_like(t[-1:]) + as_float(self.process.t_clean, t)

@@ -31,6 +31,7 @@ __all__ = [
     "cfg",
     "dynamic_thresholding",
     "learned_range",
+    "per_row",
     "static_thresholding",
 ]
 
@@ -81,6 +82,31 @@ class Transform:
     def check_bound(self, bound: Any, level: Level, evaluates: Any) -> None:
         """As `ScoreFn.check_bound`."""
         self.score_fn.check_bound(bound.inner, level, evaluates)
+
+
+def per_row(level: Level, what: str, *arrays: Any) -> list[Any]:
+    """Arrays with one number per row, for the rows of `level`; padding rows get 0.
+
+    For transforms that follow the rows of a tableau.
+
+    Args:
+      level: what `bind` was given.
+      what: the transform, for the error.
+      *arrays: (n,) each, of the tableau the transform was made for.
+
+    Raises:
+      ValueError: a level that is no tableau's (a single time), or one with fewer rows.
+    """
+    if np.ndim(level.t) == 0:
+        raise ValueError(
+            f"{what} follows the rows of a tableau: use it with ds.sample, not at a single time or "
+            "with step-size control."
+        )
+    rows = np.shape(level.t)[0]
+    own = max((np.shape(v)[0] for v in arrays), default=0)
+    if rows < own:
+        raise ValueError(f"{what} was made for {own} rows; the tableau has {rows}.")
+    return [namespace(v).pad(v, (0, rows - own)) for v in arrays]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -305,18 +331,9 @@ class LearnedRange(Transform):
 
     def bind(self, level: Level, target: tuple[Any, Any]) -> _RangeBound:
         """As `ScoreFn.bind`, with the numbers of each row's noise."""
-        rows, own = np.shape(level.t)[0], np.shape(self.low)[0]
-        if rows < own:
-            raise ValueError(f"learned_range was made for {own} rows; the tableau has {rows}.")
-
-        def padded(values: Any) -> Any:
-            return namespace(values).pad(values, (0, rows - own))
-
-        return _RangeBound(
-            self.score_fn.bind(level, target),
-            np.arange(rows, dtype=np.int32),
-            *(padded(v) for v in (self.low, self.spread, self.per_output)),
-        )
+        numbers = per_row(level, "learned_range", self.low, self.spread, self.per_output)
+        rows = np.arange(np.shape(level.t)[0], dtype=np.int32)
+        return _RangeBound(self.score_fn.bind(level, target), rows, *numbers)
 
     def predict(self, x: Any, bound: _RangeBound, cond: Mapping[str, Any] | None = None) -> Any:
         """The prediction, with this row's noise in it."""

@@ -25,6 +25,7 @@ from diffsamp import random
 from diffsamp._checks import expect_int, expect_state
 from diffsamp._numeric import working_dtype
 from diffsamp.predictions import Level
+from diffsamp.sampling import expect_key
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
@@ -97,11 +98,7 @@ def sample_parallel(
     batch = expect_state(x_T, "x_T", score_fn.batched)
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
-    if tableau.stochastic and key is None:
-        raise ValueError(
-            f"tableau {tableau.name!r} adds noise and needs a random key: pass `key`, such as "
-            "jax.random.key(0)."
-        )
+    expect_key(tableau, key)
     live = np.flatnonzero(np.asarray(tableau.evaluates))
     rows = np.append(live, tableau.rows)  # the states that matter: those asked about, and the last
     level = Level(tableau.times[live], tableau.alpha[live], tableau.sigma[live])

@@ -25,8 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._checks import expect_choice, expect_times
-from diffsamp._numeric import as_float, namespace, silence, working_dtype
-from diffsamp.guidance import Transform
+from diffsamp._numeric import (
+    as_float,
+    is_concrete,
+    namespace,
+    silence,
+    to_host,
+    working_dtype,
+)
+from diffsamp.guidance import Transform, per_row
 from diffsamp.predictions import Level, level_at
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn, scale_rows
@@ -168,14 +175,13 @@ class PhaseSpaceSteps(Transform):
 
     def bind(self, level: Level, target: tuple[Any, Any]) -> _StepsBound:
         """As `ScoreFn.bind`, with the matrices of every row."""
-        rows, own = np.shape(level.t)[0], np.shape(self.on_state[0])[0]
-        if rows < own:
-            raise ValueError(f"these steps were made for {own} rows; the tableau has {rows}.")
-        padded = [
-            tuple(namespace(v).pad(v, (0, rows - own)) for v in matrix)
-            for matrix in (self.on_state, self.on_noise)
-        ]
-        return _StepsBound(self.score_fn.bind(level, target), *padded)
+        numbers = per_row(level, "phase_space.sampler", *self.on_state, *self.on_noise)
+        if is_concrete(target) and np.any(to_host(target[0]) != 0):
+            raise ValueError(
+                "the steps of phase_space.sampler are no prediction of data: sample them with the "
+                "tableau they came with, and nothing around them but guidance."
+            )
+        return _StepsBound(self.score_fn.bind(level, target), numbers[:4], numbers[4:])
 
     def predict(self, x: Any, bound: _StepsBound, cond: Mapping[str, Any] | None = None) -> Any:
         """P z + Q eps."""

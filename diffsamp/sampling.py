@@ -138,7 +138,7 @@ def init(tableau: Tableau, x_T: Any, key: Any = None, *, batched: bool = True) -
       batched: whether x_T has a leading batch axis.
     """
     batch = expect_state(x_T, "x_T", batched)
-    _expect_key(tableau, key)
+    expect_key(tableau, key)
     x_T = jax.tree.map(jnp.asarray, x_T)
     keys = None if key is None else random.sample_keys(key, batch)
     return _initial(np.shape(tableau.a)[1], np.shape(tableau.b)[1], x_T, keys)
@@ -165,13 +165,15 @@ def step(
       The state after the row; `state.x` is u_{row + 1}.
 
     Raises:
-      ValueError: no row left (when the row number is a concrete value).
+      ValueError: no row left (when the row number is a concrete value), or a state made for another
+        tableau.
     """
     if is_concrete(state.row) and int(state.row) >= np.shape(tableau.a)[0]:
         raise ValueError(
             f"the tableau has {np.shape(tableau.a)[0]} rows and all have been run; start again "
             "with `init`."
         )
+    _expect_fit(tableau, state)
     rows = _bind(score_fn, tableau)
     row = jax.tree.map(
         lambda array: lax.dynamic_index_in_dim(jnp.asarray(array), state.row, keepdims=False), rows
@@ -196,7 +198,11 @@ def resume(
 
     Returns:
       The state after the last row; its `x` is the sample.
+
+    Raises:
+      ValueError: a state made for another tableau, or without the key this one needs.
     """
+    _expect_fit(tableau, state)
     return _rest(score_fn, _bind(score_fn, tableau), state, cond)
 
 
@@ -218,7 +224,7 @@ def _start(score_fn, tableau, x_T, key, cond, *, checkpoint, record):
             "diffsamp.solvers."
         )
     batch = expect_state(x_T, "x_T", score_fn.batched)
-    _expect_key(tableau, key)
+    expect_key(tableau, key)
     _expect_per_sample(tableau, batch)
     keys = None if key is None else random.sample_keys(key, batch)
     rows = _bind(score_fn, tableau)
@@ -226,11 +232,24 @@ def _start(score_fn, tableau, x_T, key, cond, *, checkpoint, record):
     return _run(score_fn, rows, x_T, keys, cond, checkpoint=checkpoint, record=record)
 
 
-def _expect_key(tableau: Tableau, key: Any) -> None:
+def expect_key(tableau: Tableau, key: Any) -> None:
+    """Raise if the tableau is seen to add noise and there is no key for it."""
     if key is None and is_concrete(tableau.c) and np.any(to_host(tableau.c) != 0):
         raise ValueError(
             f"tableau {tableau.name!r} adds noise and needs a random key: pass `key`, such as "
             "jax.random.key(0)."
+        )
+
+
+def _expect_fit(tableau: Tableau, state: State) -> None:
+    if state.keys is None:
+        expect_key(tableau, None)
+    held = [jax.tree.leaves(slots)[0].shape[0] for slots in (state.points, state.outputs)]
+    if held != [np.shape(tableau.a)[1], np.shape(tableau.b)[1]]:
+        raise ValueError(
+            f"the state holds {held[0]} past states and {held[1]} outputs; tableau "
+            f"{tableau.name!r} has p = {np.shape(tableau.a)[1]} and q = {np.shape(tableau.b)[1]}. "
+            "Make it with init(tableau, ..) of the same tableau."
         )
 
 

@@ -48,8 +48,8 @@ class Tableau:
 
     A trailing axis of size batch on every array but `evaluates` (see `Tableau.stack`) gives each
     sample of the batch a sampler of its own. The coefficients alone may have trailing axes that
-    broadcast against the state, the batch axis (of size 1) included: one number per pixel,
-    (1, height, width, channels), or per part of a phase-space state, (1, 2).
+    broadcast against the state, the batch axis (of size 1) included: one number per pixel is
+    (1, height, width, channels).
 
     Attributes:
       times: (N + 1,) the process's time of u_0 .. u_N.

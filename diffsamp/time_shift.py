@@ -18,7 +18,7 @@ import numpy as np
 
 from diffsamp._checks import expect_choice
 from diffsamp._numeric import as_float, working_dtype
-from diffsamp.guidance import Transform
+from diffsamp.guidance import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn
 
@@ -68,6 +68,7 @@ class TimeShifted(Transform):
 
     def bind(self, level: Level, target: tuple[Any, Any]) -> _ShiftedBound:
         """As `ScoreFn.bind`, with what the shift needs: the time, and whether it may be shifted."""
+        per_row(level, "time_shift")
         t, w0, w1 = as_float(level.t), *(as_float(w, level.t) for w in target)
         cutoff = self.process.t_clean + self.cutoff * (self.process.t_max - self.process.t_clean)
         active = (t > cutoff) & (t < t.max())  # never the first evaluation

@@ -202,6 +202,19 @@ def test_what_cannot_be_inverted():
             ds.inversion.inverse(tableau)
 
 
+def test_a_state_must_fit_its_tableau():
+    process = PROCESSES["vp_linear"]
+    score_fn, x_T = skewed_mixture().score_fn(process), data(3)
+    times = schedules.logsnr(process, 5)
+    ddim, ddpm = solvers.ddim(process, times), solvers.ddpm(process, times)
+    state = ds.init(ddim, x_T)
+    for run in (ds.resume, ds.step):
+        with pytest.raises(ValueError, match="adds noise and needs a random key"):
+            run(score_fn, ddpm, state)
+        with pytest.raises(ValueError, match="holds 1 past states and 1 outputs; tableau"):
+            run(score_fn, solvers.unipc(process, times), state)
+
+
 def test_what_cannot_be_translated():
     process = PROCESSES["vp_linear"]
     score_fn = skewed_mixture().score_fn(process)

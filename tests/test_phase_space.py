@@ -177,3 +177,9 @@ def test_bad_input():
                                     "evaluates")})  # fmt: skip
     with pytest.raises(ValueError, match="made for 4 rows; the tableau has 1"):
         ds.sample(steps, short, jnp.zeros((1, 2)))
+    # what would read the steps as a data prediction
+    with pytest.raises(ValueError, match="are no prediction of data"):
+        ds.parallel.sample_parallel(steps, tableau, jnp.zeros((1, 2)))
+    clipped = ds.guidance.static_thresholding(steps)
+    with pytest.raises(ValueError, match="are no prediction of data"):
+        ds.sample(clipped, tableau, jnp.zeros((1, 2)))

@@ -159,6 +159,13 @@ def test_bad_input(options, message):
         time_shift(EXACT, **options)
 
 
+def test_it_follows_rows():
+    """At a single time there is no first evaluation to leave alone: refused, not ignored."""
+    shifted = time_shift(EXACT, window=0.1, cutoff=0.3)
+    with pytest.raises(ValueError, match="time_shift follows the rows of a tableau: use it with"):
+        ds.adaptive.ode_solution(shifted, x_T(2), 1.0, 0.1)
+
+
 def test_what_it_does_not_take():
     with pytest.raises(TypeError, match="put guidance and thresholding around its result"):
         time_shift(ds.guidance.static_thresholding(EXACT, low=-1, high=1), window=0.1, cutoff=0.3)

@@ -113,7 +113,10 @@ class Solver:
     least: int = 1
 
     def __call__(self, process: Process, times: Any, **options: Any) -> Tableau:
-        """The tableau on these times; `options` override the solver's own."""
+        """The tableau on these times; `options` override the solver's own.
+
+        Falling times sample. Deterministic solvers also take rising ones, which encode.
+        """
         return self.function(process, times, **{**self.options, **options})
 
     def steps(self, nfe: int, *, closed: bool = True) -> int | None:

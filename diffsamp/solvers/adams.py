@@ -67,7 +67,7 @@ def deis(
       A deterministic tableau of n evaluations, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease, another order or variable.
+      ValueError: times not sorted, another order or variable.
 
     Reference: Zhang & Chen 2023, arXiv:2204.13902.
     """
@@ -111,7 +111,7 @@ def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
       A deterministic tableau of n evaluations, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease, another order.
+      ValueError: times not sorted, another order.
 
     Reference: Zhang & Chen 2023, arXiv:2204.13902; Liu et al. 2022,
     arXiv:2202.09778.
@@ -145,7 +145,7 @@ def accelerated_ddim(process: Process, times: Any) -> Tableau:
       A deterministic tableau of n evaluations, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease.
+      ValueError: times not sorted.
 
     Reference: Li, Huang, Efimov et al. 2024, arXiv:2403.03852.
     """
@@ -185,7 +185,7 @@ def pndm(
       A deterministic tableau.
 
     Raises:
-      ValueError: times that do not decrease, too few steps, an unknown start or coordinates.
+      ValueError: times not sorted, too few steps, an unknown start or coordinates.
 
     Reference: Liu et al. 2022, arXiv:2202.09778.
     """

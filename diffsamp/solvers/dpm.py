@@ -103,7 +103,7 @@ def dpm_solver(
       A deterministic tableau of n evaluations.
 
     Raises:
-      ValueError: times that do not decrease, another order, form or variant.
+      ValueError: times not sorted, another order, form or variant.
 
     Reference: Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2; arXiv:2211.01095, algorithm 1.
     """
@@ -189,7 +189,7 @@ def exponential_rk(
       A deterministic tableau of `stages` evaluations a step, in data prediction.
 
     Raises:
-      ValueError: times that do not decrease, another number of stages, a fraction out of range.
+      ValueError: times not sorted, another number of stages, a fraction out of range.
 
     Reference: Zhang et al. 2023 (RES), arXiv:2308.02157; Hochbruck & Ostermann 2005, SIAM J. Numer.
     Anal. 43, the methods of orders 2 and 3.

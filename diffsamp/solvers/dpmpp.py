@@ -61,7 +61,7 @@ def dpmpp(
       A tableau of n evaluations, in data prediction; stochastic if `eta` is positive.
 
     Raises:
-      ValueError: times that do not decrease, another order or variant, a negative eta.
+      ValueError: times not sorted, another order or variant, a negative eta.
 
     Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
     """

@@ -49,7 +49,7 @@ def euler(
       A tableau of n evaluations, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease, negative churn.
+      ValueError: times not sorted, negative churn.
 
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
     """
@@ -97,7 +97,7 @@ def heun(
       A tableau of one row per evaluation; deterministic unless `churn` is positive.
 
     Raises:
-      ValueError: times that do not decrease, negative churn, or "edm" coordinates from a time
+      ValueError: times not sorted, negative churn, or "edm" coordinates from a time
         where alpha = 0.
 
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2.
@@ -127,7 +127,7 @@ def runge_kutta(
       A deterministic tableau.
 
     Raises:
-      ValueError: times that do not decrease, an unknown method, or "edm" coordinates from a time
+      ValueError: times not sorted, an unknown method, or "edm" coordinates from a time
         where alpha = 0.
 
     Reference: Zhang & Chen 2023, arXiv:2204.13902.
@@ -153,7 +153,7 @@ def dpm2(process: Process, times: Any) -> Tableau:
       A deterministic tableau.
 
     Raises:
-      ValueError: times that do not decrease.
+      ValueError: times not sorted.
 
     Reference: Lu et al. 2022, arXiv:2206.00927; Karras et al. 2022, arXiv:2206.00364.
     """

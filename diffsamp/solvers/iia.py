@@ -47,7 +47,7 @@ def iia(
       A deterministic tableau of n evaluations ("heun": two a step, one on a step to sigma = 0).
 
     Raises:
-      ValueError: times that do not decrease, an unknown method, coefficients of another shape.
+      ValueError: times not sorted, an unknown method, coefficients of another shape.
 
     Reference: Zhang, Niwa & Kleijn 2023, arXiv:2304.11328.
     """

@@ -30,7 +30,7 @@ def bdia(process: Process, times: Any, *, gamma: float = 1.0) -> Tableau:
       A deterministic tableau of n evaluations with p = 2, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease, gamma outside [0, 1].
+      ValueError: times not sorted, gamma outside [0, 1].
 
     Reference: Zhang, Lewis & Kleijn 2023, arXiv:2307.10829.
     """
@@ -65,7 +65,7 @@ def belm(process: Process, times: Any) -> Tableau:
       A deterministic tableau of n evaluations with p = 2, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease.
+      ValueError: times not sorted.
 
     Reference: Wang et al. 2024, arXiv:2410.07273.
     """

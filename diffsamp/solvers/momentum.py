@@ -92,7 +92,7 @@ def ghvb(
       A deterministic tableau of n evaluations, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease, another order or beta.
+      ValueError: times not sorted, another order or beta.
 
     Reference: Wizadwongsa et al. 2024, arXiv:2307.11118.
     """

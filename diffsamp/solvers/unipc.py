@@ -56,7 +56,7 @@ def unipc(
       A deterministic tableau of n evaluations, in data prediction.
 
     Raises:
-      ValueError: times that do not decrease, another order or variant.
+      ValueError: times not sorted, another order or variant.
 
     Reference: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2.
     """

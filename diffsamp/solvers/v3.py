@@ -134,7 +134,7 @@ def dpm_solver_v3(
       A deterministic tableau of n evaluations, in noise prediction.
 
     Raises:
-      ValueError: times that do not decrease, an order below 1.
+      ValueError: times not sorted, an order below 1.
 
     Reference: Zheng et al. 2023, arXiv:2310.13268.
     """
