@@ -25,7 +25,7 @@ import numpy as np
 from _report import RESULTS, heading, table
 
 import diffsamp as ds
-from diffsamp import plots, schedules, solvers
+from diffsamp import plot, schedules, solvers
 from diffsamp.models import digits
 
 PLOTS = Path(__file__).resolve().parent.parent / "docs" / "plots"
@@ -388,7 +388,7 @@ def main() -> None:
         make = SPECIAL.get(name) or functools.partial(by_family, name)
         panels = make(arguments.samples)
         arguments.plots.mkdir(parents=True, exist_ok=True)
-        plots.save(plots.error_against_nfe(panels), arguments.plots / f"{name}.png")
+        plot.save(plot.error_against_nfe(panels), arguments.plots / f"{name}.png")
         print(f"{name}: done", flush=True)
         if name in FAMILIES:
             for title, label, lines, _ in panels[:4]:

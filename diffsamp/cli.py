@@ -58,7 +58,7 @@ class _Bar:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Sample the bundled digits model with many solvers, then search for a better one."""
-    from diffsamp import plots
+    from diffsamp import plot
     from diffsamp.models import digits
 
     began = time.perf_counter()
@@ -154,14 +154,14 @@ def demo(arguments: argparse.Namespace) -> int:
     ):
         x = ds.search.run(score_fn, tableau, x_T[show], cond={"label": cond["label"][show]})
         rows.append((label, np.asarray(x)))
-    plots.save(plots.image_grid(rows, title="One noise per column, class 0 to 9"), files["samples"])
-    figure = plots.quality_against_nfe(
+    plot.save(plot.image_grid(rows, title="One noise per column, class 0 to 9"), files["samples"])
+    figure = plot.quality_against_nfe(
         table,
         found=[(nfe, found_psnr, distance(found))],
         score="distance",
         score_label="Frechet distance to real digits",
     )
-    plots.save(figure, files["plot"])
+    plot.save(figure, files["plot"])
     bar.close()
     print("\nWrote " + ", ".join(str(path) for path in files.values()))
     print(f"Done in {time.perf_counter() - began:.0f} s.")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import diffsamp as ds
-from diffsamp import cli, plots
+from diffsamp import cli, plot
 from diffsamp.models import digits
 
 
@@ -91,5 +91,5 @@ def test_bundled_model_samples_have_the_data_statistics():
 
 
 def test_image_grid_has_one_row_per_label():
-    figure = plots.image_grid([("a", np.zeros((3, 8, 8, 1))), ("b", np.ones((3, 8, 8, 1)))])
+    figure = plot.image_grid([("a", np.zeros((3, 8, 8, 1))), ("b", np.ones((3, 8, 8, 1)))])
     assert len(figure.axes) == 6

@@ -18,7 +18,7 @@ LEVELS = [
     ["sampling", "targets", "guidance"],
     ["search", "compat", "_sampler"],
     ["adaptive", "bridges", "few_step", "inversion", "parallel", "phase_space", "time_shift"],
-    ["plots", "models"],
+    ["plot", "models"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
@@ -29,7 +29,7 @@ EXTRAS = {
     "sklearn": {"models"},
     "optax": {"search"},
     "diffrax": {"adaptive"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plot"},
     "tqdm": {"cli"},
 }
 # modules that may exceed the budget, and why

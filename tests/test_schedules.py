@@ -13,7 +13,7 @@ PROCESSES = all_processes()
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("name", [*schedules.GRIDS, "exponential"])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 100])
 def test_laws(process, name, n):
     clean = schedules.get(name)(process, n)
@@ -26,13 +26,13 @@ def test_laws(process, name, n):
     assert clean[-1] == process.t_clean
     assert ending[-1] == process.t_min
     assert clean[0] == ending[0]
-    spaced_in_log_snr = name in ("logsnr", "karras")
+    spaced_in_log_snr = name in ("logsnr", "karras", "exponential")
     if spaced_in_log_snr and np.isneginf(process.log_snr(process.t_max)):
         # alpha = 0 at t_max: the spacing starts where log-SNR is -5.1
         assert process.log_snr(clean[0]) == pytest.approx(-5.1, rel=1e-12)
     else:
         assert clean[0] == process.t_max
-    if spaced_in_log_snr and n > 1:
+    if (spaced_in_log_snr or name == "kl_optimal") and n > 1:
         assert clean[-2] == process.t_min  # n points from t_max to t_min, then the clean end
 
 
@@ -115,6 +115,157 @@ def test_uniform_on_a_table_is_trailing():
         schedules.rounded(ds.processes.flow(), [1.0, 0.0])
 
 
+def test_kl_optimal_is_comfyuis_formula():
+    """sigma_i = tan(i/(n-1) arctan(sigma_min) + (1 - i/(n-1)) arctan(sigma_max)), then 0."""
+    process, n = ds.processes.edm(), 12
+    part = np.linspace(0, 1, n)
+    want = np.tan(part * np.arctan(0.002) + (1 - part) * np.arctan(80.0))
+    got = schedules.kl_optimal(process, n)
+    np.testing.assert_allclose(got[:-1], want, rtol=1e-9)
+    # the cosine process's own uniform spacing is uniform in that angle, up to its offset s
+    vp = ds.processes.vp_cosine()
+    steps = np.diff(schedules.kl_optimal(vp, 9)[:-1])
+    np.testing.assert_allclose(steps[:-1], steps[0], rtol=2e-3)
+
+
+def test_beta_is_quantiles_of_time():
+    from scipy.special import betainc
+
+    flow = ds.processes.flow()
+    times = schedules.beta(flow, 10, a=0.6, b=0.6)
+    # the inverse: the distribution function of the times is uniform
+    np.testing.assert_allclose(betainc(0.6, 0.6, times), 1 - np.arange(11) / 10, atol=1e-12)
+    skewed = schedules.beta(flow, 10, a=0.5, b=2.0)
+    np.testing.assert_allclose(betainc(0.5, 2.0, skewed), 1 - np.arange(11) / 10, atol=1e-12)
+    assert skewed[5] < times[5]  # a small `a` is dense at the clean end
+    # ComfyUI: labels rint(ppf(1 - i/n) (T - 1)), where ours start from the clean end at -1
+    table, n = ds.processes.vp_discrete(), 20
+    from scipy.stats import beta as distribution
+
+    quantiles = distribution.ppf(1 - np.arange(n) / n, 0.6, 0.6)
+    ours = schedules.rounded(table, schedules.beta(table, n))[:-1]
+    assert np.abs(ours - np.rint(quantiles * 999)).max() <= 1
+    # diffusers: quantiles of sigma; an exact parity of those is in test_peers ("euler beta")
+
+
+def test_cosine_and_shift_by_hand():
+    flow = ds.processes.flow()
+    u = np.arange(5) / 4
+    np.testing.assert_allclose(schedules.cosine(flow, 4), np.cos(np.pi * u / 2), atol=1e-15)
+    np.testing.assert_allclose(
+        schedules.cosine(flow, 4, sway=0.4),
+        1 - (u + 0.4 * (np.cos(np.pi * u / 2) - 1 + u)),
+        atol=1e-15,
+    )
+    np.testing.assert_allclose(schedules.cosine(flow, 7, sway=0.0), schedules.uniform(flow, 7))
+    # the shift as a schedule is the shift of the process
+    np.testing.assert_allclose(
+        schedules.flow_shift(flow, 9, shift=2.5), schedules.uniform(ds.processes.flow(2.5), 9)
+    )
+    # FLUX: mu = 0.5 at 256 tokens, 1.15 at 4096
+    assert schedules.resolution_shift(256) == pytest.approx(np.exp(0.5))
+    assert schedules.resolution_shift(4096) == pytest.approx(np.exp(1.15))
+    assert schedules.resolution_shift(1024) == pytest.approx(np.exp(0.5 + 0.65 * 768 / 3840))
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 13, 40])
+def test_linear_quadratic_is_mochis(n):
+    """Mochi's coefficients, i^2 and i and 1, written out."""
+    threshold, m = 0.025, n // 2
+    diff = m - threshold * n
+    square = diff / (m * (n - m) ** 2)
+    slope = threshold / m - 2 * diff / (n - m) ** 2
+    i = np.arange(n + 1)
+    late = square * i**2 + slope * i + square * m**2
+    want = 1 - np.where(i < m, i * threshold / m, late)
+    want[-1] = 0
+    np.testing.assert_allclose(schedules.linear_quadratic(ds.processes.flow(), n), want, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 10, 20, 30, 61, 333, 1000])
+def test_label_grids(n):
+    """Against the rules as the other libraries state them, and where those miscount."""
+    table = ds.processes.vp_discrete()
+    names = [name for name in schedules.LABELS if (name, n) != ("ddim_uniform", 1000)]
+    for name in names:
+        times = schedules.get(name)(table, n)
+        assert times.shape == (n + 1,)
+        assert times[-1] == -1
+        assert np.all(np.diff(times) < 0)
+    labels = {name: schedules.get(name)(table, n)[:-1].tolist() for name in names}
+    # diffusers: np.round(np.arange(T, 0, -T / n)) - 1, which has one label too many for n = 61
+    theirs = np.round(np.arange(1000, 0, -1000 / n)) - 1
+    assert labels["trailing"] == theirs[:n].tolist()
+    assert (len(theirs) > n) == (n == 61)
+    assert labels["leading"] == (np.arange(n) * (1000 // n))[::-1].tolist()
+    assert labels["linspace"] == np.linspace(0, 999, n).round()[::-1].tolist() or n == 1
+    # ComfyUI: sigmas[-(1 + int(i T / n))]; labels linspace(T - 1, 0, n + 1)[:-1]
+    assert labels["simple"] == [999 - int(i * (1000 / n)) for i in range(n)]
+    assert labels["sgm_uniform"] == np.linspace(999, 0, n + 1)[:-1].tolist()
+    # ComfyUI: counting up from 1 in strides; more than n labels unless n divides T - 1 well
+    theirs = list(range(1, 1000, max(1000 // n, 1)))[::-1]
+    if n < 1000:
+        assert labels["ddim_uniform"] == theirs[len(theirs) - n :]
+    assert (len(theirs) == n) == (n in (1, 2, 4, 10, 20, 333))
+
+
+def test_multistep_classes_of_diffusers_space_one_more():
+    table = ds.processes.vp_discrete()
+    sampler = ds.from_diffusers({"_class_name": "DPMSolverMultistepScheduler"})
+    np.testing.assert_array_equal(sampler.times(8), schedules.linspace(table, 8, points=9))
+    config = {"timestep_spacing": "leading", "steps_offset": 1}
+    for name, points in (("DPMSolverMultistep", 9), ("EulerDiscrete", 8)):
+        sampler = ds.from_diffusers({"_class_name": f"{name}Scheduler", **config})
+        np.testing.assert_array_equal(
+            sampler.times(8), schedules.leading(table, 8, offset=1, points=points)
+        )
+    trailing = ds.from_diffusers(
+        {"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing"}
+    )
+    np.testing.assert_array_equal(trailing.times(8), schedules.trailing(table, 8))
+
+
+def test_published_schedules():
+    """The published numbers at their own n, their resampling rule at another, and the ends."""
+    table = ds.processes.vp_discrete("scaled_linear", beta_start=0.00085, beta_end=0.012)
+    for name in schedules.PUBLISHED:
+        for rho in schedules.PUBLISHED[name][1]:
+            assert np.all(np.diff(rho) < 0)
+    times = schedules.get("ays_sdxl")(table, 10)
+    rho = np.exp(-table.log_snr(times[:-1]))
+    np.testing.assert_allclose(rho, schedules.PUBLISHED["ays_sdxl"][1][0][:-1], rtol=1e-4)
+    assert times[0] == table.t_max  # 14.6146, which is this table's first level
+    # diffusers' timesteps of the same schedule; 250 to 443 apart from its rounding
+    named = [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]
+    assert np.abs(times[:-1] - named).max() < 2.0
+    # 5 steps: every other number, since log-linear resampling passes through the knots
+    five = np.exp(-table.log_snr(schedules.get("ays_sdxl")(table, 5)[:-1]))
+    np.testing.assert_allclose(five, rho[::2], rtol=1e-4)
+    twenty = np.exp(-table.log_snr(schedules.get("ays_sdxl")(table, 20)[:-1]))
+    np.testing.assert_allclose(twenty[1:19:2] ** 2, rho[:-1] * rho[1:], rtol=1e-4)
+    # GITS has a table of its own for 4 steps, which is no resampling of the one for 10
+    four = np.exp(-table.log_snr(schedules.get("gits_sd15")(table, 4)[:-1]))
+    np.testing.assert_allclose(four, [14.6146, 2.36326075, 0.92192322, 0.36617002], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"covers sigma / alpha from 700 to .*; the process has"):
+        schedules.get("ays_svd")(table, 10)
+    np.testing.assert_allclose(
+        schedules.get("ays_svd")(ds.processes.edm(0.002, 700.0), 10),
+        [*schedules.PUBLISHED["ays_svd"][1][0][:-1], 0.0],
+    )
+
+
+def test_the_plot_shows_every_point():
+    process = ds.processes.flow()
+    grids = {name: schedules.get(name)(process, 8) for name in ("uniform", "karras")}
+    figure = ds.plot.schedule(process, grids)
+    left, right = figure.axes
+    for i, times in enumerate(grids.values()):
+        inside = times[(times > 0) & (times < 1)]
+        np.testing.assert_allclose(left.lines[i].get_ydata(), inside / (1 - inside))
+        np.testing.assert_allclose(right.lines[i].get_xdata(), inside / (1 - inside))
+    assert len(ds.plot.schedule(process, grids["karras"]).axes[0].lines) == 1
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.solver.stages == 1], ids=str)
 @pytest.mark.parametrize("name", ["vp_linear", "vp_discrete", "flow"])
 def test_user_times_are_used_verbatim(case, name):
@@ -179,6 +330,23 @@ def test_every_solver_refuses_bad_times(case):
         (lambda p: schedules.polynomial(p, 3, power=-1), "`power` must be positive"),
         (lambda p: schedules.uniform(p, 3, t_min=0.1), '`t_min` has no effect with final="clean"'),
         (lambda p: schedules.get("sgm"), "`schedule` must be one of"),
+        (lambda p: schedules.trailing(p, 3), "only a discrete process has integer labels"),
+        (
+            lambda p: schedules.leading(ds.processes.vp_discrete(), 3, offset=400),
+            r"`offset` = 400 puts labels outside 0 \.\. 999",
+        ),
+        (
+            lambda p: schedules.simple(ds.processes.vp_discrete(), 1001),
+            "`n` must be from 1 to 1000; got 1001",
+        ),
+        (lambda p: schedules.beta(p, 3, a=0), "`a` and `b` must be positive"),
+        (lambda p: schedules.beta(p, 3, t_min=0.1), '`t_min` has no effect with final="clean"'),
+        (lambda p: schedules.cosine(p, 3, sway=-1.1), "`sway` must lie between -1 and 1.752"),
+        (lambda p: schedules.linear_quadratic(p, 3, threshold=1.0), "`threshold` must lie"),
+        (lambda p: schedules.linear_quadratic(p, 3, linear_steps=3), "`linear_steps` must be from"),
+        (lambda p: schedules.flow_shift(p, 3, shift=0.0), "`shift` must be positive and finite"),
+        (lambda p: schedules.resolution_shift(9, base_tokens=4, max_tokens=4), "must differ"),
+        (lambda p: schedules.published(p, 3, name="no"), "`name` must be one of 'ays_sd15'"),
         (lambda p: solvers.ddim(p, [1.0]), r"must have shape \(n \+ 1,\)"),
         (lambda p: solvers.ddim(p, [[1.0, 0.5]]), r"must have shape \(n \+ 1,\)"),
         (lambda p: solvers.ddim(p, [1.0, np.nan, 0.1]), r"must be finite; got times\[1\] = nan"),

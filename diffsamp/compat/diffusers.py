@@ -40,6 +40,7 @@ from diffsamp import processes, solvers
 from diffsamp._checks import expect_int, expect_times
 from diffsamp.predictions import canonical_name
 from diffsamp.processes import Process
+from diffsamp.schedules import shifted
 from diffsamp.tableau import Tableau
 
 __all__ = ["DiffusersSampler", "from_diffusers"]
@@ -324,16 +325,12 @@ def _spread(grid: str, high: float, low: float, n: int) -> np.ndarray:
     return np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
 
 
-def _shifted(sigma: Any, shift: float) -> Any:
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
 def _flow_sigmas(name: str, values: Mapping[str, Any], n: int) -> np.ndarray:
     """The `use_flow_sigmas` grid; UniPC's differs from DPM-Solver's, as in diffusers."""
     grid = np.linspace(1, 1 / values["num_train_timesteps"], n + 1)
     if name != "UniPCMultistep":
-        return np.append(_shifted(1 - grid[:0:-1], values["flow_shift"]), 0.0)
-    sigma = _shifted(grid[:-1], values["flow_shift"])
+        return np.append(shifted(1 - grid[:0:-1], values["flow_shift"]), 0.0)
+    sigma = shifted(grid[:-1], values["flow_shift"])
     sigma[0] -= 1e-6  # as diffusers steps back from log 0, so that the levels agree
     return np.append(sigma, 0.0)
 
@@ -346,7 +343,7 @@ def _flow_match(
     if not values["use_dynamic_shifting"]:
         if mu is not None or image_seq_len is not None:
             raise ValueError("this config has no dynamic shifting; leave out `mu`.")
-        end = _shifted(end, shift)  # once here, when the scheduler is made, and again below
+        end = shifted(end, shift)  # once here, when the scheduler is made, and again below
     else:
         if mu is None and image_seq_len is None:
             raise ValueError("this config shifts by resolution: give `image_seq_len` or `mu`.")
@@ -358,7 +355,7 @@ def _flow_match(
     sigma = np.linspace(1, end, n) if sigmas is None else np.asarray(sigmas, np.float64)
     if sigma.shape != (n,):
         raise ValueError(f"`sigmas` must have shape ({n},); got {sigma.shape}.")
-    sigma = _shifted(sigma, shift)
+    sigma = shifted(sigma, shift)
     if values["shift_terminal"]:
         if sigma[-1] == 1:
             raise ValueError("'shift_terminal' needs a last sigma below 1; take n of 2 or more.")

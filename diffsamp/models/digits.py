@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any, Final, cast
 
 import jax
@@ -237,11 +238,14 @@ def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return nested
 
 
-def load_params() -> dict[str, Any]:
-    """Reads the pretrained weights that ship with the package.
+def load_params(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Reads the pretrained weights that ship with the package, or others that `save_params` wrote.
+
+    Args:
+        path: a safetensors file; None: the weights of `DigitsTransformer` that ship.
 
     Returns:
-        The nested parameters of `DigitsTransformer`, float32.
+        The nested parameters, float32.
 
     Raises:
         ImportError: If safetensors is not installed.
@@ -250,7 +254,8 @@ def load_params() -> dict[str, Any]:
         from safetensors import numpy as safetensors_numpy
     except ImportError as error:
         raise ImportError(f"load_params needs safetensors; {_EXTRA_HINT}") from error
-    data = (resources.files(__package__) / _WEIGHTS_FILE).read_bytes()
+    file = resources.files(__package__) / _WEIGHTS_FILE if path is None else Path(path)
+    data = file.read_bytes()
     return _unflatten(safetensors_numpy.load(data))
 
 
@@ -259,7 +264,7 @@ def save_params(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None
 
     Args:
         path: The file to write. Its folder must exist.
-        params: Nested parameters of `DigitsTransformer`.
+        params: Nested parameters, of `DigitsTransformer` or any network.
 
     Raises:
         ImportError: If safetensors is not installed.

@@ -149,7 +149,7 @@ def compare(
         there.
       solver: registry names; None: all deterministic ones, and the stochastic ones if `key` is
         given.
-      schedule: schedule names; None: all.
+      schedule: schedule names; None: all that fit the process, `schedules.names(process)`.
       key: random key for stochastic solvers.
       cond: keyword arguments for the network, every array with the leading axis n.
       reference: samples to compare with, shaped like x_T, or the tableau that makes them; None:
@@ -174,7 +174,7 @@ def compare(
         chosen = [s for s in solvers.SOLVERS.values() if key is not None or not s.stochastic]
     else:
         chosen = [solvers.get(name) for name in solver]
-    grids = schedules.NAMES if schedule is None else tuple(schedule)
+    grids = schedules.names(process) if schedule is None else tuple(schedule)
     if not (budgets and chosen and grids):
         raise ValueError("`nfe`, `solver` and `schedule` must each name at least one choice.")
 

@@ -1,18 +1,4 @@
-"""Schedules: host functions (process, n) -> n + 1 decreasing float64 times.
-
-A schedule of n has n + 1 times: n at which a one-evaluation method asks the network, then the last,
-where the sample is. What the last time means is said by `final`:
-
-- "clean" (default): the last time is `process.t_clean`, where sigma = 0; a solver's last row is
-  then closed, u_N = the data prediction (combination) itself.
-- "t_min": the last time is `t_min`, a smallest noise level that stays in the sample.
-
-Grids that are uniform in a quantity which is finite at the clean end (t, or a power of it) run
-through to it; grids in log-SNR or sigma^(1/rho) put n points from t_max to t_min and add it, which
-is EDM's convention (Karras et al. 2022, eq. 5).
-
-User arrays are as good as these: solvers take any decreasing times and use them verbatim.
-"""
+"""Grids that are laws: uniform in t, in a power of it, in log-SNR, in sigma^(1/rho), .."""
 
 from __future__ import annotations
 
@@ -25,10 +11,18 @@ from diffsamp._checks import expect_choice, expect_int, expect_times
 from diffsamp._numeric import is_concrete
 from diffsamp.processes import Process
 
-__all__ = ["NAMES", "get", "karras", "logsnr", "polynomial", "quadratic", "rounded", "uniform"]
+__all__ = [
+    "exponential",
+    "karras",
+    "kl_optimal",
+    "logsnr",
+    "polynomial",
+    "quadratic",
+    "uniform",
+]
 
 
-def _ends(
+def checked_ends(
     process: Process, n: int, t_max: float | None, t_min: float | None, final: str
 ) -> tuple[float, float, int]:
     """(first time, last time of the spaced part, number of its points), checked."""
@@ -58,7 +52,7 @@ def _spaced(
     from_grid: Callable[[Any], Any],
 ) -> np.ndarray:
     """Points uniform in `to_grid(t)` from t_max to t_min, then t_clean if `final` asks for it."""
-    first, last, points = _ends(process, n, t_max, t_min, final)
+    first, last, points = checked_ends(process, n, t_max, t_min, final)
     ends = to_grid(np.array([first, last]))
     if not np.all(np.isfinite(ends)):
         bad = first if not np.isfinite(ends[0]) else last
@@ -114,7 +108,7 @@ def polynomial(
         t_min, end = clean, "t_min"
     else:
         end = final
-    first, last, points = _ends(process, n, t_max, t_min, end)
+    first, last, points = checked_ends(process, n, t_max, t_min, end)
     top, bottom = (first - clean) ** (1 / power), (last - clean) ** (1 / power)
     fraction = np.arange(points) / n
     times = clean + (top + fraction * (bottom - top)) ** power
@@ -220,34 +214,40 @@ def _finite_start(process: Process, t_max: float | None) -> float | None:
     return t_max
 
 
-def rounded(process: Process, times: Any) -> np.ndarray:
-    """Times rounded to the integer labels of a discrete process, for networks that need them.
+def exponential(
+    process: Process,
+    n: int,
+    *,
+    t_max: float | None = None,
+    t_min: float | None = None,
+    final: str = "clean",
+) -> np.ndarray:
+    """Uniform in log(sigma / alpha), which is `logsnr` under k-diffusion's name.
 
-    Raises:
-      ValueError: the process is not a table, or two times round to one label (ask for fewer).
+    Arguments and result as `logsnr`.
     """
-    if process.t_clean >= 0:
-        raise ValueError(
-            f"only a discrete process has integer labels; got {type(process).__name__}."
-        )
-    return expect_times(np.round(np.asarray(times, np.float64)))
+    return logsnr(process, n, t_max=t_max, t_min=t_min, final=final)
 
 
-_SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
-    "uniform": uniform,
-    "quadratic": quadratic,
-    "polynomial": polynomial,
-    "logsnr": logsnr,
-    "karras": karras,
-}
+def kl_optimal(
+    process: Process,
+    n: int,
+    *,
+    t_max: float | None = None,
+    t_min: float | None = None,
+    final: str = "clean",
+) -> np.ndarray:
+    """Uniform in arctan(sigma / alpha), "kl_optimal" in ComfyUI (Sabour et al. 2024, AYS, app. B).
 
-NAMES = tuple(_SCHEDULES)
-
-
-def get(name: str) -> Callable[..., np.ndarray]:
-    """The schedule function called `name`.
-
-    Raises:
-      ValueError: an unknown name.
+    The steps that minimise the bound of Align Your Steps for a Gaussian of unit variance
+    (arXiv:2404.14507); also v-diffusion's cosine spacing, alpha = cos(angle). Arguments and result
+    as `logsnr`; a process may start at alpha = 0.
     """
-    return _SCHEDULES[expect_choice(name, "schedule", NAMES)]
+
+    def to_grid(t: np.ndarray) -> np.ndarray:
+        return np.arctan2(process.sigma(t), process.alpha(t))
+
+    def from_grid(angle: np.ndarray) -> np.ndarray:
+        return np.asarray(process.time(np.log(np.cos(angle)) - np.log(np.sin(angle))))
+
+    return _spaced(process, n, t_max, t_min, final, to_grid, from_grid)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from diffsamp._files import write_atomically
+from diffsamp.processes import Process
 from diffsamp.search.compare import Comparison
 
-__all__ = ["error_against_nfe", "image_grid", "quality_against_nfe", "save"]
+__all__ = ["error_against_nfe", "image_grid", "quality_against_nfe", "save", "schedule"]
 
 
 def _figure(**options: Any) -> Any:
@@ -147,4 +148,37 @@ def error_against_nfe(
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
+    return figure
+
+
+def schedule(process: Process, times: Mapping[str, Any] | Any) -> Any:
+    """Where schedules put their points: noise level sigma / alpha by step, and as a strip.
+
+    Args:
+      process: the noise process.
+      times: {label: (n + 1,) times}, or one such array.
+
+    Returns:
+      A matplotlib Figure. The clean end, which no logarithmic axis holds, is left out.
+    """
+    lines = times if isinstance(times, Mapping) else {"": times}
+    figure = _figure(figsize=(10.4, 4.0))
+    left, right = figure.subplots(1, 2)
+    for i, (label, values) in enumerate(lines.items()):
+        values = np.asarray(values, np.float64)
+        with np.errstate(divide="ignore"):
+            rho = np.asarray(process.sigma(values) / process.alpha(values))
+        kept = np.isfinite(rho) & (rho > 0)
+        progress = np.arange(len(values)) / (len(values) - 1)
+        color = f"C{i % 10}"
+        left.plot(progress[kept], rho[kept], marker=".", label=label or None, color=color)
+        right.plot(rho[kept], np.full(kept.sum(), -i), "|", markersize=14, color=color)
+    left.set(xlabel="part of the steps", ylabel="sigma / alpha", yscale="log")
+    right.set(xlabel="sigma / alpha", xscale="log", ylim=(-len(lines) + 0.4, 0.6))
+    right.set_yticks([-i for i in range(len(lines))], list(lines))
+    right.invert_xaxis()
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3, axis="x")
+    if any(lines):
+        left.legend(fontsize=8)
     return figure
