@@ -25,6 +25,7 @@ from diffsamp import (
 )
 from diffsamp._sampler import Sampler, sampler
 from diffsamp.compat.diffusers import from_diffusers
+from diffsamp.describe import describe
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
 from diffsamp.score import ScoreFn
@@ -40,6 +41,7 @@ __all__ = [
     "Trajectory",
     "adaptive",
     "bridges",
+    "describe",
     "few_step",
     "from_diffusers",
     "guidance",

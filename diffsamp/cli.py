@@ -1,8 +1,11 @@
-"""The command line: `diffsamp demo`, `diffsamp list`."""
+"""The command line: `diffsamp demo`, `list`, `compare`, `search` and `show`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -182,6 +185,132 @@ def list_solvers(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _entry(name: str, option: str) -> Any:
+    """What "module:name" stands for; modules of the current folder are found."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"{option} must look like module:name; got {name!r}.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0] and error.name != module:
+            raise
+        raise ValueError(f"{option}: there is no module {module!r}.") from error
+    if not hasattr(found, attribute):
+        raise ValueError(f"{option}: module {module!r} has no {attribute!r}.")
+    return getattr(found, attribute)
+
+
+def _problem(arguments: argparse.Namespace, starts: int) -> tuple[Any, Any, Any]:
+    """The network, starts and conditions that the options name."""
+    score_fn = _entry(arguments.model, "--model")
+    if callable(score_fn) and not isinstance(score_fn, ds.ScoreFn):
+        score_fn = score_fn()
+    if not hasattr(score_fn, "process"):
+        raise ValueError(
+            f"--model {arguments.model} must be a ScoreFn, or a function without arguments that "
+            f"returns one; got {type(score_fn).__name__}."
+        )
+    key = jax.random.fold_in(jax.random.key(arguments.seed), 0)
+    x_T = score_fn.process.prior_sample(key, (starts, *arguments.shape))
+    cond = None if arguments.cond is None else _entry(arguments.cond, "--cond")(starts)
+    return score_fn, x_T, cond
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Measure solvers x schedules on a network and print the table."""
+    score_fn, x_T, cond = _problem(arguments, arguments.starts)
+    bar = _Bar()
+    result = ds.search.compare(
+        score_fn, x_T, nfe=arguments.nfe, solver=arguments.solver, schedule=arguments.schedule,
+        cond=cond, batch=arguments.batch, population=arguments.together, progress=bar,
+    )  # fmt: skip
+    bar.close()
+    print(f"PSNR (dB) to the ODE's solution at equal noise, {arguments.starts} starts; * best")
+    print(result.table(rows=arguments.rows))
+    if result.discarded:
+        print(f"{result.discarded} gave samples that are not finite.")
+    return 0
+
+
+def search(arguments: argparse.Namespace) -> int:
+    """Search for the best sampler of each budget and write the plans."""
+    score_fn, x_T, cond = _problem(arguments, arguments.starts)
+    out = Path(arguments.out)
+    bar = _Bar()
+    front = ds.search.best(
+        score_fn, x_T, nfe=arguments.nfe, key=jax.random.fold_in(jax.random.key(arguments.seed), 1),
+        cond=cond, solver=arguments.solver, schedule=arguments.schedule, steps=arguments.steps,
+        rounds=arguments.rounds, batch=arguments.batch, together=arguments.together,
+        seconds=arguments.seconds, state=out / "state", progress=bar,
+    )  # fmt: skip
+    bar.close()
+    paths = front.save(out)
+    print("PSNR (dB) to the ODE's solution on held-out noise:")
+    for path, (nfe, plan) in zip(paths, sorted(front.plans.items()), strict=True):
+        held = plan.psnr["held_out"]
+        print(
+            f"  {nfe:>3} evaluations: {held['start']:.1f} (best fixed: {plan.start}) -> "
+            f"{held['found']:.1f}, by {plan.method}; {path}"
+        )
+    missing = sorted(set(front.plans) - set(front.pareto))
+    if missing:
+        print(f"A cheaper plan is as good as those of {', '.join(map(str, missing))} evaluations.")
+    if front.discarded:
+        print(f"{front.discarded} candidates gave samples that are not finite.")
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Say what a plan or a tableau does at each step, and draw it."""
+    text = Path(arguments.path).read_text(encoding="utf-8")
+    try:
+        kind = json.loads(text).get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{arguments.path} is neither a plan nor a tableau: {error}.") from error
+    if kind == "diffsamp.plan":
+        plan = ds.search.Plan.load(arguments.path)
+        tableau = plan.tableau
+        print(f"found by {plan.method} in {plan.seconds:.0f} s, with {dict(plan.versions)}")
+        for name, sets in plan.scores.items():
+            for where, values in sets.items():
+                print(
+                    f"{name} on {where.replace('_', ' ')} noise: {values['start']:.4g} "
+                    f"({plan.start}) -> {values['found']:.4g}"
+                )
+    else:
+        tableau = ds.Tableau.load(arguments.path)
+    print(ds.describe(tableau))
+    if arguments.plot is not None:
+        ds.plot.save(ds.plot.tableau(tableau), arguments.plot)
+        print(f"wrote {arguments.plot}")
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _network_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="module:name of a ScoreFn, or of a function that makes one")
+    add("--shape", required=True, type=_numbers, help="shape of one sample, such as 32,32,3")
+    add("--cond", help="module:name of a function n -> keyword arguments of the network")
+    add("--nfe", type=_numbers, default=(4, 6, 8), help="budgets (default: 4,6,8)")
+    add("--starts", type=int, default=256, help="noises (default: 256)")
+    add("--batch", type=int, default=64, help="samples of one candidate at a time")
+    add("--together", type=int, default=1, help="candidates at a time; more fill a GPU")
+    add("--solver", type=_words, help="names, such as ddim,unipc3 (default: all deterministic)")
+    add("--schedule", type=_words, help="names, such as karras,logsnr (default: all that fit)")
+    add("--seed", type=int, default=0, help="seed of everything that is drawn")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the `diffsamp` command."""
     parser = argparse.ArgumentParser(prog="diffsamp", description=ds.__doc__)
@@ -196,6 +325,24 @@ def build_parser() -> argparse.ArgumentParser:
     one.set_defaults(function=demo)
     two = commands.add_parser("list", help="the solvers there are")
     two.set_defaults(function=list_solvers)
+    three = commands.add_parser("compare", help="measure solvers x schedules on a network")
+    _network_options(three)
+    three.add_argument("--rows", type=int, default=20, help="lines of the table (default: 20)")
+    three.set_defaults(function=compare)
+    four = commands.add_parser("search", help="find the best sampler for a network and a budget")
+    _network_options(four)
+    four.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
+    four.add_argument("--rounds", type=int, default=8, help="rounds of evolution (default: 8)")
+    four.add_argument("--seconds", type=float, help="begin no stage after this time")
+    four.add_argument(
+        "--out", default="plans", help="folder of the plans and of the state (default: plans); run "
+        "the same command again to go on after a stop",
+    )  # fmt: skip
+    four.set_defaults(function=search)
+    five = commands.add_parser("show", help="what a plan or a tableau does at each step")
+    five.add_argument("path", help="a plan-<nfe>.json or a tableau's file")
+    five.add_argument("--plot", help="also draw it into this PNG file")
+    five.set_defaults(function=show)
     return parser
 
 

@@ -16,7 +16,14 @@ import numpy as np
 from diffsamp._checks import expect_int
 from diffsamp._numeric import working_dtype
 
-__all__ = ["frechet_distance", "mean_squared_error", "psnr", "rmse", "sliced_wasserstein"]
+__all__ = [
+    "frechet_distance",
+    "kernel_distance",
+    "mean_squared_error",
+    "psnr",
+    "rmse",
+    "sliced_wasserstein",
+]
 
 
 def mean_squared_error(x: Any, reference: Any) -> jax.Array:
@@ -92,6 +99,46 @@ def frechet_distance(features: Any, reference: Any) -> float:
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_2 @ root), 0)).sum()
     difference = mean_1 - mean_2
     return float(difference @ difference + np.trace(cov_1) + np.trace(cov_2) - 2 * cross)
+
+
+def kernel_distance(features: Any, reference: Any) -> float:
+    """Squared maximum mean discrepancy with the kernel (x . y / dim + 1)^3, unbiased.
+
+    On Inception features it is KID (Binkowski et al. 2018, arXiv:1801.01401). Unlike a Frechet
+    distance its mean does not depend on the number of samples; it may be slightly negative.
+
+    Args:
+      features: (n, ...), flattened to (n, dim).
+      reference: (m, ...).
+
+    Returns:
+      A float, in float64 on the host.
+
+    Raises:
+      ValueError: fewer than 2 samples, or different dimensions.
+    """
+    sets = []
+    for name, values in (("features", features), ("reference", reference)):
+        values = np.asarray(values, np.float64)
+        if values.ndim < 2 or values.shape[0] < 2:
+            raise ValueError(f"`{name}` must have shape (n >= 2, ...); got {values.shape}.")
+        sets.append(values.reshape(values.shape[0], -1))
+    x, y = sets
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            "`features` and `reference` must have as many dimensions; got "
+            f"{x.shape[1]} and {y.shape[1]}."
+        )
+
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: np.ndarray) -> float:
+        """Mean over different pairs."""
+        matrix, n = similarity(a, a), len(a)
+        return float((matrix.sum() - np.trace(matrix)) / (n * (n - 1)))
+
+    return within(x) + within(y) - 2 * float(similarity(x, y).mean())
 
 
 def sliced_wasserstein(x: Any, reference: Any, key: Any, *, projections: int = 256) -> float:

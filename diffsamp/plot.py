@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 
 from diffsamp._files import write_atomically
+from diffsamp.describe import describe
 from diffsamp.processes import Process
 from diffsamp.search.compare import Comparison
+from diffsamp.tableau import Tableau
 
-__all__ = ["error_against_nfe", "image_grid", "quality_against_nfe", "save", "schedule"]
+__all__ = [
+    "error_against_nfe",
+    "image_grid",
+    "quality_against_nfe",
+    "save",
+    "schedule",
+    "tableau",
+]
 
 
 def _figure(**options: Any) -> Any:
@@ -181,4 +190,42 @@ def schedule(process: Process, times: Mapping[str, Any] | Any) -> Any:
     right.grid(alpha=0.3, axis="x")
     if any(lines):
         left.legend(fontsize=8)
+    return figure
+
+
+def tableau(sampler: Tableau) -> Any:
+    """A tableau as three panels: weights of the predictions, noise levels, stability.
+
+    Args:
+      sampler: a tableau of plain numbers.
+
+    Returns:
+      A matplotlib Figure. The heat map shows `Description.shares`: row n, column j is the weight of
+      D_j in what row n adds; the last panel its `extrapolation`.
+    """
+    facts = describe(sampler)
+    rows = sampler.rows
+    figure = _figure(figsize=(14.0, 4.2))
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    largest = max(1.0, float(np.abs(facts.shares).max()))
+    shown = np.ma.masked_where(np.triu(np.ones((rows, rows), bool), 1), facts.shares)
+    image = left.imshow(shown, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    if rows <= 12:
+        for n in range(rows):
+            for j in range(n + 1):
+                value = facts.shares[n, j]
+                dark = abs(value) > 0.6 * largest
+                left.text(j, n, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                          color="white" if dark else "black")  # fmt: skip
+    figure.colorbar(image, ax=left, shrink=0.8)
+    left.set(title="weight of each prediction", xlabel="prediction D_j", ylabel="row n")
+    kept = np.isfinite(facts.rho) & (facts.rho > 0)
+    middle.plot(np.arange(rows + 1)[kept], facts.rho[kept], marker="o", markersize=4)
+    middle.set(title="noise level", xlabel="row", ylabel="sigma / alpha", yscale="log")
+    right.plot(facts.extrapolation, marker="o", markersize=4)
+    right.set(title="extrapolation (1: none)", xlabel="row", ylim=(0, None))
+    for axis in (middle, right):
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(f"{sampler.name or 'tableau'}, {sampler.nfe} evaluations", fontsize=10)
     return figure

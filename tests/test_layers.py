@@ -14,7 +14,7 @@ LEVELS = [
     ["_numeric", "_checks", "_files", "random"],
     ["processes", "metrics"],
     ["predictions", "schedules", "tableau"],
-    ["score", "solvers"],
+    ["score", "solvers", "describe"],
     ["sampling", "targets", "guidance"],
     ["search", "compat", "_sampler"],
     ["adaptive", "bridges", "few_step", "inversion", "parallel", "phase_space", "time_shift"],
@@ -24,7 +24,7 @@ LEVELS = [
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 ALLOWED = {"jax", "numpy", "scipy"}
 EXTRAS = {
-    "flax": {"models"},
+    "flax": {"models", "search"},
     "safetensors": {"models"},
     "sklearn": {"models"},
     "optax": {"search"},

@@ -1,29 +1,52 @@
 """Search: find the best sampler for a given network under an NFE budget.
 
-`compare` measures fixed solvers on fixed schedules; `distill` starts from one and learns its times
-and coefficients. Both judge a sampler by its distance to a fine solution from the same noise.
+`compare` measures fixed solvers on fixed schedules; `step_costs` and `align_steps` optimise the
+schedule; `evolve` mixes solvers step by step; `distill` learns times and coefficients by gradient;
+`best` runs them one after another and returns a plan per budget. All judge a sampler by an
+`Objective`, by default its distance to a fine solution from the same noise.
 """
 
+from diffsamp.search import objective
+from diffsamp.search.align import align_costs, align_steps
+from diffsamp.search.best import STAGES, best
 from diffsamp.search.canonical import can_distill, canonical, from_canonical
-from diffsamp.search.compare import Comparison, Entry, compare
-from diffsamp.search.distill import Plan, candidates, distill
+from diffsamp.search.compare import Comparison, Entry, candidates, compare
+from diffsamp.search.distill import distill
+from diffsamp.search.dynamic import Costs, shortest_path, step_costs
+from diffsamp.search.evolve import Evolution, evolve
 from diffsamp.search.fit import Fit, fit_dc, fit_iia, model_statistics
-from diffsamp.search.objective import reference_tableau, run
+from diffsamp.search.genome import Genome
+from diffsamp.search.objective import Objective, reference_tableau, run, run_many
+from diffsamp.search.plan import Front, Plan
 
 __all__ = [
+    "STAGES",
     "Comparison",
+    "Costs",
     "Entry",
+    "Evolution",
     "Fit",
+    "Front",
+    "Genome",
+    "Objective",
     "Plan",
+    "align_costs",
+    "align_steps",
+    "best",
     "can_distill",
     "candidates",
     "canonical",
     "compare",
     "distill",
+    "evolve",
     "fit_dc",
     "fit_iia",
     "from_canonical",
     "model_statistics",
+    "objective",
     "reference_tableau",
     "run",
+    "run_many",
+    "shortest_path",
+    "step_costs",
 ]

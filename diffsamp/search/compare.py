@@ -13,10 +13,11 @@ import numpy as np
 from diffsamp import metrics, schedules, solvers
 from diffsamp._checks import expect_int
 from diffsamp.score import ScoreFn
-from diffsamp.search.objective import Progress, reference_tableau, run
+from diffsamp.search.canonical import can_distill
+from diffsamp.search.objective import Progress, make_reference, run_many
 from diffsamp.tableau import Tableau
 
-__all__ = ["Comparison", "Entry", "compare"]
+__all__ = ["Comparison", "Entry", "candidates", "compare"]
 
 # (samples, reference) -> a number
 Score = Callable[[Any, Any], float]
@@ -55,6 +56,11 @@ class Comparison:
     entries: tuple[Entry, ...]
     reference: Any
 
+    @property
+    def discarded(self) -> int:
+        """How many samplers gave a sample that is not finite; they are listed last, never best."""
+        return sum(not math.isfinite(entry.psnr) for entry in self.entries)
+
     def best(
         self, nfe: int, *, by: str = "psnr", where: Callable[[Entry], bool] | None = None
     ) -> Entry:
@@ -66,12 +72,18 @@ class Comparison:
           where: consider only entries for which this is true.
 
         Raises:
-          ValueError: nothing was measured at this budget, or under this name.
+          ValueError: nothing was measured at this budget, or under this name, or every sampler
+            there gave samples that are not finite.
         """
         found = [e for e in self.entries if e.nfe == nfe and (where is None or where(e))]
         if not found:
             have = sorted({e.nfe for e in self.entries})
             raise ValueError(f"nothing was measured at nfe = {nfe}; there is {have}.")
+        if not any(math.isfinite(e.psnr) for e in found):
+            raise ValueError(
+                f"all {len(found)} samplers of {nfe} evaluations gave samples that are not finite; "
+                "look at the network first."
+            )
         if by == "psnr":
             return max(found, key=lambda e: e.psnr)
         if by not in found[0].scores:
@@ -129,13 +141,15 @@ def compare(
     *,
     nfe: Sequence[int] = (4, 5, 6, 8, 10),
     solver: Sequence[str] | None = None,
-    schedule: Sequence[str] | None = None,
+    schedule: Sequence[str] | Mapping[str, Callable[..., Any]] | None = None,
     key: Any = None,
     cond: Mapping[str, Any] | None = None,
     reference: Tableau | Any = None,
     scores: Mapping[str, Score] | None = None,
     data_range: float = 2.0,
     batch: int | None = None,
+    population: int = 1,
+    sharding: Any = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure solvers x schedules x budgets on a network.
@@ -149,7 +163,8 @@ def compare(
         there.
       solver: registry names; None: all deterministic ones, and the stochastic ones if `key` is
         given.
-      schedule: schedule names; None: all that fit the process, `schedules.names(process)`.
+      schedule: schedule names, or {name: function (process, n) -> times}, such as an optimised
+        one; None: all that fit the process, `schedules.names(process)`.
       key: random key for stochastic solvers.
       cond: keyword arguments for the network, every array with the leading axis n.
       reference: samples to compare with, shaped like x_T, or the tableau that makes them; None:
@@ -158,13 +173,16 @@ def compare(
         distance to real data that ignores the reference.
       data_range: largest minus smallest value of the data, for the PSNR.
       batch: samples at a time; None: all.
+      population: samplers at a time, in one batch of `batch` x `population`; more fill a GPU.
+      sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
     Returns:
       A `Comparison`.
 
     Raises:
-      ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet.
+      ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet, or
+        a reference that is not finite.
     """
     if score_fn.batched is False:
         raise ValueError("`compare` needs a network with a batch axis, ScoreFn(batched=True).")
@@ -175,6 +193,8 @@ def compare(
     else:
         chosen = [solvers.get(name) for name in solver]
     grids = schedules.names(process) if schedule is None else tuple(schedule)
+    spacing = schedule if isinstance(schedule, Mapping) else {g: schedules.get(g) for g in grids}
+    population = expect_int(population, "population", at_least=1)
     if not (budgets and chosen and grids):
         raise ValueError("`nfe`, `solver` and `schedule` must each name at least one choice.")
 
@@ -184,24 +204,22 @@ def compare(
             for budget in budgets:
                 steps = s.steps(budget)
                 if steps is not None:
-                    times = schedules.get(grid)(process, steps)
+                    times = spacing[grid](process, steps)
                     todo.append((s.name, grid, s(process, times)))
     if not todo:
         raise ValueError(
             f"none of {[s.name for s in chosen]} can make exactly {budgets} evaluations."
         )
-    padded = Tableau.pad_together([tableau for _, _, tableau in todo])
-
-    if reference is None:
-        reference = reference_tableau(process)
-    if isinstance(reference, Tableau):
-        reference = run(
-            score_fn, reference, x_T, key=key, cond=cond, batch=batch, progress=progress,
-            what="reference",
-        )  # fmt: skip
+    reference = make_reference(
+        score_fn, reference, x_T, key=key, cond=cond, batch=batch, sharding=sharding,
+        progress=progress,
+    )  # fmt: skip
+    samples = run_many(
+        score_fn, [tableau for _, _, tableau in todo], x_T, key=key, cond=cond, batch=batch,
+        population=population, sharding=sharding,
+    )  # fmt: skip
     entries = []
-    for done, ((name, grid, tableau), same) in enumerate(zip(todo, padded, strict=True)):
-        x = run(score_fn, same, x_T, key=key, cond=cond, batch=batch)
+    for done, ((name, grid, tableau), x) in enumerate(zip(todo, samples, strict=True)):
         finite = bool(jnp.all(jnp.isfinite(x)))
         entries.append(
             Entry(
@@ -221,3 +239,24 @@ def compare(
         if progress is not None:
             progress("comparing", done + 1, len(todo))
     return Comparison(tuple(entries), reference)
+
+
+def candidates(found: Comparison, nfe: int, *, most: int = 4) -> list[Tableau]:
+    """Samplers to `start` from: the best at a budget, no two of one family of solvers.
+
+    Args:
+      found: what `compare` returned.
+      nfe: the budget.
+      most: how many.
+
+    Raises:
+      ValueError: nothing of this budget can be distilled.
+    """
+    starts: dict[Any, Tableau] = {}
+    for entry in sorted(found.entries, key=lambda e: -e.psnr):
+        family = solvers.get(entry.solver).function
+        if entry.nfe == nfe and family not in starts and can_distill(entry.tableau):
+            starts[family] = entry.tableau
+    if not starts:
+        raise ValueError(f"no sampler of {nfe} evaluations can be distilled; give a `start`.")
+    return list(starts.values())[:most]

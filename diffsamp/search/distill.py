@@ -3,8 +3,10 @@
 The start is reproduced exactly at step 0, weights are in units of the step, and a constant data
 prediction stays exact whatever is learned (see `canonical`).
 
-Reference: Shaul et al. 2024 (BNS, arXiv:2403.01329): all coefficients and times free, mean
-log-error to a fine solution at equal noise, warm start from a known solver.
+References: Shaul et al. 2024 (BNS, arXiv:2403.01329): all coefficients and times free, mean
+log-error to a fine solution at equal noise, warm start from a known solver. Tong et al. 2025 (LD3,
+arXiv:2405.15506): times only, and the relaxed start. Frankel et al. 2025 (S4S, arXiv:2502.17423):
+both, with features.
 """
 
 from __future__ import annotations
@@ -19,40 +21,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import metrics, solvers
-from diffsamp._checks import expect_int, expect_state
+from diffsamp import metrics
+from diffsamp._checks import expect_choice, expect_int
 from diffsamp._numeric import silence
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
 from diffsamp.score import ScoreFn
-from diffsamp.search.canonical import can_distill, canonical, from_canonical
-from diffsamp.search.compare import Comparison, compare
-from diffsamp.search.objective import Progress, reference_tableau, run, slice_batch
+from diffsamp.search.canonical import canonical, from_canonical
+from diffsamp.search.compare import candidates, compare
+from diffsamp.search.objective import (
+    Objective,
+    Progress,
+    expect_batch,
+    log_mse,
+    make_reference,
+    put,
+    run,
+    slice_batch,
+)
+from diffsamp.search.plan import Plan, seed_of
 from diffsamp.tableau import Tableau
 
-__all__ = ["Plan", "candidates", "distill"]
+__all__ = ["distill"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A sampler that was searched for, and what is known of it.
-
-    Attributes:
-      tableau: the sampler.
-      nfe: its evaluations.
-      start: name of the tableau the search started from.
-      psnr: PSNR in dB to the reference at equal noise, by set and sampler: {"fit": {"start": ..,
-        "found": ..}, "held_out": {..}}. The held-out noise took no part in the search.
-      history: (step, training loss, PSNR on the stopping noise) at every evaluation.
-      seconds: wall-clock time of the search, compilation included.
-    """
-
-    tableau: Tableau
-    nfe: int
-    start: str
-    psnr: dict[str, dict[str, float]]
-    history: tuple[tuple[int, float, float], ...]
-    seconds: float
+_LEARNED = {"all": {"log_snr", "weights"}, "times": {"log_snr"}, "weights": {"weights"}}
 
 
 def distill(
@@ -69,18 +61,23 @@ def distill(
     batch: int = 64,
     learning_rate: float = 1e-2,
     optimizer: Any = None,
+    objective: Objective | None = None,
+    learn: str = "all",
+    memory: int | None = None,
+    radius: float = 0.0,
     consistent: bool = True,
     evaluate_every: int = 20,
     patience: int | None = None,
     checkpoint: bool = True,
     data_range: float = 2.0,
+    sharding: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Learn a sampler of `nfe` evaluations for this network.
 
-    Gradient descent on the mean log squared error to a fine solution from the same noise, through
-    the sampler. The samples are split in three: to fit, to stop (the numbers kept are the best
-    there), and held out to report.
+    Gradient descent on the mean log squared error to a fine solution from the same noise (or
+    another objective), through the sampler. The samples are split in three: to fit, to stop (the
+    numbers kept are the best there), and held out to report.
 
     Args:
       score_fn: the network.
@@ -99,11 +96,19 @@ def distill(
       batch: samples a step, also the largest number run at once.
       learning_rate: peak of Adam's rate, which decays to 0 along a cosine.
       optimizer: an optax GradientTransformation; None: Adam as said, gradients clipped to norm 1.
+      objective: what to descend, and to choose by; it must have a `loss`. None: `log_mse`.
+      learn: "all", or only "times" (as LD3) or only "weights".
+      memory: learn the weights of the last `memory` evaluations in each row only (S4S's bands, a
+        linear multistep method); those further back keep the start's. None: of all (BNS).
+      radius: each start may move within a ball of this radius, in units of its own norm, to where
+        the sampler reaches the reference better (LD3, S4S): what few evaluations cannot do from the
+        very same noise then does not pull on the numbers. Fit noise only.
       consistent: keep a constant data prediction exact; False frees more numbers.
       evaluate_every: steps between looks at the stopping noise.
       patience: stop after this many looks without a gain; None: never.
       checkpoint: recompute the network in the backward pass, to bound memory.
       data_range: largest minus smallest value of the data, for the PSNR.
+      sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
     Returns:
@@ -117,8 +122,20 @@ def distill(
     """
     began = time.perf_counter()
     _optax()  # if it is missing, say so before the work
-    size = expect_state(x_T, "x_T", batched=True)
-    assert size is not None
+    size = expect_batch(x_T, cond)
+    objective = log_mse() if objective is None else objective
+    if objective.loss is None:
+        raise ValueError(
+            f"objective {objective.name!r} is no mean over samples and cannot be descended; use "
+            "one with a `loss`, or search with `evolve`."
+        )
+    expect_choice(learn, "learn", tuple(_LEARNED))
+    if memory is not None:
+        memory = expect_int(memory, "memory", at_least=1)
+    if not 0 <= radius < np.inf:
+        raise ValueError(f"`radius` must be at least 0 and finite; got {radius}.")
+    if not consistent and learn != "all":
+        raise ValueError('`consistent=False` frees every number; leave `learn` at "all".')
     steps = expect_int(steps, "steps", at_least=1)
     evaluate_every = expect_int(evaluate_every, "evaluate_every", at_least=1)
     held = max(2, size // 4) if held_out is None else expect_int(held_out, "held_out", at_least=2)
@@ -126,20 +143,16 @@ def distill(
     if fit < 1:
         raise ValueError(f"`x_T` has {size} starts, of which {held} are held out: none is left.")
     batch = min(expect_int(batch, "batch", at_least=1), fit)
-    if reference is None:
-        reference = reference_tableau(score_fn.process)
-    if isinstance(reference, Tableau):
-        reference = run(
-            score_fn, reference, x_T, cond=cond, batch=batch, progress=progress, what="reference"
-        )
-    if not bool(jnp.all(jnp.isfinite(reference))):
-        raise ValueError("the reference samples are not all finite; look at the network first.")
+    reference = make_reference(
+        score_fn, reference, x_T, cond=cond, batch=batch, sharding=sharding, progress=progress
+    )
     if start is None:
         if nfe is None:
             raise ValueError("give `nfe`, the budget, or a tableau to `start` from.")
         found = compare(
             score_fn, x_T[:batch], nfe=[nfe], cond=slice_batch(cond, 0, batch),
-            reference=reference[:batch], data_range=data_range, progress=progress,
+            reference=slice_batch(reference, 0, batch), data_range=data_range,
+            sharding=sharding, progress=progress,
         )  # fmt: skip
         starts = candidates(found, nfe)
     else:
@@ -152,18 +165,19 @@ def distill(
     if optimizer is None:
         optimizer = _default_optimizer(steps, float(learning_rate))
     problem = _Problem(
-        score_fn, x_T, cond, reference, fit, fit + held // 2, batch, data_range, key, optimizer,
-        checkpoint, consistent, evaluate_every,
+        score_fn, x_T, cond, reference, fit, fit + held // 2, batch, key, optimizer, objective,
+        _LEARNED[learn] if consistent else None, memory, float(radius), checkpoint, evaluate_every,
+        sharding,
     )  # fmt: skip
     if len(starts) > 1:
         # a short run from each: what is best to start from is not what is best as it stands
         trial = max(evaluate_every, steps // 8)
         reached = []
         for i, one in enumerate(starts):
-            reached.append(problem.descend(one, trial).psnr)
+            reached.append(problem.descend(one, trial).value)
             if progress is not None:
                 progress("trying starts", i + 1, len(starts))
-        starts = [starts[int(np.argmax(reached))]]
+        starts = [starts[int(np.argmin(reached))]]
     best = problem.descend(starts[0], steps, patience, progress)
 
     chosen = starts[0]
@@ -174,12 +188,33 @@ def distill(
         check="full" if consistent and _is_consistent(chosen) else "none",
     )
     zero = dataclasses.replace(best, moved=jax.tree.map(jnp.zeros_like, best.moved))
-    report = {
-        name: {"start": problem.psnr(zero, *span), "found": problem.psnr(best, *span)}
-        for name, span in {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}.items()
+    spans = {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}
+    judges: dict[str, Any] = {
+        objective.name: objective,
+        "psnr": functools.partial(_psnr, data_range),
     }
-    seconds = time.perf_counter() - began
-    return Plan(tableau, chosen.nfe, chosen.name, report, best.history, seconds)
+    scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in judges}
+    for span, (first, last) in spans.items():
+        for sampler, candidate in (("start", zero), ("found", best)):
+            x = problem.samples(candidate, first, last)
+            for name, judge in judges.items():
+                value = judge(x, slice_batch(reference, first, last))
+                scores[name].setdefault(span, {})[sampler] = value
+    settings = {
+        "nfe": chosen.nfe, "starts": size, "held_out": held, "steps": steps, "batch": batch,
+        "learning_rate": learning_rate, "objective": objective.name, "learn": learn,
+        "memory": memory, "radius": radius, "consistent": consistent,
+    }  # fmt: skip
+    return Plan(
+        tableau, "distill", chosen.name, scores, best.history, time.perf_counter() - began,
+        settings, seed_of(key),
+    )  # fmt: skip
+
+
+def _psnr(data_range: float, x: Any, reference: Any) -> float:
+    """-inf for samples that are not finite."""
+    value = float(metrics.psnr(x, reference, data_range=data_range))
+    return value if np.isfinite(value) else -np.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +223,7 @@ class _Candidate:
 
     fixed: Any
     moved: Any
-    psnr: float
+    value: float
     history: tuple[tuple[int, float, float], ...]
 
 
@@ -203,28 +238,36 @@ class _Problem:
     fit: int
     stop: int
     batch: int
-    data_range: float
     key: Any
     optimizer: Any
+    objective: Objective
+    free: set[str] | None  # None: everything
+    memory: int | None
+    radius: float
     checkpoint: bool
-    consistent: bool
     evaluate_every: int
+    sharding: Any
 
     def arrays(self, candidate: _Candidate) -> dict[str, Any]:
         """The tableau's arrays, float64 on the host."""
         return _arrays(candidate.moved, candidate.fixed, self.score_fn.process, host=True)
 
-    def psnr(self, candidate: _Candidate, first: int, last: int) -> float:
-        """PSNR on samples first .. last - 1; -inf if anything is not finite."""
+    def samples(self, candidate: _Candidate, first: int, last: int) -> Any:
+        """Samples first .. last - 1; NaN if the numbers themselves are not finite."""
         arrays = self.arrays(candidate)
+        x_T = slice_batch(self.x_T, first, last)
         if not all(np.all(np.isfinite(array)) for array in arrays.values()):
-            return -np.inf
+            return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x_T)
         tableau = Tableau.create(**arrays, check="none")
-        part = slice_batch(self.cond, first, last)
-        x = run(self.score_fn, tableau, self.x_T[first:last], cond=part, batch=self.batch)
-        if not bool(jnp.all(jnp.isfinite(x))):
-            return -np.inf
-        return float(metrics.psnr(x, self.reference[first:last], data_range=self.data_range))
+        return run(
+            self.score_fn, tableau, x_T, cond=slice_batch(self.cond, first, last),
+            batch=self.batch, sharding=self.sharding,
+        )  # fmt: skip
+
+    def value(self, candidate: _Candidate) -> float:
+        """The objective on the stopping samples; inf if anything is not finite."""
+        x = self.samples(candidate, self.fit, self.stop)
+        return self.objective(x, slice_batch(self.reference, self.fit, self.stop))
 
     def descend(
         self,
@@ -238,63 +281,48 @@ class _Problem:
         ends = {
             k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
         }
-        free = {"log_snr", "weights"} if self.consistent else set(base)
+        free = set(base) if self.free is None else self.free
+        scales = _scales(base, start)
+        if self.memory is not None:
+            lag = np.subtract.outer(np.arange(start.nfe), np.arange(start.nfe))
+            scales["weights"] = scales["weights"] * (lag < self.memory)
         moved = {name: jnp.zeros(base[name].shape, jnp.float32) for name in sorted(free)}
         state = self.optimizer.init(moved)
-        best = _Candidate((base, ends, _scales(base, start)), moved, -np.inf, ())
-        best = dataclasses.replace(best, psnr=self.psnr(best, self.fit, self.stop))
-        history = [(0, float("nan"), best.psnr)]
+        best = _Candidate((base, ends, scales), moved, np.inf, ())
+        best = dataclasses.replace(best, value=self.value(best))
+        history = [(0, float("nan"), best.value)]
         key, since_gain, order = self.key, 0, np.arange(0)
+        fit_x = slice_batch(self.x_T, 0, self.fit)
+        own = fit_x if self.radius else None  # the starts, as far as they have moved
         for step in range(1, steps + 1):
             if order.size < self.batch:
                 key, key_epoch = jax.random.split(key)
                 order = np.asarray(jax.random.permutation(key_epoch, self.fit))
             index, order = order[: self.batch], order[self.batch :]
-            moved, state, loss = _fit_step(
-                moved,
-                state,
-                best.fixed,
-                self.score_fn,
-                self.x_T[index],
-                jax.tree.map(lambda leaf, at=index: leaf[at], self.cond),
-                self.reference[index],
-                optimizer=self.optimizer,
-                checkpoint=self.checkpoint,
-            )
+
+            def pick(tree: Any, at: Any = index) -> Any:
+                return put(jax.tree.map(lambda leaf: leaf[at], tree), self.sharding)
+
+            moved, state, loss, new = _fit_step(
+                moved, state, best.fixed, self.score_fn, pick(fit_x), pick(own), pick(self.cond),
+                pick(self.reference), loss_of_samples=self.objective.loss, optimizer=self.optimizer,
+                checkpoint=self.checkpoint, radius=self.radius,
+            )  # fmt: skip
+            if own is not None:
+                own = jax.tree.map(lambda all_, part, at=index: all_.at[at].set(part), own, new)
             if step % self.evaluate_every == 0 or step == steps:
                 now = dataclasses.replace(best, moved=moved)
-                value = self.psnr(now, self.fit, self.stop)
+                value = self.value(now)
                 history.append((step, float(loss), value))
-                since_gain = 0 if value > best.psnr else since_gain + 1
-                if value > best.psnr:
-                    best = dataclasses.replace(now, psnr=value)
+                since_gain = 0 if value < best.value else since_gain + 1
+                if value < best.value:
+                    best = dataclasses.replace(now, value=value)
                 lost = not np.isfinite(float(loss))  # nothing finite comes after
                 if lost or (patience is not None and since_gain >= patience):
                     break
             if progress is not None:
                 progress("distilling", step, steps)
         return dataclasses.replace(best, history=tuple(history))
-
-
-def candidates(found: Comparison, nfe: int, *, most: int = 4) -> list[Tableau]:
-    """Samplers to `start` from: the best at a budget, no two of one family of solvers.
-
-    Args:
-      found: what `compare` returned.
-      nfe: the budget.
-      most: how many.
-
-    Raises:
-      ValueError: nothing of this budget can be distilled.
-    """
-    starts: dict[Any, Tableau] = {}
-    for entry in sorted(found.entries, key=lambda e: -e.psnr):
-        family = solvers.get(entry.solver).function
-        if entry.nfe == nfe and family not in starts and can_distill(entry.tableau):
-            starts[family] = entry.tableau
-    if not starts:
-        raise ValueError(f"no sampler of {nfe} evaluations can be distilled; give a `start`.")
-    return list(starts.values())[:most]
 
 
 def _optax() -> Any:
@@ -355,21 +383,41 @@ def _arrays(
     return from_canonical(numbers, ends, process)
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "checkpoint"))
+@functools.partial(
+    jax.jit, static_argnames=("loss_of_samples", "optimizer", "checkpoint", "radius")
+)
 def _fit_step(
-    moved, optimizer_state, fixed, score_fn, x_T, cond, reference, *, optimizer, checkpoint
-):
-    def loss_of(moved: Any) -> jax.Array:
+    moved, optimizer_state, fixed, score_fn, x_T, own, cond, reference,
+    *, loss_of_samples, optimizer, checkpoint, radius,
+):  # fmt: skip
+    def loss_of(moved: Any, x: Any) -> jax.Array:
         arrays = _arrays(moved, fixed, score_fn.process, host=False)
         rows = arrays["a"].shape[0]
         tableau = Tableau(**arrays, c=jnp.zeros(rows, jnp.float32), evaluates=np.ones(rows, bool))
-        x = sample(score_fn, tableau, x_T, cond=cond, checkpoint=checkpoint)
-        error = metrics.mean_squared_error(x, reference)
-        return jnp.mean(jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)))
+        x = sample(score_fn, tableau, x, cond=cond, checkpoint=checkpoint)
+        return jnp.mean(loss_of_samples(x, reference))
 
-    loss, gradient = jax.value_and_grad(loss_of)(moved)
+    if own is None:
+        loss, gradient = jax.value_and_grad(loss_of)(moved, x_T)
+    else:
+        loss, (gradient, toward) = jax.value_and_grad(loss_of, argnums=(0, 1))(moved, own)
+        own = jax.tree.map(functools.partial(_relax, radius), x_T, own, toward)
     # optax mixes its int32 counters with floats; callers may run with strict promotion
     with jax.numpy_dtype_promotion("standard"):
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, moved)
         moved = _optax().apply_updates(moved, updates)
-    return moved, optimizer_state, loss
+    return moved, optimizer_state, loss, own
+
+
+def _relax(radius: float, x_T: jax.Array, own: jax.Array, toward: jax.Array) -> jax.Array:
+    """A start moved a tenth of the ball's radius downhill, and back onto the ball around x_T."""
+    axes = tuple(range(1, x_T.ndim))
+    tiny = jnp.finfo(x_T.dtype).tiny
+
+    def norm(v: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(jnp.square(v), axis=axes, keepdims=True)) + tiny
+
+    largest = radius * norm(x_T)  # the norm of a Gaussian start hardly varies
+    step = jnp.where(jnp.isfinite(toward), toward, 0)
+    away = own - 0.1 * largest * step / norm(step) - x_T
+    return x_T + away * jnp.minimum(1, largest / norm(away))

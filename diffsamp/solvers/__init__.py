@@ -21,6 +21,7 @@ from diffsamp.solvers.edm import dpm2, euler, heun, runge_kutta
 from diffsamp.solvers.iia import iia
 from diffsamp.solvers.interpolant import interpolant
 from diffsamp.solvers.invertible import bdia, belm
+from diffsamp.solvers.mixed import MixedStep, mixed
 from diffsamp.solvers.momentum import ghvb, heavy_ball
 from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
 from diffsamp.solvers.restart import RestartInterval, restart
@@ -37,6 +38,7 @@ __all__ = [
     "FITTED",
     "RESTART_CONFIGURATIONS",
     "SOLVERS",
+    "MixedStep",
     "ModelStatistics",
     "RestartInterval",
     "Solver",
@@ -66,6 +68,7 @@ __all__ = [
     "iia",
     "interpolant",
     "ipndm",
+    "mixed",
     "names",
     "pndm",
     "restart",
@@ -75,8 +78,8 @@ __all__ = [
     "unipc",
 ]
 
-# functions without a row in the registry: they make a sampler from other samplers,
-COMPOSED = ("heavy_ball", "restart")
+# functions without a row in the registry: they make a sampler from other samplers or steps,
+COMPOSED = ("heavy_ball", "mixed", "restart")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
 # or for a network that is no diffusion model

@@ -1,4 +1,4 @@
-"""Search: exact starts, consistency, gains on held-out noise, one program, clear errors."""
+"""Distill: exact starts, consistency, gains on held-out noise, its options, clear errors."""
 
 import jax
 import jax.numpy as jnp
@@ -86,86 +86,6 @@ def test_what_cannot_be_distilled():
     assert search.can_distill(solvers.ddim(PROCESS, times).pad(rows=9))
 
 
-def test_compare_measures_what_it_says(score_fn):
-    x_T = start(48)
-    seen = []
-    result = search.compare(
-        score_fn,
-        x_T,
-        nfe=(3, 4, 6),
-        solver=("ddim", "heun", "dpmpp_2m", "unipc3"),
-        schedule=("karras", "logsnr"),
-        scores={"rmse": lambda x, ref: float(ds.metrics.rmse(x, ref))},
-        batch=20,
-        progress=lambda what, done, total: seen.append((what, done, total)),
-    )
-    # heun makes 3 evaluations with 2 steps, and cannot make 4 or 6
-    assert len(result.entries) == 3 * 3 * 2 + 2
-    assert [e.nfe for e in result.entries if e.solver == "heun"] == [3, 3]
-    for entry in result.entries:
-        assert entry.tableau.nfe == entry.nfe
-    one = next(e for e in result.entries if (e.solver, e.nfe) == ("unipc3", 6))
-    x = ds.sample(score_fn, one.tableau, x_T)
-    assert one.psnr == pytest.approx(float(ds.metrics.psnr(x, result.reference)), abs=0.01)
-    assert one.scores["rmse"] == pytest.approx(
-        float(ds.metrics.rmse(x, result.reference)), rel=1e-3
-    )
-    assert result.best(6).psnr == max(e.psnr for e in result.entries if e.nfe == 6)
-    lowest = result.best(6, by="rmse")
-    assert lowest.scores["rmse"] == min(e.scores["rmse"] for e in result.entries if e.nfe == 6)
-    assert seen[-1] == ("comparing", 20, 20)
-    assert ("reference", 48, 48) in seen
-
-    table = result.table(score="rmse")
-    lines = table.splitlines()
-    assert lines[0].split() == ["solver", "schedule", "NFE", "3", "NFE", "4", "NFE", "6"]
-    assert len(lines) == 2 + 8
-    assert table.count("*") == 3
-    assert sum(line.startswith("heun") and line.rstrip().endswith("-") for line in lines) == 2
-    assert len(result.table(rows=3).splitlines()) == 5
-    with pytest.raises(ValueError, match=r"nothing was measured at nfe = 5; there is \[3, 4, 6\]"):
-        result.best(5)
-    with pytest.raises(ValueError, match="`by` must be 'psnr' or one of"):
-        result.best(6, by="fid")
-
-
-def test_compare_compiles_the_network_once():
-    traces = []
-
-    def apply(params, x, t):
-        traces.append(1)
-        return params * x
-
-    score_fn = ds.ScoreFn(apply, jnp.ones(()), PROCESS, prediction="noise")
-    x_T = start(8)
-    search.compare(score_fn, x_T, nfe=(3, 5), reference=jnp.zeros_like(x_T), key=jax.random.key(0))
-    assert len(traces) == 1
-
-
-def test_a_sampler_that_diverges_is_counted_last():
-    """NaN from one candidate neither stops the comparison nor wins it."""
-
-    def apply(params, x, t):
-        # a network that breaks below sigma = 0.1
-        return jnp.where(t[:, None] < 0.1, jnp.nan, params * x)
-
-    score_fn = ds.ScoreFn(apply, jnp.asarray(0.1), PROCESS, prediction="data")
-    result = search.compare(
-        score_fn,
-        start(8),
-        nfe=(2, 6),
-        solver=("ddim",),
-        schedule=("uniform", "karras"),
-        reference=start(8, 1),
-        scores={"zero": lambda x, ref: 0.0},
-    )
-    broken = [e for e in result.entries if not np.isfinite(e.psnr)]
-    assert {e.schedule for e in broken} == {"karras"}
-    assert all(np.isnan(e.scores["zero"]) for e in broken)
-    assert result.best(6).schedule == "uniform"
-    assert result.best(6, by="zero").schedule == "uniform"
-
-
 def test_distill_gains_on_noise_it_has_not_seen(score_fn):
     x_T = start(192)
     first = solvers.dpmpp(PROCESS, schedules.logsnr(PROCESS, 5))
@@ -187,7 +107,7 @@ def test_distill_gains_on_noise_it_has_not_seen(score_fn):
     held = plan.psnr["held_out"]
     assert held["found"] - held["start"] == pytest.approx(psnr(plan.tableau) - psnr(first), abs=2)
     assert plan.history[0][0] == 0
-    assert max(h[2] for h in plan.history) > plan.history[0][2]
+    assert min(h[2] for h in plan.history) < plan.history[0][2]
 
 
 def test_distill_starts_exactly_and_never_gets_worse(score_fn):
@@ -199,7 +119,7 @@ def test_distill_starts_exactly_and_never_gets_worse(score_fn):
     same = ds.sample(score_fn, still.tableau, x_T), ds.sample(score_fn, first, x_T)
     np.testing.assert_allclose(*same, rtol=0, atol=2e-4)
     wild = search.distill(score_fn, x_T, learning_rate=30.0, evaluate_every=1, **options)
-    assert max(h[2] for h in wild.history) >= wild.history[0][2]
+    assert min(h[2] for h in wild.history) <= wild.history[0][2]
     assert wild.psnr["held_out"]["found"] >= wild.psnr["held_out"]["start"] - 0.5
 
 
@@ -324,3 +244,90 @@ def test_unbatched_networks_are_refused(score_fn):
     alone = ds.ScoreFn(lambda p, x, t: x, 1.0, PROCESS, batched=False)
     with pytest.raises(ValueError, match="needs a network with a batch axis"):
         search.compare(alone, start(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [
+        ({"learn": "times"}, {"log_snr"}),
+        ({"learn": "weights"}, {"weights"}),
+        ({"learn": "all"}, {"log_snr", "weights"}),
+    ],
+)
+def test_what_is_learned_moves_and_nothing_else(score_fn, options, moves):
+    first = solvers.ipndm(PROCESS, schedules.karras(PROCESS, 5), order=3)
+    plan = search.distill(
+        score_fn, start(64), start=first, key=jax.random.key(0), steps=30, batch=32, **options
+    )
+    before, after = canonical(first), canonical(plan.tableau)
+    for name in ("log_snr", "weights"):
+        change = np.abs(after[name] - before[name]).max()
+        assert change > 1e-3 if name in moves else change < 1e-6
+    assert plan.psnr["held_out"]["found"] > plan.psnr["held_out"]["start"]
+    assert plan.settings["learn"] == options["learn"]
+
+
+def test_a_band_keeps_the_start_outside_it(score_fn):
+    first = solvers.ipndm(PROCESS, schedules.karras(PROCESS, 6), order=4)
+    before = canonical(first)["weights"]
+    lag = np.subtract.outer(np.arange(6), np.arange(6))
+    for memory in (2, 3):
+        plan = search.distill(
+            score_fn, start(48), start=first, key=jax.random.key(0), steps=20, batch=24,
+            memory=memory, learn="weights",
+        )  # fmt: skip
+        change = np.abs(canonical(plan.tableau)["weights"] - before)
+        assert change[lag >= memory].max() < 1e-6
+        assert change[(lag > 0) & (lag < memory)].min() > 0
+    assert before[lag == 3].any()  # the start has weights outside the band, which stayed
+
+
+def test_relaxed_starts_stay_in_their_ball(score_fn):
+    """Every step moves a start, and none beyond the radius."""
+    from diffsamp.search.distill import _relax
+
+    x_T = start(32)
+    own, size = x_T, np.linalg.norm(np.asarray(x_T), axis=1)
+    for i in range(30):
+        own = _relax(0.05, x_T, own, jax.random.normal(jax.random.key(i), x_T.shape))
+        away = np.linalg.norm(np.asarray(own - x_T), axis=1) / size
+        assert np.all(away <= 0.05 * (1 + 1e-5))
+    assert away.min() > 0
+    pushed = _relax(0.05, x_T, own, jnp.full_like(x_T, jnp.nan))
+    assert np.all(np.isfinite(pushed))  # a gradient that is not finite moves nothing
+    first = solvers.dpmpp(PROCESS, schedules.logsnr(PROCESS, 4))
+    options = {"start": first, "key": jax.random.key(0), "steps": 60, "batch": 48}
+    relaxed = search.distill(score_fn, start(96), radius=0.02, **options)
+    plain = search.distill(score_fn, start(96), **options)
+    assert not np.array_equal(relaxed.tableau.b, plain.tableau.b)
+    assert relaxed.psnr["held_out"]["found"] > relaxed.psnr["held_out"]["start"] + 3
+
+
+def test_distill_follows_features(score_fn):
+    """An objective on features ignores what they do not see."""
+    first = solvers.dpmpp(PROCESS, schedules.logsnr(PROCESS, 4))
+    goal = search.objective.feature_error(lambda x: x[:, :1], name="first axis")
+    plan = search.distill(
+        score_fn, start(96), start=first, key=jax.random.key(0), steps=80, batch=48, objective=goal
+    )
+    scores = plan.scores["first axis"]["held_out"]
+    assert scores["found"] < scores["start"] - 1
+    assert set(plan.scores) == {"first axis", "psnr"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learn": "some"}, "`learn` must be one of 'all', 'times', 'weights'"),
+        ({"memory": 0}, "`memory` must be at least 1"),
+        ({"radius": -1.0}, "`radius` must be at least 0"),
+        ({"learn": "times", "consistent": False}, "frees every number"),
+        (
+            {"objective": search.objective.Objective("fid", lambda x, r: 0.0)},
+            "objective 'fid' is no mean over samples and cannot be descended",
+        ),
+    ],
+)
+def test_options_that_do_not_fit(score_fn, options, message):
+    with pytest.raises(ValueError, match=message):
+        search.distill(score_fn, start(8), nfe=2, key=jax.random.key(0), **options)

@@ -1,0 +1,368 @@
+"""`best`: all searches one after another under one budget, a plan per number of evaluations.
+
+compare -> dynamic programming -> evolve -> distill. Every stage hands its best candidates to the
+next, and what is returned is the best of all of them on noise that no stage was fitted to. With
+`state`, every finished stage is a file: a run that was killed goes on where it stopped and returns
+what the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffsamp import metrics, solvers
+from diffsamp._checks import expect_int
+from diffsamp._files import write_atomically
+from diffsamp.score import ScoreFn
+from diffsamp.search.canonical import can_distill
+from diffsamp.search.compare import Comparison, Entry, compare
+from diffsamp.search.distill import distill
+from diffsamp.search.dynamic import step_costs
+from diffsamp.search.evolve import evolve
+from diffsamp.search.objective import (
+    Objective,
+    Progress,
+    expect_batch,
+    log_mse,
+    make_reference,
+    run_many,
+    slice_batch,
+)
+from diffsamp.search.plan import Front, Plan, decoded, encoded, seed_of
+from diffsamp.tableau import Tableau
+
+__all__ = ["STAGES", "best"]
+
+STAGES = ("compare", "dynamic", "evolve", "distill")
+_WEIGHTS = (1.0, 1.2, 1.4)  # of the later steps, in the dynamic programs
+
+
+def best(
+    score_fn: ScoreFn,
+    x_T: Any,
+    *,
+    nfe: Sequence[int] = (4, 5, 6, 8, 10),
+    key: Any,
+    cond: Mapping[str, Any] | None = None,
+    reference: Any = None,
+    objective: Objective | None = None,
+    stages: Sequence[str] = STAGES,
+    solver: Sequence[str] | None = None,
+    schedule: Sequence[str] | None = None,
+    screen: int = 64,
+    population: int = 32,
+    rounds: int = 8,
+    steps: int = 400,
+    held_out: int | None = None,
+    batch: int = 64,
+    together: int = 1,
+    seconds: float | None = None,
+    data_range: float = 2.0,
+    sharding: Any = None,
+    state: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **distill_options: Any,
+) -> Front:
+    """The best sampler that the searches find, for each budget.
+
+    Args:
+      score_fn: the network, batched.
+      x_T: (n, ...) starts at t_max, an array. A quarter is held out: half of that decides between
+        candidates, half only reports.
+      nfe: budgets.
+      key: random key of everything that is drawn.
+      cond: keyword arguments for the network, every array with the leading axis n.
+      reference: samples to come close to, the tableau that makes them, or None.
+      objective: what is minimised. None: `log_mse`. One without a `loss` skips "distill".
+      stages: which to run, of `STAGES`, in that order; "compare" must be one.
+      solver: registry names; None: all deterministic ones.
+      schedule: schedule names; None: all that fit the process.
+      screen: starts on which all solvers x schedules are first compared; the best 16 a budget are
+        then measured on all starts to fit.
+      population: candidates a round of `evolve`.
+      rounds: of `evolve`.
+      steps: gradient steps of `distill`.
+      held_out: starts kept from fitting; None: a quarter.
+      batch: samples of one candidate at a time, and of a gradient step.
+      together: candidates at a time.
+      seconds: stop before a stage that would begin after this time, and return what there is. The
+        result then depends on the machine's speed. None: no limit.
+      data_range: largest minus smallest value of the data, for the PSNR.
+      sharding: over the batch axis, as for `run`.
+      state: folder, made if needed, in which every finished stage is kept.
+      progress: called with (what, done, total).
+      **distill_options: further options of `distill`, such as learning_rate.
+
+    Returns:
+      A `Front`; `front.plans[6].tableau` is the sampler of 6 evaluations.
+
+    Raises:
+      ValueError: an unknown stage or name, a budget that no solver meets, too few starts, a network
+        that is not finite, or a state of another search.
+    """
+    began = time.perf_counter()
+    budgets = sorted({expect_int(n, "nfe", at_least=1) for n in nfe})
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or "compare" not in stages:
+        raise ValueError(
+            f"`stages` must be of {STAGES}, 'compare' among them; got {tuple(stages)}."
+        )
+    objective = log_mse() if objective is None else objective
+    size = expect_batch(x_T, cond)
+    held = max(2, size // 4) if held_out is None else expect_int(held_out, "held_out", at_least=2)
+    fit, stop = size - held, size - held + held // 2
+    if fit < 2:
+        raise ValueError(
+            f"`x_T` has {size} starts, of which {held} are held out: too few are left."
+        )
+    settings = {
+        "nfe": budgets, "key": seed_of(key), "stages": list(stages), "objective": objective.name,
+        "solver": solver and list(solver), "schedule": schedule and list(schedule),
+        "screen": screen, "population": population, "rounds": rounds, "steps": steps,
+        "held_out": held, "batch": batch, "starts": _digest(x_T, cond),
+        "distill": {k: str(v) for k, v in distill_options.items()},
+    }  # fmt: skip
+    folder = _Folder(state, settings)
+    options: dict[str, Any] = {"batch": batch, "sharding": sharding}
+    reference = make_reference(score_fn, reference, x_T, cond=cond, progress=progress, **options)
+
+    def part(first: int, last: int) -> dict[str, Any]:
+        return {
+            "x_T": slice_batch(x_T, first, last), "cond": slice_batch(cond, first, last),
+            "reference": slice_batch(reference, first, last),
+        }  # fmt: skip
+
+    def measure(tableaux: Sequence[Tableau], first: int, last: int) -> list[dict[str, float]]:
+        """The objective and the PSNR of each on samples first .. last - 1."""
+        own = part(first, last)
+        samples = run_many(
+            score_fn, tableaux, own["x_T"], cond=own["cond"], population=together, **options
+        )
+        found = []
+        for x in samples:
+            psnr = float(metrics.psnr(x, own["reference"], data_range=data_range))
+            value = objective(x, own["reference"])
+            found.append(
+                {objective.name: value, "psnr": psnr if math.isfinite(psnr) else -math.inf}
+            )
+        return found
+
+    def in_time() -> bool:
+        return seconds is None or time.perf_counter() - began < seconds
+
+    # -- compare: all on a few starts, the best of them on all ------------------------------------
+    def screening() -> dict[str, Any]:
+        few = part(0, min(screen, fit))
+        table = compare(
+            score_fn, **few, nfe=budgets, solver=solver, schedule=schedule, data_range=data_range,
+            scores={objective.name: objective}, population=together, progress=progress, **options,
+        )  # fmt: skip
+        kept: dict[str, Any] = {}
+        for n in budgets:
+            table.best(n)  # raises if nothing of this budget is finite
+            entries = [e for e in table.entries if e.nfe == n and math.isfinite(e.psnr)]
+            entries = sorted(entries, key=lambda e: e.scores[objective.name])[:16]
+            values = measure([e.tableau for e in entries], 0, fit)
+            rows = [
+                [e.solver, e.schedule, v, e.tableau.to_dict()]
+                for e, v in zip(entries, values, strict=True)
+            ]
+            kept[str(n)] = sorted(rows, key=lambda row: row[2][objective.name])
+        return {"entries": kept, "discarded": table.discarded, "compared": len(table.entries)}
+
+    screened = folder.stage("compare", screening)
+    discarded = screened["discarded"]
+    pools: dict[int, list[tuple[float, Tableau]]] = {}
+    fixed: dict[int, Tableau] = {}
+    tables: dict[int, Comparison] = {}
+    for n in budgets:
+        rows = screened["entries"][str(n)]
+        tables[n] = Comparison(
+            tuple(
+                Entry(s, g, n, Tableau.from_dict(t), v["psnr"], {objective.name: v[objective.name]})
+                for s, g, v, t in rows
+            ),
+            reference,
+        )
+        pools[n] = [
+            (
+                e.scores[objective.name],
+                dataclasses.replace(e.tableau, name=f"compare ({e.solver} on {e.schedule})"),
+            )
+            for e in tables[n].entries
+        ]
+        fixed[n] = pools[n][0][1]
+
+    # -- dynamic programming: the schedules of two costs, for the best solvers ---------------------
+    def programming() -> dict[str, Any]:
+        own = part(0, min(screen, fit))
+        made: dict[str, Any] = {}
+        lost = 0
+        costs = {
+            kind: step_costs(
+                score_fn, own["x_T"], cond=own["cond"], kind=kind, progress=progress, **options
+            )
+            for kind in ("local", "distance")
+        }
+        for n in budgets:
+            names = list(dict.fromkeys(e.solver for e in tables[n].entries))[:4]
+            tableaux = []
+            for name, kind, weight in itertools.product(names, costs, _WEIGHTS):
+                count = solvers.get(name).steps(n)
+                assert count is not None  # it met this budget before
+                times = costs[kind].schedule(count, weight=weight)
+                tableau = solvers.get(name)(score_fn.process, times)
+                label = f"dynamic ({name}, {kind} cost, weight {weight:g})"
+                tableaux.append(dataclasses.replace(tableau, name=label))
+            values = measure(tableaux, 0, fit)
+            lost += sum(not math.isfinite(v["psnr"]) for v in values)
+            rows = zip((v[objective.name] for v in values), tableaux, strict=True)
+            made[str(n)] = [[v, t.to_dict()] for v, t in rows if math.isfinite(v)]
+        return {"entries": made, "discarded": lost}
+
+    if "dynamic" in stages and in_time():
+        programmed = folder.stage("dynamic", programming)
+        discarded += programmed["discarded"]
+        for n in budgets:
+            pools[n] += [(v, Tableau.from_dict(t)) for v, t in programmed["entries"][str(n)]]
+
+    plans = {}
+    for n in budgets:
+        own_key = jax.random.fold_in(key, n)
+        if "evolve" in stages and in_time():
+            own = part(0, fit)
+            evolution = evolve(
+                score_fn, **own, nfe=n, key=own_key, start=tables[n], objective=objective,
+                population=population, rounds=rounds, together=together,
+                state=folder.path(f"evolve-{n}"), progress=progress, **options,
+            )  # fmt: skip
+            discarded += evolution.discarded
+            pools[n] += [
+                (v, dataclasses.replace(g.tableau(score_fn.process), name=f"evolve (place {i})"))
+                for i, (g, v) in enumerate(zip(evolution.genomes, evolution.values, strict=True), 1)
+                if i <= 4 and math.isfinite(v)
+            ]
+        pools[n].sort(key=lambda row: row[0])
+        if "distill" in stages and objective.loss is not None and in_time():
+            starts = _starts(pools[n])
+
+            def learning(n: int = n, starts: Any = starts, own_key: Any = own_key) -> Any:
+                return distill(
+                    score_fn, x_T, cond=cond, reference=reference, nfe=n, key=own_key, start=starts,
+                    objective=objective, steps=steps, held_out=held, data_range=data_range,
+                    progress=progress, **options, **distill_options,
+                ).to_dict()  # fmt: skip
+
+            if starts:
+                learned = Plan.from_dict(folder.stage(f"distill-{n}", learning))
+                name = f"{learned.start}, distill"
+                pools[n].append((-math.inf, dataclasses.replace(learned.tableau, name=name)))
+        plans[n] = _choose(
+            pools[n], fixed[n], measure, (fit, stop, size), objective, settings,
+            time.perf_counter() - began,
+        )  # fmt: skip
+    return Front(plans, discarded, objective.name)
+
+
+def _starts(pool: Sequence[tuple[float, Tableau]]) -> list[Tableau]:
+    """What to distill from: the best of each stage, at most three."""
+    chosen: dict[str, Tableau] = {}
+    for _, tableau in pool:
+        stage = tableau.name.split()[0]
+        if stage not in chosen and can_distill(tableau):
+            chosen[stage] = tableau
+    return list(chosen.values())[:3]
+
+
+def _choose(
+    pool: Sequence[tuple[float, Tableau]],
+    fixed: Tableau,
+    measure: Callable[..., list[dict[str, float]]],
+    spans: tuple[int, int, int],
+    objective: Objective,
+    settings: Mapping[str, Any],
+    seconds: float,
+) -> Plan:
+    """The best few of the pool on the deciding samples, as a plan."""
+    fit, stop, size = spans
+    shortlist = [t for v, t in pool if v == -math.inf] + [t for _, t in pool[:4]]
+    values = measure(shortlist, fit, stop)
+    tableau = shortlist[int(np.argmin([v[objective.name] for v in values]))]
+    scores: dict[str, dict[str, dict[str, float]]] = {objective.name: {}, "psnr": {}}
+    for span, (first, last) in {
+        "fit": (0, fit), "chosen_on": (fit, stop), "held_out": (stop, size)
+    }.items():  # fmt: skip
+        for sampler, one in zip(("start", "found"), measure([fixed, tableau], first, last),
+                                strict=True):  # fmt: skip
+            for name, value in one.items():
+                scores[name].setdefault(span, {})[sampler] = value
+    return Plan(
+        tableau, tableau.name, fixed.name, scores, (), seconds,
+        {k: v for k, v in settings.items() if k != "starts"}, list(settings["key"]),
+    )  # fmt: skip
+
+
+def _digest(*trees: Any) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        array = np.asarray(leaf)
+        digest.update(str((array.shape, str(array.dtype))).encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+class _Folder:
+    """Finished stages as files; without a path, nothing is kept."""
+
+    def __init__(self, path: Any, settings: Mapping[str, Any]) -> None:
+        self.folder = None if path is None else Path(path)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "settings.json"
+        text = json.dumps(settings, indent=1)
+        if not file.exists():
+            write_atomically(file, text.encode())
+        elif file.read_text(encoding="utf-8") != text:
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                changed = sorted(k for k in settings if found.get(k) != json.loads(text)[k])
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{file} is corrupt: {error}. Delete the folder.") from error
+            raise ValueError(
+                f"{self.folder} holds another search: {', '.join(changed)} differ. Give another "
+                "folder, or delete it."
+            )
+
+    def path(self, name: str) -> Path | None:
+        """The file of a stage."""
+        return None if self.folder is None else self.folder / f"{name}.json"
+
+    def stage(self, name: str, run: Callable[[], Any]) -> Any:
+        """What `run` returns, from the file if the stage was finished before.
+
+        It goes through JSON either way, so that a resumed run sees what the first one saw.
+        """
+        path = self.path(name)
+        if path is not None and path.exists():
+            try:
+                return decoded(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is corrupt: {error}. Delete it to run it again."
+                ) from error
+        text = json.dumps(encoded(run()), allow_nan=False)
+        if path is not None:
+            write_atomically(path, text.encode())
+        return decoded(json.loads(text))

@@ -1,0 +1,198 @@
+"""Optimised schedules: exact optima, closed forms on Gaussians, and what they gain."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.optimize import minimize
+
+import diffsamp as ds
+from diffsamp import schedules, search, solvers
+
+EDM = ds.processes.edm(0.02, 50.0)
+WIDTH = 0.7
+
+
+def gaussian(dim=4):
+    return ds.targets.gaussian(np.zeros(dim), WIDTH**2).score_fn(EDM)
+
+
+@pytest.mark.parametrize("weight", [0.8, 1.0, 1.3])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_dynamic_programming_is_brute_force(steps, weight):
+    rng = np.random.default_rng(steps)
+    for _ in range(20):
+        cost = rng.uniform(0, 1, (9, 9)) ** 2
+        cost[rng.random((9, 9)) < 0.15] = np.inf
+        cost[np.arange(8), np.arange(1, 9)] = 0.3  # so that there is a path of 8
+        paths = [(0, *inner, 8) for inner in itertools.combinations(range(1, 8), steps - 1)]
+
+        def price(path, cost=cost):
+            return sum(weight**k * cost[a, b] for k, (a, b) in enumerate(itertools.pairwise(path)))
+
+        cheapest = min(price(path) for path in paths)
+        if np.isinf(cheapest):
+            with pytest.raises(ValueError, match="has a finite cost"):
+                search.shortest_path(cost, steps, weight=weight)
+        else:
+            found = search.shortest_path(cost, steps, weight=weight)
+            assert price(found) == pytest.approx(cheapest, rel=1e-12)
+            assert len(found) == steps + 1
+
+
+def test_shortest_path_refuses_what_it_cannot_use():
+    cost = np.ones((4, 4))
+    for call, message in (
+        (lambda: search.shortest_path(cost[:3], 2), "square matrix"),
+        (lambda: search.shortest_path(cost * np.nan, 2), "without NaN"),
+        (lambda: search.shortest_path(cost, 4), "`steps` must be from 1 to 3; got 4"),
+        (lambda: search.shortest_path(cost, 2, weight=0), "`weight` must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_step_costs_are_the_errors_of_euler_steps():
+    """On a Gaussian the exact trajectory and the DDIM step are known."""
+    score_fn = gaussian()
+    x_T = EDM.prior_sample(jax.random.key(0), (48, 4))
+    grid = schedules.logsnr(EDM, 200)
+    costs = search.step_costs(score_fn, x_T, times=grid, batch=20)
+    scale = np.sqrt(WIDTH**2 + grid**2)
+    exact = np.asarray(x_T)[:, None] * (scale / scale[0])[:, None]  # (48, 201, 4)
+    for i, j in ((0, 40), (10, 90), (100, 150), (150, 199)):
+        data = exact[:, i] * WIDTH**2 / scale[i] ** 2
+        end = exact[:, i] * grid[j] / grid[i] + data * (1 - grid[j] / grid[i])
+        want = np.mean((end - exact[:, j]) ** 2)
+        assert costs.cost[i, j] == pytest.approx(want, rel=3e-3)
+    root = search.step_costs(score_fn, x_T, times=grid, kind="distance")
+    assert root.cost[10, 90] <= np.sqrt(costs.cost[10, 90])
+    assert np.all(np.tril(costs.cost) == 0)
+
+
+def test_a_schedule_of_least_cost_helps_ddim():
+    """Fewer errors than the usual grids, for the solver whose steps were measured."""
+    rng = np.random.default_rng(3)
+    target = ds.targets.gaussian_mixture(
+        [0.5, 0.3, 0.2], rng.normal(size=(3, 4)) * 0.8, np.array([0.02, 0.05, 0.1])
+    )
+    score_fn = target.score_fn(EDM)
+    costs = search.step_costs(score_fn, EDM.prior_sample(jax.random.key(0), (64, 4)), points=60)
+    fresh = EDM.prior_sample(jax.random.key(1), (256, 4))
+    table = search.compare(
+        score_fn, fresh, nfe=(4, 6, 10), solver=("ddim",),
+        schedule={name: schedules.get(name) for name in schedules.GRIDS}
+        | {"local": costs, "later": costs.with_weight(1.2)},
+        scores={"rmse": search.objective.rmse()},
+    )  # fmt: skip
+    for n in (4, 6, 10):
+        # the squared error, which the costs add up; and with more weight on later steps the log
+        grids = table.best(n, by="rmse", where=lambda e: e.schedule in schedules.GRIDS)
+        found = table.best(n, by="rmse")
+        assert found.schedule in ("local", "later")
+        assert found.scores["rmse"] < 0.8 * grids.scores["rmse"]
+        assert table.best(n).schedule == ("local" if n == 4 else "later")  # at 4 they are one
+    heavier = costs.with_weight(1.5).schedule(6)
+    assert np.all(heavier[1:-1] <= costs.schedule(6)[1:-1])  # more points near the data
+    path = costs.path(6)
+    assert costs.value(path) <= costs.value(np.linspace(0, 60, 7).astype(int))
+
+
+def bound(high, low):
+    """KLUB of one step for the Gaussian, per dimension, by quadrature of the closed form."""
+
+    def variance(rho):
+        return WIDTH**4 / (WIDTH**2 + rho**2)
+
+    return quad(lambda r: r**-3 * (variance(r) - variance(high)), low, high, limit=200)[0]
+
+
+def total(levels):
+    return sum(bound(a, b) for a, b in itertools.pairwise(levels))
+
+
+@pytest.fixture(scope="module")
+def aligned():
+    data = WIDTH * jax.random.normal(jax.random.key(0), (512, 4))
+    return search.align_steps(
+        gaussian(), data, 8, key=jax.random.key(2), final="t_min", batch=256, rounds=3
+    )
+
+
+def test_the_bound_is_the_closed_form():
+    data = WIDTH * jax.random.normal(jax.random.key(0), (512, 4))
+    levels = np.geomspace(50.0, 0.02, 25)
+    costs = search.align_costs(gaussian(), data, levels, key=jax.random.key(1), batch=200)
+    pairs = [(0, 3), (0, 24), (5, 6), (10, 14), (18, 24), (23, 24)]
+    want = np.array([bound(levels[i], levels[j]) for i, j in pairs])
+    got = np.array([costs.cost[i, j] for i, j in pairs])
+    np.testing.assert_allclose(got, want, rtol=0.12)  # 2048 draws of a squared difference
+    np.testing.assert_allclose(np.median(got / want), 1, atol=0.05)
+
+
+def test_aligned_steps_are_the_optimum(aligned):
+    """Against a numerical minimum of the closed form, over the times; and it decreased."""
+    found = total(aligned)
+
+    def inner(logs):
+        return total([50.0, *np.exp(logs), 0.02])
+
+    best = minimize(inner, np.log(aligned[1:-1]), method="Nelder-Mead",
+                    options={"maxiter": 3000, "fatol": 1e-9})  # fmt: skip
+    assert found < 1.03 * best.fun
+    np.testing.assert_allclose(np.log(aligned[1:-1]), best.x, atol=0.2)
+    for name in ("logsnr", "karras", "kl_optimal"):
+        assert found < 0.95 * total(schedules.get(name)(EDM, 8, final="t_min"))
+    # one round, without refinement, is worse
+    data = WIDTH * jax.random.normal(jax.random.key(0), (512, 4))
+    once = search.align_steps(gaussian(), data, 8, key=jax.random.key(2), final="t_min",
+                              batch=256, rounds=1, points=20)  # fmt: skip
+    assert found < total(once)
+
+
+def test_aligned_steps_end_clean_and_fit_any_process():
+    process = ds.processes.vp_linear()
+    target = ds.targets.gaussian(np.zeros(2), 0.25)
+    data = 0.5 * jax.random.normal(jax.random.key(0), (64, 2))
+    times = search.align_steps(target.score_fn(process), data, 6, key=jax.random.key(1), points=24)
+    assert times.shape == (7,)
+    assert (times[0], times[-1]) == (process.t_max, 0.0)
+    assert solvers.ddim(process, times).nfe == 6
+
+
+def test_kl_optimal_is_optimal_for_the_ode_on_a_unit_gaussian():
+    """Its theorem: of all steps of DDIM, uniform angles come closest to the data's width."""
+    process = ds.processes.edm(0.02, 20.0)
+
+    def width(times):
+        # DDIM on N(0, 1) is a product of factors, started from the exact width
+        rho = np.asarray(times)
+        factors = rho[1:] / rho[:-1] + (1 - rho[1:] / rho[:-1]) / (1 + rho[:-1] ** 2)
+        return np.sqrt(1 + rho[0] ** 2) * np.prod(factors) / np.sqrt(1 + rho[-1] ** 2)
+
+    times = schedules.kl_optimal(process, 7, final="t_min")
+    error = abs(width(times) - 1)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        other = times.copy()
+        other[1:-1] *= np.exp(rng.normal(0, 0.03, 6))
+        assert abs(width(other) - 1) > error
+
+
+def test_errors():
+    score_fn = gaussian(2)
+    x = jnp.ones((4, 2))
+    nan = ds.ScoreFn(lambda p, x, t: x * jnp.nan, 1.0, EDM, prediction="data")
+    key = jax.random.key(0)
+    for call, message in (
+        (lambda: search.step_costs(score_fn, x, kind="no"), "`kind` must be one of 'local'"),
+        (lambda: search.step_costs(nan, x, points=5), "fine trajectory is not finite"),
+        (lambda: search.align_costs(nan, x, [3.0, 2.0, 1.0], key=key), "predictions are not all"),
+        (lambda: search.align_costs(score_fn, x, [1.0, 2.0], key=key), "noise levels that fall"),
+        (lambda: search.align_steps(score_fn, x, 1, key=key), "`n` must be at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
