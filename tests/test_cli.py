@@ -93,3 +93,122 @@ def test_bundled_model_samples_have_the_data_statistics():
 def test_image_grid_has_one_row_per_label():
     figure = plot.image_grid([("a", np.zeros((3, 8, 8, 1))), ("b", np.ones((3, 8, 8, 1)))])
     assert len(figure.axes) == 6
+
+
+# -- on a network of one's own --------------------------------------------------------------------
+
+MODEL = """
+import jax.numpy as jnp
+import diffsamp as ds
+
+process = ds.processes.edm(0.02, 20.0)
+target = ds.targets.gaussian_mixture([0.4, 0.6], [[-1.0, 0.4], [0.8, 0.1]], [0.02, 0.1])
+score_fn = target.score_fn(process)
+
+
+def make():
+    return score_fn
+
+
+def apply(params, x, t, scale):
+    return x * (scale / (1 + t**2))[:, None]
+
+
+conditional = ds.ScoreFn(apply, 1.0, process, prediction="data")
+
+
+def condition(n):
+    return {"scale": jnp.linspace(0.5, 1.0, n)}
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "mine_for_cli.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+QUICK = ["--shape", "2", "--solver", "ddim,ipndm3", "--schedule", "karras,logsnr", "--starts", "24",
+         "--batch", "16"]  # fmt: skip
+
+
+def test_compare_prints_the_table(folder, capsys):
+    arguments = ["compare", "--model", "mine_for_cli:score_fn", "--nfe", "3,4", *QUICK]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["solver", "schedule", "NFE", "3", "NFE", "4"]
+    assert sorted(line.split()[0] for line in lines[3:]) == ["ddim"] * 2 + ["ipndm3"] * 2
+    arguments = ["compare", "--model", "mine_for_cli:conditional", "--cond",
+                 "mine_for_cli:condition", "--nfe", "3", "--rows", "1", *QUICK]  # fmt: skip
+    assert cli.main(arguments) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_search_then_show(folder, capsys):
+    arguments = ["search", "--model", "mine_for_cli:make", "--nfe", "2,3", *QUICK, "--steps", "8",
+                 "--rounds", "0"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr().out
+    plan = ds.search.Plan.load(folder / "plans" / "plan-3.json")
+    assert plan.nfe == 3
+    assert f"-> {plan.psnr['held_out']['found']:.1f}" in first
+    # the same command again repeats nothing and says the same
+    before = {path: path.read_bytes() for path in (folder / "plans" / "state").glob("*.json")}
+    assert len(before) >= 5
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert before == {path: path.read_bytes() for path in before}
+
+    assert cli.main(["show", "plans/plan-3.json", "--plot", "plan.png"]) == 0
+    text = capsys.readouterr().out
+    assert "psnr on held out noise" in text
+    assert text.count("evaluates D_") == 3
+    assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
+    ds.solvers.heun(ds.processes.edm(), ds.schedules.karras(ds.processes.edm(), 2)).save("t.json")
+    assert cli.main(["show", "t.json"]) == 0
+    assert "heun: 3 evaluations in 3 rows, deterministic" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "mine_for_cli"], "--model must look like module:name"),
+        (["--model", "no_such_module:f"], "--model: there is no module 'no_such_module'"),
+        (["--model", "mine_for_cli:f"], "module 'mine_for_cli' has no 'f'"),
+        (["--model", "mine_for_cli:number"], "must be a ScoreFn, or a function without arguments"),
+        (["--model", "mine_for_cli:score_fn", "--cond", "x"], "--cond must look like module:name"),
+        (["--model", "mine_for_cli:score_fn", "--nfe", "0"], "`nfe` must be at least 1"),
+    ],
+)
+def test_what_the_options_get_wrong(folder, capsys, arguments, message):
+    assert cli.main(["compare", *QUICK, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_show_refuses_other_files(tmp_path, capsys):
+    for content in ("{", "[]", '{"format": "x"}'):
+        (tmp_path / "f.json").write_text(content)
+        assert cli.main(["show", str(tmp_path / "f.json")]) == 1
+        assert capsys.readouterr().err.startswith("diffsamp show: ")
+
+
+def test_descriptions():
+    """The weights that are told are those of the tableau, and sum to one."""
+    process = ds.processes.edm()
+    facts = ds.describe(ds.solvers.dpmpp(process, ds.schedules.karras(process, 6), order=2))
+    np.testing.assert_allclose(facts.shares.sum(axis=1), 1)
+    assert np.all(np.triu(facts.shares, 1) == 0)
+    np.testing.assert_allclose(facts.extrapolation[[0, 5]], 1)  # first order at both ends
+    assert np.all(facts.extrapolation[1:5] > 1)
+    h = np.log(facts.rho[:3]) - np.log(facts.rho[1:4])
+    # 2M: D + h_n / (2 h_{n-1}) (D_n - D_{n-1})
+    assert facts.shares[2, 1] == pytest.approx(-h[2] / (2 * h[1]))
+    figure = plot.tableau(facts.tableau)
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array().data, facts.shares)
+    noisy = ds.describe(ds.solvers.ddpm(process, ds.schedules.karras(process, 3)))
+    assert str(noisy).count("adds noise of") == 2
+    assert "in 3 rows, adds noise" in str(noisy)

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffsamp import metrics, solvers
+from diffsamp import solvers
 from diffsamp._checks import expect_int
 from diffsamp._files import write_atomically
 from diffsamp.score import ScoreFn
@@ -35,6 +35,7 @@ from diffsamp.search.objective import (
     Objective,
     Progress,
     expect_batch,
+    finite_psnr,
     log_mse,
     make_reference,
     run_many,
@@ -152,11 +153,9 @@ def best(
         )
         found = []
         for x in samples:
-            psnr = float(metrics.psnr(x, own["reference"], data_range=data_range))
             value = objective(x, own["reference"])
-            found.append(
-                {objective.name: value, "psnr": psnr if math.isfinite(psnr) else -math.inf}
-            )
+            psnr = finite_psnr(x, own["reference"], data_range)
+            found.append({objective.name: value, "psnr": psnr})
         return found
 
     def in_time() -> bool:
@@ -189,13 +188,7 @@ def best(
     tables: dict[int, Comparison] = {}
     for n in budgets:
         rows = screened["entries"][str(n)]
-        tables[n] = Comparison(
-            tuple(
-                Entry(s, g, n, Tableau.from_dict(t), v["psnr"], {objective.name: v[objective.name]})
-                for s, g, v, t in rows
-            ),
-            reference,
-        )
+        tables[n] = Comparison(_entries(rows, n), reference)
         pools[n] = [
             (
                 e.scores[objective.name],
@@ -218,25 +211,31 @@ def best(
         }
         for n in budgets:
             names = list(dict.fromkeys(e.solver for e in tables[n].entries))[:4]
-            tableaux = []
+            used, tableaux = [], []
             for name, kind, weight in itertools.product(names, costs, _WEIGHTS):
                 count = solvers.get(name).steps(n)
                 assert count is not None  # it met this budget before
                 times = costs[kind].schedule(count, weight=weight)
                 tableau = solvers.get(name)(score_fn.process, times)
                 label = f"dynamic ({name}, {kind} cost, weight {weight:g})"
+                used.append((name, kind))
                 tableaux.append(dataclasses.replace(tableau, name=label))
             values = measure(tableaux, 0, fit)
             lost += sum(not math.isfinite(v["psnr"]) for v in values)
-            rows = zip((v[objective.name] for v in values), tableaux, strict=True)
-            made[str(n)] = [[v, t.to_dict()] for v, t in rows if math.isfinite(v)]
+            made[str(n)] = [
+                [*names, v, t.to_dict()]
+                for names, v, t in zip(used, values, tableaux, strict=True)
+                if math.isfinite(v["psnr"])
+            ]
         return {"entries": made, "discarded": lost}
 
     if "dynamic" in stages and in_time():
         programmed = folder.stage("dynamic", programming)
         discarded += programmed["discarded"]
         for n in budgets:
-            pools[n] += [(v, Tableau.from_dict(t)) for v, t in programmed["entries"][str(n)]]
+            entries = _entries(programmed["entries"][str(n)], n)
+            pools[n] += [(e.scores[objective.name], e.tableau) for e in entries]
+            tables[n] = Comparison(tables[n].entries + entries, reference)
 
     plans = {}
     for n in budgets:
@@ -274,6 +273,10 @@ def best(
             time.perf_counter() - began,
         )  # fmt: skip
     return Front(plans, discarded, objective.name)
+
+
+def _entries(rows: Sequence[Any], nfe: int) -> tuple[Entry, ...]:
+    return tuple(Entry(s, g, nfe, Tableau.from_dict(t), v["psnr"], v) for s, g, v, t in rows)
 
 
 def _starts(pool: Sequence[tuple[float, Tableau]]) -> list[Tableau]:

@@ -10,11 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import metrics, schedules, solvers
+from diffsamp import schedules, solvers
 from diffsamp._checks import expect_int
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
-from diffsamp.search.objective import Progress, make_reference, run_many
+from diffsamp.search.objective import Progress, finite_psnr, make_reference, run_many
 from diffsamp.tableau import Tableau
 
 __all__ = ["Comparison", "Entry", "candidates", "compare"]
@@ -227,9 +227,7 @@ def compare(
                 schedule=grid,
                 nfe=tableau.nfe,
                 tableau=tableau,
-                psnr=float(metrics.psnr(x, reference, data_range=data_range))
-                if finite
-                else -math.inf,
+                psnr=finite_psnr(x, reference, data_range),
                 scores={
                     label: float(score(x, reference)) if finite else math.nan
                     for label, score in (scores or {}).items()

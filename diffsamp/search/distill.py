@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import metrics
 from diffsamp._checks import expect_choice, expect_int
 from diffsamp._numeric import silence
 from diffsamp.processes import Process
@@ -33,6 +32,7 @@ from diffsamp.search.objective import (
     Objective,
     Progress,
     expect_batch,
+    finite_psnr,
     log_mse,
     make_reference,
     put,
@@ -191,7 +191,7 @@ def distill(
     spans = {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}
     judges: dict[str, Any] = {
         objective.name: objective,
-        "psnr": functools.partial(_psnr, data_range),
+        "psnr": functools.partial(finite_psnr, data_range=data_range),
     }
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in judges}
     for span, (first, last) in spans.items():
@@ -209,12 +209,6 @@ def distill(
         tableau, "distill", chosen.name, scores, best.history, time.perf_counter() - began,
         settings, seed_of(key),
     )  # fmt: skip
-
-
-def _psnr(data_range: float, x: Any, reference: Any) -> float:
-    """-inf for samples that are not finite."""
-    value = float(metrics.psnr(x, reference, data_range=data_range))
-    return value if np.isfinite(value) else -np.inf
 
 
 @dataclasses.dataclass(frozen=True)

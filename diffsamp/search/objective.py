@@ -8,6 +8,7 @@ such as a classifier's, or a distance between distributions that ignores the ref
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "Objective",
     "Progress",
     "feature_error",
+    "finite_psnr",
     "frechet",
     "kernel",
     "log_mse",
@@ -73,11 +75,13 @@ def _log_mse(x: Any, reference: Any) -> jax.Array:
     return _log(metrics.mean_squared_error(x, reference))
 
 
+@functools.cache
 def log_mse() -> Objective:
     """Mean over samples of the log of the mean squared error, as in BNS (arXiv:2403.01329)."""
     return Objective("log_mse", lambda x, r: jnp.mean(_log_mse(x, r)), _log_mse)
 
 
+@functools.cache
 def psnr(data_range: float = 2.0) -> Objective:
     """Minus the PSNR in dB to the reference: `log_mse` in other units.
 
@@ -87,6 +91,7 @@ def psnr(data_range: float = 2.0) -> Objective:
     return Objective("-psnr", lambda x, r: -metrics.psnr(x, r, data_range=data_range), _log_mse)
 
 
+@functools.cache
 def rmse() -> Objective:
     """Root mean squared error to the reference, which large errors dominate."""
     return Objective("rmse", metrics.rmse, metrics.mean_squared_error)
@@ -108,6 +113,12 @@ def feature_error(
         return _log(error) if log else error
 
     return Objective(name, lambda x, r: jnp.mean(loss(x, r)), loss)
+
+
+def finite_psnr(x: Any, reference: Any, data_range: float) -> float:
+    """`metrics.psnr`, and -inf for samples that are not finite."""
+    value = float(metrics.psnr(x, reference, data_range=data_range))
+    return value if math.isfinite(value) else -math.inf
 
 
 def _features(features: Callable[[Any], Any] | None, x: Any, size: int = 256) -> np.ndarray:
