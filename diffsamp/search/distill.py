@@ -22,11 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._checks import expect_choice, expect_int
-from diffsamp._numeric import silence
-from diffsamp.processes import Process
-from diffsamp.sampling import sample
 from diffsamp.score import ScoreFn
-from diffsamp.search.canonical import canonical, from_canonical
+from diffsamp.search._gradient import (
+    arrays_of,
+    default_optimizer,
+    fit_step,
+    optax_or_error,
+    scales_of,
+)
+from diffsamp.search.canonical import canonical
 from diffsamp.search.compare import candidates, compare
 from diffsamp.search.objective import (
     Objective,
@@ -69,6 +73,7 @@ def distill(
     evaluate_every: int = 20,
     patience: int | None = None,
     checkpoint: bool = True,
+    micro_batch: int | None = None,
     data_range: float = 2.0,
     sharding: Any = None,
     progress: Progress | None = None,
@@ -107,6 +112,8 @@ def distill(
       evaluate_every: steps between looks at the stopping noise.
       patience: stop after this many looks without a gain; None: never.
       checkpoint: recompute the network in the backward pass, to bound memory.
+      micro_batch: samples of a step whose gradient is taken at once, a divisor of `batch`; None:
+        all. With `checkpoint`, memory is that of nfe + 1 states and one network for so many.
       data_range: largest minus smallest value of the data, for the PSNR.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
@@ -121,7 +128,7 @@ def distill(
       ModuleNotFoundError: optax is missing.
     """
     began = time.perf_counter()
-    _optax()  # if it is missing, say so before the work
+    optax_or_error()  # if it is missing, say so before the work
     size = expect_batch(x_T, cond)
     objective = log_mse() if objective is None else objective
     if objective.loss is None:
@@ -143,6 +150,10 @@ def distill(
     if fit < 1:
         raise ValueError(f"`x_T` has {size} starts, of which {held} are held out: none is left.")
     batch = min(expect_int(batch, "batch", at_least=1), fit)
+    micro_batch = batch if micro_batch is None else expect_int(micro_batch, "micro_batch", 1, batch)
+    pieces = batch // micro_batch
+    if pieces * micro_batch != batch:
+        raise ValueError(f"`micro_batch` must divide the batch of {batch}; got {micro_batch}.")
     reference = make_reference(
         score_fn, reference, x_T, cond=cond, batch=batch, sharding=sharding, progress=progress
     )
@@ -163,11 +174,11 @@ def distill(
     if not starts:
         raise ValueError("`start` must hold at least one tableau.")
     if optimizer is None:
-        optimizer = _default_optimizer(steps, float(learning_rate))
+        optimizer = default_optimizer(steps, float(learning_rate))
     problem = _Problem(
         score_fn, x_T, cond, reference, fit, fit + held // 2, batch, key, optimizer, objective,
-        _LEARNED[learn] if consistent else None, memory, float(radius), checkpoint, evaluate_every,
-        sharding,
+        _LEARNED[learn] if consistent else None, memory, float(radius), checkpoint, pieces,
+        evaluate_every, sharding,
     )  # fmt: skip
     if len(starts) > 1:
         # a short run from each: what is best to start from is not what is best as it stands
@@ -239,12 +250,13 @@ class _Problem:
     memory: int | None
     radius: float
     checkpoint: bool
+    pieces: int
     evaluate_every: int
     sharding: Any
 
     def arrays(self, candidate: _Candidate) -> dict[str, Any]:
         """The tableau's arrays, float64 on the host."""
-        return _arrays(candidate.moved, candidate.fixed, self.score_fn.process, host=True)
+        return arrays_of(candidate.moved, candidate.fixed, self.score_fn.process, host=True)
 
     def samples(self, candidate: _Candidate, first: int, last: int) -> Any:
         """Samples first .. last - 1; NaN if the numbers themselves are not finite."""
@@ -276,7 +288,7 @@ class _Problem:
             k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
         }
         free = set(base) if self.free is None else self.free
-        scales = _scales(base, start)
+        scales = scales_of(base, start)
         if self.memory is not None:
             lag = np.subtract.outer(np.arange(start.nfe), np.arange(start.nfe))
             scales["weights"] = scales["weights"] * (lag < self.memory)
@@ -297,10 +309,10 @@ class _Problem:
             def pick(tree: Any, at: Any = index) -> Any:
                 return put(jax.tree.map(lambda leaf: leaf[at], tree), self.sharding)
 
-            moved, state, loss, new = _fit_step(
+            moved, state, loss, new = fit_step(
                 moved, state, best.fixed, self.score_fn, pick(fit_x), pick(own), pick(self.cond),
                 pick(self.reference), loss_of_samples=self.objective.loss, optimizer=self.optimizer,
-                checkpoint=self.checkpoint, radius=self.radius,
+                checkpoint=self.checkpoint, radius=self.radius, pieces=self.pieces,
             )  # fmt: skip
             if own is not None:
                 own = jax.tree.map(lambda all_, part, at=index: all_.at[at].set(part), own, new)
@@ -319,99 +331,9 @@ class _Problem:
         return dataclasses.replace(best, history=tuple(history))
 
 
-def _optax() -> Any:
-    try:
-        import optax
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'distill needs optax: pip install "diffsamp[search]"', name="optax"
-        ) from error
-    return optax
-
-
-@functools.lru_cache(maxsize=16)
-def _default_optimizer(steps: int, learning_rate: float) -> Any:
-    """Made once per setting, so that the compiled step, which holds it statically, is reused."""
-    optax = _optax()
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adam(optax.cosine_decay_schedule(learning_rate, steps)),
-    )
-
-
 def _is_consistent(tableau: Tableau) -> bool:
     try:
         tableau.check()
     except ValueError:
         return False
     return True
-
-
-def _scales(base: Mapping[str, np.ndarray], start: Tableau) -> dict[str, np.ndarray]:
-    """How far a unit of each learned number moves: times in units of the smaller adjacent step."""
-    alpha, sigma = start.alpha, start.sigma
-    log_snr = np.append(
-        np.log(np.maximum(alpha[: start.nfe], 1e-4)) - np.log(sigma[: start.nfe]), np.inf
-    )
-    gap = np.diff(log_snr)
-    near = np.minimum(gap[:-1], gap[1:]) if gap.size > 1 else gap[:0]
-    one = {name: np.ones_like(value) for name, value in base.items()}
-    return {**one, "log_snr": near}
-
-
-@silence
-def _arrays(
-    moved: Mapping[str, Any], fixed: Any, process: Process, *, host: bool
-) -> dict[str, Any]:
-    """The tableau's arrays for learned changes `moved`, in float64 on the host or in JAX."""
-    base, ends, scale = fixed
-    if host:
-        moved = {name: np.asarray(value, np.float64) for name, value in moved.items()}
-    else:
-        as_jax = functools.partial(jax.tree.map, lambda v: jnp.asarray(v, jnp.float32))
-        base, ends, scale = as_jax(base), as_jax(ends), as_jax(scale)
-    numbers = {
-        name: value + scale[name] * moved[name] if name in moved else value
-        for name, value in base.items()
-    }
-    return from_canonical(numbers, ends, process)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("loss_of_samples", "optimizer", "checkpoint", "radius")
-)
-def _fit_step(
-    moved, optimizer_state, fixed, score_fn, x_T, own, cond, reference,
-    *, loss_of_samples, optimizer, checkpoint, radius,
-):  # fmt: skip
-    def loss_of(moved: Any, x: Any) -> jax.Array:
-        arrays = _arrays(moved, fixed, score_fn.process, host=False)
-        rows = arrays["a"].shape[0]
-        tableau = Tableau(**arrays, c=jnp.zeros(rows, jnp.float32), evaluates=np.ones(rows, bool))
-        x = sample(score_fn, tableau, x, cond=cond, checkpoint=checkpoint)
-        return jnp.mean(loss_of_samples(x, reference))
-
-    if own is None:
-        loss, gradient = jax.value_and_grad(loss_of)(moved, x_T)
-    else:
-        loss, (gradient, toward) = jax.value_and_grad(loss_of, argnums=(0, 1))(moved, own)
-        own = jax.tree.map(functools.partial(_relax, radius), x_T, own, toward)
-    # optax mixes its int32 counters with floats; callers may run with strict promotion
-    with jax.numpy_dtype_promotion("standard"):
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, moved)
-        moved = _optax().apply_updates(moved, updates)
-    return moved, optimizer_state, loss, own
-
-
-def _relax(radius: float, x_T: jax.Array, own: jax.Array, toward: jax.Array) -> jax.Array:
-    """A start moved a tenth of the ball's radius downhill, and back onto the ball around x_T."""
-    axes = tuple(range(1, x_T.ndim))
-    tiny = jnp.finfo(x_T.dtype).tiny
-
-    def norm(v: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.sum(jnp.square(v), axis=axes, keepdims=True)) + tiny
-
-    largest = radius * norm(x_T)  # the norm of a Gaussian start hardly varies
-    step = jnp.where(jnp.isfinite(toward), toward, 0)
-    away = own - 0.1 * largest * step / norm(step) - x_T
-    return x_T + away * jnp.minimum(1, largest / norm(away))

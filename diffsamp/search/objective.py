@@ -28,7 +28,6 @@ __all__ = [
     "Objective",
     "Progress",
     "feature_error",
-    "finite_psnr",
     "frechet",
     "kernel",
     "log_mse",

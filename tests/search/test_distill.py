@@ -284,7 +284,7 @@ def test_a_band_keeps_the_start_outside_it(score_fn):
 
 def test_relaxed_starts_stay_in_their_ball(score_fn):
     """Every step moves a start, and none beyond the radius."""
-    from diffsamp.search.distill import _relax
+    from diffsamp.search._gradient import _relax
 
     x_T = start(32)
     own, size = x_T, np.linalg.norm(np.asarray(x_T), axis=1)
@@ -331,3 +331,15 @@ def test_distill_follows_features(score_fn):
 def test_options_that_do_not_fit(score_fn, options, message):
     with pytest.raises(ValueError, match=message):
         search.distill(score_fn, start(8), nfe=2, key=jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.02])
+def test_micro_batches_give_the_same_plan(score_fn, radius):
+    """The gradient of a step in pieces is that of the whole, for the starts as for the numbers."""
+    first = solvers.ipndm(PROCESS, schedules.karras(PROCESS, 4), order=3)
+    options = {"start": first, "key": jax.random.key(0), "steps": 10, "batch": 24, "radius": radius}
+    whole = search.distill(score_fn, start(40), **options)
+    pieces = search.distill(score_fn, start(40), micro_batch=6, **options)
+    np.testing.assert_allclose(pieces.tableau.b, whole.tableau.b, rtol=2e-3, atol=2e-4)
+    with pytest.raises(ValueError, match="`micro_batch` must divide the batch of 24; got 5"):
+        search.distill(score_fn, start(40), micro_batch=5, **options)
