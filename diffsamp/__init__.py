@@ -23,9 +23,11 @@ from diffsamp import (
     targets,
     time_shift,
 )
+from diffsamp._describe import describe
+from diffsamp._export import ExportedSampler, export, load_exported
+from diffsamp._generate import Generated, generate
 from diffsamp._sampler import Sampler, sampler
 from diffsamp.compat.diffusers import from_diffusers
-from diffsamp.describe import describe
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
 from diffsamp.score import ScoreFn
@@ -34,6 +36,8 @@ from diffsamp.tableau import Tableau
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExportedSampler",
+    "Generated",
     "Sampler",
     "ScoreFn",
     "State",
@@ -42,11 +46,14 @@ __all__ = [
     "adaptive",
     "bridges",
     "describe",
+    "export",
     "few_step",
     "from_diffusers",
+    "generate",
     "guidance",
     "init",
     "inversion",
+    "load_exported",
     "metrics",
     "parallel",
     "phase_space",

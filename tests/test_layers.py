@@ -14,10 +14,20 @@ LEVELS = [
     ["_numeric", "_checks", "_files", "random"],
     ["processes", "metrics"],
     ["predictions", "schedules", "tableau"],
-    ["score", "solvers", "describe"],
+    ["score", "solvers", "_describe"],
     ["sampling", "targets", "guidance"],
     ["search", "compat", "_sampler"],
-    ["adaptive", "bridges", "few_step", "inversion", "parallel", "phase_space", "time_shift"],
+    [
+        "adaptive",
+        "bridges",
+        "few_step",
+        "inversion",
+        "parallel",
+        "phase_space",
+        "time_shift",
+        "_export",
+        "_generate",
+    ],
     ["plot", "models"],
     ["cli"],
 ]
@@ -25,10 +35,11 @@ LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 ALLOWED = {"jax", "numpy", "scipy"}
 EXTRAS = {
     "flax": {"models", "search"},
-    "safetensors": {"models"},
+    "safetensors": {"models", "_generate"},
     "sklearn": {"models"},
     "optax": {"search"},
     "diffrax": {"adaptive"},
+    "flatbuffers": {"_export"},
     "matplotlib": {"plot"},
     "tqdm": {"cli"},
 }

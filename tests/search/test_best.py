@@ -279,6 +279,12 @@ MESH = textwrap.dedent(
     x = search.run(score_fn, tableau, x_T, batch=64, sharding=spread)
     assert len(x.sharding.device_set) == 8, x.sharding
     np.testing.assert_allclose(x, search.run(score_fn, tableau, x_T), atol=1e-5)
+    noisy = ds.solvers.ddpm(process, ds.schedules.karras(process, 5))
+    keys = jax.device_put(jax.random.split(jax.random.key(0), 64), spread)
+    program = jax.jit(ds.sample).lower(score_fn, noisy, jax.device_put(x_T, spread), key=keys)
+    text = program.compile().as_text()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text, collective
 
     options = dict(nfe=(2, 3), solver=("ddim", "dpmpp_2m", "ipndm3"), schedule=("karras", "logsnr"),
                    population=4, rounds=1, steps=10, batch=16, screen=16, held_out=32,
