@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import solvers
@@ -132,12 +134,18 @@ def best(
         "nfe": budgets, "key": seed_of(key), "stages": list(stages), "objective": objective.name,
         "solver": solver and list(solver), "schedule": schedule and list(schedule),
         "screen": screen, "population": population, "rounds": rounds, "steps": steps,
-        "held_out": held, "batch": batch, "starts": _digest(x_T, cond),
+        "reference": _digest(reference), "held_out": held, "batch": batch,
+        "starts": _digest(x_T, cond),
         "distill": {k: str(v) for k, v in distill_options.items()},
     }  # fmt: skip
     folder = _Folder(state, settings)
     options: dict[str, Any] = {"batch": batch, "sharding": sharding}
-    reference = make_reference(score_fn, reference, x_T, cond=cond, progress=progress, **options)
+    given = reference
+
+    def make() -> Any:
+        return make_reference(score_fn, given, x_T, cond=cond, progress=progress, **options)
+
+    reference = folder.array("reference", make)
 
     def part(first: int, last: int) -> dict[str, Any]:
         return {
@@ -351,6 +359,23 @@ class _Folder:
     def path(self, name: str) -> Path | None:
         """The file of a stage."""
         return None if self.folder is None else self.folder / f"{name}.json"
+
+    def array(self, name: str, run: Callable[[], Any]) -> Any:
+        """What `run` returns, an array, kept as .npy."""
+        path = None if self.folder is None else self.folder / f"{name}.npy"
+        if path is not None and path.exists():
+            try:
+                return jnp.asarray(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+            except (ValueError, EOFError) as error:
+                raise ValueError(
+                    f"{path} is corrupt: {error}. Delete it to make it again."
+                ) from error
+        array = run()
+        if path is not None and np.asarray(array).dtype.kind == "f":  # not bfloat16, as NumPy sees
+            buffer = io.BytesIO()
+            np.save(buffer, np.asarray(array))
+            write_atomically(path, buffer.getvalue())
+        return array
 
     def stage(self, name: str, run: Callable[[], Any]) -> Any:
         """What `run` returns, from the file if the stage was finished before.

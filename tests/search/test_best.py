@@ -191,7 +191,7 @@ def test_killed_in_every_stage_and_resumed(front, tmp_path):
     plans = {n: search.Plan.load(tmp_path / "plans" / f"plan-{n}.json") for n in (2, 4)}
     same(front, search.Front(plans, told["discarded"], front.by))
     again = run("never")
-    assert json.loads(again.stdout)["seen"] == ["reference"]
+    assert json.loads(again.stdout)["seen"] == []
 
 
 def test_the_state_belongs_to_one_search(score_fn, tmp_path):
@@ -201,8 +201,13 @@ def test_the_state_belongs_to_one_search(score_fn, tmp_path):
         search.best(score_fn, start(16), key=jax.random.key(1), **options)
     with pytest.raises(ValueError, match="holds another search: starts differ"):
         search.best(score_fn, start(16, 9), key=jax.random.key(0), **options)
+    with pytest.raises(ValueError, match="holds another search: reference differ"):
+        search.best(score_fn, start(16), key=jax.random.key(0), reference=start(16, 2), **options)
     (tmp_path / "compare.json").write_text("[")
     with pytest.raises(ValueError, match=r"compare\.json is corrupt"):
+        search.best(score_fn, start(16), key=jax.random.key(0), **options)
+    (tmp_path / "reference.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"reference\.npy is corrupt"):
         search.best(score_fn, start(16), key=jax.random.key(0), **options)
 
 
