@@ -47,7 +47,8 @@ test-peers: $(VENV)/dev.stamp  ## compare with diffusers and k-diffusion, instal
 
 bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/search.py --network digits
+	$(BIN)/python benchmarks/search.py --network mixture
 	$(BIN)/python benchmarks/families.py
 
 train-digits: $(VENV)/demo.stamp  ## train the bundled network again (minutes on two cores)

@@ -1,0 +1,73 @@
+"""The benchmarks run in a reduced size and write the tables they promise; no time is asserted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True, text=True, check=False, timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def tables(path):
+    """Rows of all tables of a result, without their heads."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for i, line in enumerate(lines)
+        if line.startswith("|") and "---" not in line and "---" not in "".join(lines[i + 1 : i + 2])
+    ]
+
+
+def test_search(tmp_path):
+    out = tmp_path / "search.md"
+    run(
+        "search.py", "--network", "mixture", "--nfe", "5", "--ddim", "5", "--steps", "16",
+        "--fresh", "64", "--starts", "32", "--screen", "8", "--population", "4", "--rounds", "1",
+        "--pairs", "16", "32", "--out", str(out),
+    )  # fmt: skip
+    text = out.read_text(encoding="utf-8")
+    for heading in ("what is found", "Optimised schedules", "How few reference pairs",
+                    "Parts and options"):  # fmt: skip
+        assert heading in text
+    assert "nan" not in text
+    rows = tables(out)
+    first = rows[0]
+    assert first[0] == "5"
+    fixed, found = float(first[2]), float(first[5].strip("*"))
+    assert float(first[6]) == round(found - fixed, 1) or abs(float(first[6]) - found + fixed) < 0.11
+    assert {row[0] for row in rows} >= {"karras", "Align Your Steps", "distill: times only"}
+
+
+def test_the_second_network_is_there():
+    """Its weights are small and sample something of the data's range."""
+    weights = ROOT / "benchmarks" / "weights"
+    assert sum(path.stat().st_size for path in weights.iterdir()) < 8_000_000
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import jax, jax.numpy as jnp, diffsamp as ds, unet, classifier\n"
+        "f = unet.load('fashion')\n"
+        "make = ds.sampler(f, 'dpmpp_2m', nfe=8)\n"
+        "c = {'label': jnp.arange(20) % 10}\n"
+        "x = make(jax.random.key(0), (20, 16, 16, 1), cond=c)\n"
+        "logits = classifier.Classifier().apply({'params': classifier.load_params("
+        "unet.WEIGHTS / 'classifier_fashion.safetensors')}, x)[0]\n"
+        "print(float(x.min()), float(x.max()), float((logits.argmax(1) == c['label']).mean()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True,
+        check=False, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    low, high, right = map(float, done.stdout.split())
+    assert -2 < low < -0.9
+    assert 0.5 < high < 2
+    assert right >= 0.7  # the classifier sees the class that was asked for
