@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._checks import expect_choice, expect_int
-from diffsamp._files import write_atomically
+from diffsamp._files import read_json, write_atomically
 from diffsamp.sampling import expect_key, sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
@@ -299,10 +299,7 @@ def _manifest(settings: Mapping[str, Any], shards: list[tuple[str, int, int]]) -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is corrupt: not JSON ({error}).") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f"{path} is no manifest of `generate`.")
     if data.get("version") != _VERSION:

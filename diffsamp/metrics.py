@@ -63,6 +63,23 @@ def psnr(x: Any, reference: Any, *, data_range: float = 2.0) -> jax.Array:
     return jnp.mean(20 * jnp.log10(jnp.asarray(data_range, error.dtype)) - 10 * jnp.log10(error))
 
 
+def _sets(least: int, **named: Any) -> list[np.ndarray]:
+    """The sets in float64, flattened to (n, dim), checked to have as many dimensions."""
+    sets = []
+    for name, values in named.items():
+        values = np.asarray(values, np.float64)
+        if values.ndim < 1 or values.shape[0] < least or (values.ndim < 2 and least > 1):
+            raise ValueError(f"`{name}` must have shape (n >= {least}, ...); got {values.shape}.")
+        sets.append(values.reshape(values.shape[0], -1))
+    if sets[0].shape[1] != sets[1].shape[1]:
+        first, second = (f"`{name}`" for name in named)
+        raise ValueError(
+            f"{first} and {second} must have as many dimensions; got "
+            f"{sets[0].shape[1]} and {sets[1].shape[1]}."
+        )
+    return sets
+
+
 def frechet_distance(features: Any, reference: Any) -> float:
     """Frechet distance between the Gaussians fitted to two sets of features.
 
@@ -80,19 +97,11 @@ def frechet_distance(features: Any, reference: Any) -> float:
     Raises:
       ValueError: fewer than 2 samples, or different dimensions.
     """
-    moments = []
-    for name, values in (("features", features), ("reference", reference)):
-        values = np.asarray(values, np.float64)
-        if values.ndim < 2 or values.shape[0] < 2:
-            raise ValueError(f"`{name}` must have shape (n >= 2, ...); got {values.shape}.")
-        values = values.reshape(values.shape[0], -1)
-        moments.append((values.mean(0), np.atleast_2d(np.cov(values, rowvar=False))))
+    moments = [
+        (values.mean(0), np.atleast_2d(np.cov(values, rowvar=False)))
+        for values in _sets(2, features=features, reference=reference)
+    ]
     (mean_1, cov_1), (mean_2, cov_2) = moments
-    if mean_1.shape != mean_2.shape:
-        raise ValueError(
-            "`features` and `reference` must have as many dimensions; got "
-            f"{mean_1.size} and {mean_2.size}."
-        )
     # tr (C_1 C_2)^(1/2) is the sum of the roots of the eigenvalues of S C_2 S, S = C_1^(1/2)
     values, vectors = np.linalg.eigh(cov_1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -117,18 +126,7 @@ def kernel_distance(features: Any, reference: Any) -> float:
     Raises:
       ValueError: fewer than 2 samples, or different dimensions.
     """
-    sets = []
-    for name, values in (("features", features), ("reference", reference)):
-        values = np.asarray(values, np.float64)
-        if values.ndim < 2 or values.shape[0] < 2:
-            raise ValueError(f"`{name}` must have shape (n >= 2, ...); got {values.shape}.")
-        sets.append(values.reshape(values.shape[0], -1))
-    x, y = sets
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            "`features` and `reference` must have as many dimensions; got "
-            f"{x.shape[1]} and {y.shape[1]}."
-        )
+    x, y = _sets(2, features=features, reference=reference)
 
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -159,17 +157,7 @@ def sliced_wasserstein(x: Any, reference: Any, key: Any, *, projections: int = 2
       ValueError: no samples, or different dimensions.
     """
     expect_int(projections, "projections", at_least=1)
-    sets = []
-    for name, values in (("x", x), ("reference", reference)):
-        values = np.asarray(values, np.float64)
-        if values.ndim < 1 or values.size == 0:
-            raise ValueError(f"`{name}` must have shape (n >= 1, ...); got {values.shape}.")
-        sets.append(values.reshape(values.shape[0], -1))
-    if sets[0].shape[1] != sets[1].shape[1]:
-        raise ValueError(
-            "`x` and `reference` must have as many dimensions; got "
-            f"{sets[0].shape[1]} and {sets[1].shape[1]}."
-        )
+    sets = _sets(1, x=x, reference=reference)
     directions = np.asarray(jax.random.normal(key, (sets[0].shape[1], projections)), np.float64)
     directions /= np.linalg.norm(directions, axis=0)
     # compare quantile functions on a common grid of midpoints

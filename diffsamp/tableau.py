@@ -20,14 +20,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from diffsamp._checks import expect_choice, expect_int
-from diffsamp._files import write_atomically
+from diffsamp._files import read_json, write_atomically
 from diffsamp._numeric import is_concrete
 
 __all__ = ["Tableau"]
@@ -430,11 +429,7 @@ class Tableau:
           FileNotFoundError: no such file.
           ValueError: the file is not a tableau, or is corrupt; the message says where.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)} is corrupt: not JSON ({error}).") from error
-        return cls.from_dict(data, where=os.fspath(path))
+        return cls.from_dict(read_json(path), where=os.fspath(path))
 
     def __repr__(self) -> str:
         label = self.name or "Tableau"

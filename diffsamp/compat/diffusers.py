@@ -25,7 +25,6 @@ table entries, whose label here is that of the log-SNR.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +37,7 @@ from scipy.stats import beta as beta_distribution
 
 from diffsamp import processes, solvers
 from diffsamp._checks import expect_int, expect_times
+from diffsamp._files import read_json
 from diffsamp.predictions import canonical_name
 from diffsamp.processes import Process
 from diffsamp.schedules import shifted
@@ -194,10 +194,7 @@ def from_diffusers(
 def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     file = file / "scheduler_config.json" if file.is_dir() else file
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+    data = read_json(file)
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a JSON object; got {type(data).__name__}.")
     return data

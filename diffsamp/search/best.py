@@ -26,7 +26,7 @@ import numpy as np
 
 from diffsamp import solvers
 from diffsamp._checks import expect_int
-from diffsamp._files import write_atomically
+from diffsamp._files import read_json, write_atomically
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.compare import Comparison, Entry, compare
@@ -346,11 +346,8 @@ class _Folder:
         if not file.exists():
             write_atomically(file, text.encode())
         elif file.read_text(encoding="utf-8") != text:
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                changed = sorted(k for k in settings if found.get(k) != json.loads(text)[k])
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{file} is corrupt: {error}. Delete the folder.") from error
+            found = read_json(file)
+            changed = sorted(k for k, v in json.loads(text).items() if found.get(k) != v)
             raise ValueError(
                 f"{self.folder} holds another search: {', '.join(changed)} differ. Give another "
                 "folder, or delete it."
@@ -384,12 +381,7 @@ class _Folder:
         """
         path = self.path(name)
         if path is not None and path.exists():
-            try:
-                return decoded(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} is corrupt: {error}. Delete it to run it again."
-                ) from error
+            return decoded(read_json(path))
         text = json.dumps(encoded(run()), allow_nan=False)
         if path is not None:
             write_atomically(path, text.encode())

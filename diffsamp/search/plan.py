@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffsamp._files import write_atomically
+from diffsamp._files import read_json, write_atomically
 from diffsamp.tableau import Tableau
 
 __all__ = ["Front", "Plan", "decoded", "encoded", "seed_of", "versions"]
@@ -157,11 +157,7 @@ class Plan:
           FileNotFoundError: no such file.
           ValueError: the file is not a plan, or is corrupt; the message says where.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)} is corrupt: not JSON ({error}).") from error
-        return cls.from_dict(data, where=os.fspath(path))
+        return cls.from_dict(read_json(path), where=os.fspath(path))
 
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import mixture
 from scipy.integrate import quad
 from scipy.optimize import minimize
 
@@ -75,11 +76,7 @@ def test_step_costs_are_the_errors_of_euler_steps():
 
 def test_a_schedule_of_least_cost_helps_ddim():
     """Fewer errors than the usual grids, for the solver whose steps were measured."""
-    rng = np.random.default_rng(3)
-    target = ds.targets.gaussian_mixture(
-        [0.5, 0.3, 0.2], rng.normal(size=(3, 4)) * 0.8, np.array([0.02, 0.05, 0.1])
-    )
-    score_fn = target.score_fn(EDM)
+    score_fn = mixture().score_fn(EDM)
     costs = search.step_costs(score_fn, EDM.prior_sample(jax.random.key(0), (64, 4)), points=60)
     fresh = EDM.prior_sample(jax.random.key(1), (256, 4))
     table = search.compare(

@@ -4,26 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import PROCESS, start
 
 import diffsamp as ds
 from diffsamp import schedules, search
 from diffsamp.search import genome
 from diffsamp.search.evolve import _rank, _tableau
-
-PROCESS = ds.processes.edm(0.02, 20.0)
-
-
-@pytest.fixture(scope="module")
-def score_fn():
-    rng = np.random.default_rng(3)
-    target = ds.targets.gaussian_mixture(
-        [0.5, 0.3, 0.2], rng.normal(size=(3, 4)) * 0.8, np.array([0.02, 0.05, 0.1])
-    )
-    return target.score_fn(PROCESS, "edm_f")
-
-
-def start(n, seed=0):
-    return PROCESS.prior_sample(jax.random.key(seed), (n, 4))
 
 
 @pytest.mark.parametrize("process", [PROCESS, ds.processes.flow(), ds.processes.vp_discrete()],
