@@ -255,7 +255,7 @@ def schedules_table(problem: Problem, arguments: argparse.Namespace) -> str:
         ),
     }
     names = ("ddim", "dpmpp_2m", "ipndm3")
-    budgets = [n for n in (5, 8) if n in arguments.nfe]
+    budgets = [n for n in arguments.detail if n in arguments.nfe]
     result = search.compare(
         problem.score_fn, problem.fresh[0], nfe=budgets, solver=names, schedule=grids,
         cond=problem.fresh[1], reference=problem.fresh_reference, batch=128,
@@ -284,7 +284,7 @@ def schedules_table(problem: Problem, arguments: argparse.Namespace) -> str:
 def pairs_table(problem: Problem, arguments: argparse.Namespace, found: Any) -> str:
     """How few reference pairs are needed."""
     rows = []
-    for nfe in (n for n in (5, 8) if n in found):
+    for nfe in (n for n in arguments.detail if n in found):
         row = [str(nfe)]
         for n in arguments.pairs:
             x_T, cond = problem.fit
@@ -349,7 +349,7 @@ def transfer_table(problem: Problem, arguments: argparse.Namespace, found: Any) 
 
 def ablation_table(problem: Problem, arguments: argparse.Namespace, found: Any) -> str:
     """Every part left out, and every option."""
-    budgets = [n for n in (5, 8) if n in found]
+    budgets = [n for n in arguments.detail if n in found]
     variants: dict[str, dict[str, Any]] = {
         "as it is": {},
         "times only": {"learn": "times"},
@@ -406,21 +406,31 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--pairs", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--detail", type=int, nargs="+", default=[5, 8],
+                        help="budgets of the tables after the first")  # fmt: skip
     parser.add_argument("--only-main", action="store_true", help="the first table only")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     problem = Problem(arguments)
-    text, found = main_table(problem, arguments)
-    if not arguments.only_main:
-        text += schedules_table(problem, arguments)
-        text += pairs_table(problem, arguments, found)
-        if problem.guided is not None and 6 in found:
-            text += transfer_table(problem, arguments, found)
-        text += ablation_table(problem, arguments, found)
     command = f"python benchmarks/search.py --network {arguments.network}"
     out = arguments.out or str(RESULTS / f"search_{arguments.network}.md")
-    with open(out, "w", encoding="utf-8") as file:
-        file.write(heading("What the search finds", command) + text)
+    text = heading("What the search finds", command)
+
+    def write(more: str) -> None:
+        """After every table: hours of work are not lost with the last one."""
+        nonlocal text
+        text += more
+        with open(out, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    first, found = main_table(problem, arguments)
+    write(first)
+    if not arguments.only_main:
+        write(schedules_table(problem, arguments))
+        write(pairs_table(problem, arguments, found))
+        if problem.guided is not None and 6 in found:
+            write(transfer_table(problem, arguments, found))
+        write(ablation_table(problem, arguments, found))
 
 
 if __name__ == "__main__":
