@@ -8,7 +8,7 @@ PEERS  := torch==2.13.0 diffusers==0.42.1 torchsde torchdiffeq
 PEERS_ALONE := k-diffusion==0.1.1.post1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers lint format types bench train-digits clean
+.PHONY: help demo test test-peers lint format types bench bench-peers train-digits clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,16 +40,24 @@ format: $(VENV)/dev.stamp  ## rewrite with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-peers: $(VENV)/dev.stamp  ## compare with diffusers and k-diffusion, installed for it
+$(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(PIP) install $(PEERS)
 	$(PIP) install --no-deps $(PEERS_ALONE)
-	$(BIN)/python -m pytest -q -m peers tests/test_peers.py
+	@touch $@
+
+test-peers: $(VENV)/peers.stamp  ## compare with diffusers and k-diffusion, installed for it
+	$(BIN)/python -m pytest -q -m peers tests/test_peers.py tests/test_benchmarks.py
 
 bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/search.py --network digits
-	$(BIN)/python benchmarks/search.py --network mixture
+	$(BIN)/python benchmarks/compilation.py
+	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/search.py --network mixture
+	$(BIN)/python benchmarks/search.py --network digits
+
+bench-peers: $(VENV)/peers.stamp  ## time the same model in diffusers, k-diffusion, diffrax
+	$(BIN)/python benchmarks/peers.py
 
 train-digits: $(VENV)/demo.stamp  ## train the bundled network again (minutes on two cores)
 	$(BIN)/python benchmarks/train_digits.py

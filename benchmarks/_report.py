@@ -15,10 +15,11 @@ import diffsamp
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def heading(title: str, command: str) -> str:
-    """A Markdown heading with machine, date and versions."""
+def heading(title: str, command: str, *packages: str) -> str:
+    """A Markdown heading with machine, date and versions, of `packages` too."""
     versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "numpy")
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("jax", "jaxlib", "numpy", *packages)
     )
     device = jax.devices()[0]
     kind = platform.processor() or platform.machine()

@@ -1,133 +1,143 @@
-"""What `ds.sample` costs over a bare scan of the network.
+"""What `ds.sample` costs over a bare scan of the network, in time and in memory.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py            # sizes for a CPU, in minutes
+    python benchmarks/overhead.py --full     # for a GPU
 
 Both are jitted, warmed up, and run alternately in one process; the ratio of their fastest times is
 reported, for 20 network evaluations. The bare scan feeds the network's output back as its input
-and does nothing else. All samplers share one compiled program per network; the number of
-compilations is counted.
+and does nothing else; samplers with noise are held against one that draws noise, too. Memory:
+what the compiled program needs besides its arguments, less what the bare scan needs, in states.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from _report import RESULTS, heading, table
+from _timing import fastest
+from networks import COUNT, Network, network
 
 import diffsamp as ds
-from diffsamp.models import digits
 
 NFE = 20
-SOLVERS = ("ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m", "deis_tab3", "ipndm4", "unipc3")
+# at least one of every family; the last three carry noise of their own
+SOLVERS = (
+    "ddim", "dpm_solver_2s", "dpmpp_2m", "dpmpp_3m", "deis_tab3", "ipndm4", "heun", "unipc3",
+    "ghvb2.8", "bdia", "belm", "ddpm", "dpmpp_2m_sde", "sa_solver",
+)  # fmt: skip
 
 
-def mlp(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
-    """Two hidden layers of 256."""
-    hidden = jnp.tanh(x @ params[0] + t[:, None])
-    return jnp.tanh(hidden @ params[1]) @ params[2]
+def tableau_of(name: str, process: Any) -> ds.Tableau:
+    """A registered solver with 20 evaluations."""
+    solver = ds.solvers.get(name)
+    for final in ("clean", "t_min"):
+        for steps in range(NFE, 0, -1):
+            tableau = solver(process, ds.schedules.logsnr(process, steps, final=final))
+            if tableau.nfe == NFE:
+                return tableau
+    raise ValueError(f"{name} cannot make {NFE} evaluations.")
 
 
-def mlp_params() -> list[jax.Array]:
-    """Random weights: only the time matters."""
-    shapes = [(64, 256), (256, 256), (256, 64)]
-    keys = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(k, s) / s[0] ** 0.5 for k, s in zip(keys, shapes, strict=True)]
-
-
-def fastest(functions: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Fastest time of each function in seconds, run in turn so that all see the same machine."""
-    times = dict.fromkeys(functions, float("inf"))
-    for function in functions.values():
-        jax.block_until_ready(function())
-    gc.disable()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name] = min(times[name], time.perf_counter() - began)
-    gc.enable()
-    return times
-
-
-def measure(score_fn: ds.ScoreFn, x_T: jax.Array, rounds: int) -> tuple[dict[str, float], int]:
-    """Times by sampler, "bare" among them, and how often the network was traced for sampling."""
-    traces = []
-    inner = score_fn.apply
-
-    def apply(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
-        traces.append(1)
-        return inner(params, x, t)
-
-    counted = ds.ScoreFn(
-        apply,
-        score_fn.params,
-        score_fn.process,
-        score_fn.prediction,
-        sigma_data=score_fn.sigma_data,
-    )
-    process = score_fn.process
-    tableaux = ds.Tableau.pad_together(
-        [
-            s(process, ds.schedules.logsnr(process, s.steps(NFE) or NFE // 2, final=final))
-            for s in map(ds.solvers.get, SOLVERS)
-            for final in ["clean" if s.steps(NFE) else "t_min"]
-        ]
-    )
-    assert all(t.nfe == NFE for t in tableaux)
-    labels = jnp.linspace(1.0, 0.0, NFE)
+def bare_scan(net: Network, dtype: Any, nfe: int = NFE) -> Any:
+    """A jitted scan of the network alone, (params, x, key=None) -> x; a key adds noise."""
+    labels = jnp.linspace(1.0, 0.0, nfe)
 
     @jax.jit
-    def bare(params: Any, x: jax.Array) -> jax.Array:
+    def bare(params: Any, x: jax.Array, key: Any = None) -> jax.Array:
         def body(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-            return inner(params, x, jnp.broadcast_to(t, x.shape[:1])), None
+            out = net.apply(params, x, jnp.broadcast_to(t, x.shape[:1]))
+            if key is not None:
+                own = jax.random.fold_in(key, (1e3 * t).astype(jnp.int32))
+                out = out + 0.01 * jax.random.normal(own, x.shape, x.dtype)
+            return out, None
 
-        return jax.lax.scan(body, x, labels)[0]
+        return jax.lax.scan(body, x.astype(dtype), labels)[0]
 
-    key = jax.random.key(1)
-    functions = {"bare": lambda: bare(score_fn.params, x_T)}
-    for name, tableau in zip(SOLVERS, tableaux, strict=True):
+    return bare
+
+
+def memory(function: Any, *arguments: Any) -> int:
+    """Bytes that a jitted function needs besides its arguments."""
+    analysis = function.lower(*arguments).compile().memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, Any]:
+    """{sampler: (time over bare, states over bare, p + q)}, "bare", and "one" for all in one."""
+    dtype = jax.tree.leaves(net.params)[0].dtype
+    process = ds.processes.flow()
+    score_fn = ds.ScoreFn(net.apply, net.params, process, prediction="velocity", dtype=dtype)
+    x_T, key = net.start(), jax.random.key(1)
+    bare = bare_scan(net, dtype)
+    tableaux = {name: tableau_of(name, process) for name in names}
+    functions = {
+        "bare": lambda: bare(score_fn.params, x_T),
+        "noisy": lambda: bare(score_fn.params, x_T, key),
+    }
+    base, extra = memory(bare, score_fn.params, x_T), {}
+    for name, tableau in tableaux.items():
         needed = key if tableau.stochastic else None
-        functions[name] = lambda t=tableau, k=needed: ds.sample(counted, t, x_T, key=k)
-    return fastest(functions, rounds), len(traces)
+        functions[name] = lambda t=tableau, k=needed: ds.sample(score_fn, t, x_T, key=k)
+        whole = jax.jit(lambda f, x, t=tableau, k=needed: ds.sample(f, t, x, key=k))
+        extra[name] = (memory(whole, score_fn, x_T) - base) / x_T.nbytes
+    quiet = [t for t in tableaux.values() if not t.stochastic]
+    padded = ds.Tableau.pad_together(quiet)
+    for i, t in enumerate(padded):
+        functions[f"one {i}"] = lambda t=t: ds.sample(score_fn, t, x_T)
+    times = fastest(functions, seconds)
+    result: dict[str, Any] = {
+        name: (times[name] / times["noisy" if t.stochastic else "bare"], extra[name], t.p + t.q)
+        for name, t in tableaux.items()
+    }
+    result |= {name: times[name] for name in ("bare", "noisy")}
+    result["one"] = max(times[f"one {i}"] for i in range(len(padded))) / times["bare"]
+    return result
 
 
 def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="sizes for a GPU")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each network")
+    parser.add_argument("--networks", type=int, default=COUNT, help="only the first few")
+    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS))
     parser.add_argument("--out", default=str(RESULTS / "overhead.md"))
     arguments = parser.parse_args()
 
-    bundled = digits.load_digits_model()
-    flow = ds.processes.flow()
-    cases = {
-        "MLP 256 wide, batch 256": (
-            ds.ScoreFn(mlp, mlp_params(), flow, prediction="velocity"),
-            jax.random.normal(jax.random.key(0), (256, 64)),
-        ),
-        "digits transformer, batch 1": (bundled, jnp.ones((1, 8, 8, 1))),
-        "digits transformer, batch 64": (bundled, jnp.ones((64, 8, 8, 1))),
-    }
-    rows = []
-    for name, (score_fn, x_T) in cases.items():
-        times, traces = measure(score_fn, x_T, arguments.rounds)
-        bare = times.pop("bare")
-        ratios = [f"{seconds / bare:.2f}" for seconds in times.values()]
-        rows.append([name, f"{bare * 1e3:.2f}", *ratios, str(traces)])
-        print(rows[-1], flush=True)
-    text = heading("Overhead over a bare scan of the network", "python benchmarks/overhead.py")
+    names = tuple(arguments.solvers)
+    chosen = [network(i, arguments.full) for i in range(arguments.networks)]
+    found = []
+    for each in chosen:
+        found.append(measure(each, names, arguments.seconds))
+        print(each.name, found[-1], flush=True)
+    command = "python benchmarks/overhead.py" + (" --full" if arguments.full else "")
+    text = heading("Overhead over a bare scan of the network", command)
     text += (
         f"\nTime of `ds.sample` over the time of a bare `lax.scan` of the network, {NFE} "
-        "evaluations, the fastest of alternating runs. The last column counts how often the "
-        "network was traced for all samplers together: 2 is one program without noise and one "
-        "with.\n\n"
+        "evaluations, the fastest of alternating runs; for the last three, which add noise, over a "
+        "bare scan with a draw of noise in every step. Every sampler in its own shape; below, all "
+        "deterministic ones padded to one shape, which is one compiled program, the slowest of "
+        "them.\n\n"
     )
-    text += table(["network", "bare scan, ms", *SOLVERS, "traces"], rows)
+    rows = [
+        ["bare scan, ms", *(f"{r['bare'] * 1e3:.2f}" for r in found)],
+        ["bare scan with noise, ms", *(f"{r['noisy'] * 1e3:.2f}" for r in found)],
+    ]
+    rows += [[f"`{name}`", *(f"{r[name][0]:.3f}" for r in found)] for name in names]
+    rows.append(["one program", *(f"{r['one']:.3f}" for r in found)])
+    text += table(["", *(each.name for each in chosen)], rows)
+    text += (
+        "\nMemory over the bare scan, in states, as the compiler counts it; p + q is what the "
+        "equation refers to.\n\n"
+    )
+    rows = [
+        [f"`{name}`", str(found[0][name][2]), *(f"{r[name][1]:+.2f}" for r in found)]
+        for name in names
+    ]
+    text += table(["", "p + q", *(each.name for each in chosen)], rows)
     with open(arguments.out, "w", encoding="utf-8") as file:
         file.write(text)
 

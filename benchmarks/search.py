@@ -72,6 +72,8 @@ class Problem:
         self.fresh = self.starts(2, arguments.fresh)
         self.fit_reference = self.run(self.fine, self.fit)
         self.fresh_reference = self.run(self.fine, self.fresh)
+        more = range(100, 99 + arguments.seeds)
+        self.sets = [self.fresh, *(self.starts(seed, arguments.fresh) for seed in more)]
 
     def starts(self, seed: int, n: int, classes: Any = None) -> Starts:
         """Starts, and labels in the proportions of the data."""
@@ -90,9 +92,9 @@ class Problem:
         """On the fresh noise."""
         return float(ds.metrics.psnr(self.run(tableau, self.fresh), self.fresh_reference))
 
-    def distance(self, tableau: ds.Tableau) -> float:
-        """On the fresh noise."""
-        return self.judge(self.run(tableau, self.fresh), None)
+    def distance(self, tableau: ds.Tableau) -> np.ndarray:
+        """To the data, on each set of fresh noise."""
+        return np.array([self.judge(self.run(tableau, starts), None) for starts in self.sets])
 
     def distill(self, start: Any, arguments: argparse.Namespace, **options: Any) -> search.Plan:
         """With the script's settings."""
@@ -140,6 +142,13 @@ def more_evaluations(problem: Problem, chosen: search.Comparison, nfe: int) -> f
             times = ds.schedules.get(entry.schedule)(problem.process, steps)
             found.append(problem.psnr(solver(problem.process, times)))
     return max(found)
+
+
+def difference(values: np.ndarray) -> str:
+    """Mean and standard error over the sets of noise."""
+    if len(values) < 2:
+        return f"{values.mean():+.3f}"
+    return f"{values.mean():+.3f} ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}"
 
 
 def main_table(
@@ -203,7 +212,8 @@ def main_table(
                 str(nfe), f"{best.solver}, {best.schedule}", f"{psnr['fixed']:.1f}",
                 f"{psnr['dynamic']:.1f}", f"{psnr['evolve']:.1f}", f"**{psnr['distill']:.1f}**",
                 f"{psnr['distill'] - psnr['fixed']:+.1f}", f"{equal:.1f}",
-                f"{far['fixed']:.3f}", f"{far['distill']:.3f}",
+                f"{far['fixed'].mean():.3f}", f"{far['distill'].mean():.3f}",
+                difference(far["distill"] - far["fixed"]),
             ]
         )  # fmt: skip
         costs_rows.append(
@@ -214,22 +224,27 @@ def main_table(
             ]
         )  # fmt: skip
         print(rows[-1], costs_rows[-1], flush=True)
-    floor = problem.judge(problem.fresh_reference, None)
+        if arguments.plans:
+            plan.save(f"{arguments.plans}/{arguments.network}-{nfe}.json")
+    floor = problem.distance(problem.fine)
     n, m = arguments.starts, arguments.fresh
     text = (
         f"\n## {arguments.network}: what is found\n\n"
         f"PSNR in dB to the {arguments.reference}-evaluation solution from the same noise, and "
-        f"{problem.what}, both on {m} noises that took no part. Everything was chosen and learned "
+        f"{problem.what}, both on {m} noises that took no part (the distance: mean of "
+        f"{arguments.seeds} such sets, and standard error of the difference between two samplers "
+        "on the same noise). Everything was chosen and learned "
         f"on {n} others (a quarter of them held from the gradient). Fixed: the best of "
         f"{arguments.compared} (every deterministic solver of the registry on every schedule at "
         f"these budgets: all on {arguments.screen} noises, the best 16 of each on {n}); comparing "
         f"took {comparing:.0f} s. "
         f"Evolve: {arguments.population} x {arguments.rounds + 1} candidates. Distill: "
         f"{arguments.steps} steps of {arguments.batch}, from whichever of evolve, fixed and "
-        f"dynamic got furthest in an eighth of that. The reference itself: {floor:.3f}.\n\n"
+        f"dynamic got furthest in an eighth of that. "
+        f"The reference itself: {floor.mean():.3f}.\n\n"
     )
     head = ["NFE", "best fixed", "PSNR", "dynamic", "evolve", "distill", "gain",
-            "fixed, 1.5 NFE", "distance, fixed", "distill"]  # fmt: skip
+            "fixed, 1.5 NFE", "distance, fixed", "distill", "difference"]  # fmt: skip
     text += table(head, rows)
     text += "\nDistilled from one start only (PSNR), and seconds of each search:\n\n"
     text += table(["NFE", "from DDIM", "from evolve", "dynamic", "evolve", "distill"], costs_rows)
@@ -402,6 +417,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=512, help="noises to fit, a quarter held out")
     parser.add_argument("--screen", type=int, default=64, help="noises for all fixed samplers")
     parser.add_argument("--fresh", type=int, default=1797, help="noises to report on")
+    parser.add_argument("--seeds", type=int, default=4, help="sets of noise for the distance")
     parser.add_argument("--reference", type=int, default=200, help="evaluations of the reference")
     parser.add_argument("--population", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
@@ -410,6 +426,7 @@ def main() -> None:
                         help="budgets of the tables after the first")  # fmt: skip
     parser.add_argument("--only-main", action="store_true", help="the first table only")
     parser.add_argument("--out")
+    parser.add_argument("--plans", help="folder for the plans that are found")
     arguments = parser.parse_args()
     problem = Problem(arguments)
     command = f"python benchmarks/search.py --network {arguments.network}"

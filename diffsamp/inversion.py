@@ -146,7 +146,7 @@ def encode(
     done = resume(score_fn, backwards, init(backwards, x_0, batched=batch is not None), cond=cond)
     x_T, second = done.x, jax.tree.map(lambda slots: slots[(tableau.rows - 1) % 2], done.points)
     state = init(tableau, x_T, batched=batch is not None)
-    points = jax.tree.map(lambda slots, u: slots.at[1].set(u), state.points, second)
+    points = jax.tree.map(lambda slots, u: slots.at[0].set(u), state.points, x_T)
     return Encoded(x_T, state._replace(row=jnp.ones((), jnp.int32), x=second, points=points))
 
 

@@ -62,6 +62,8 @@ class Tableau:
       evaluates: (N,) bool, whether the row calls the network at u_n.
       name: what it is, for people.
       source: where it comes from (paper, equation), for people.
+      padded: made by `pad` to share a program with others, which therefore keeps its branches
+        around the network and the noise; no part of the pytree either.
     """
 
     times: Any
@@ -74,6 +76,7 @@ class Tableau:
     evaluates: Any
     name: str = ""
     source: str = ""
+    padded: bool = False
 
     @classmethod
     def create(
@@ -269,6 +272,7 @@ class Tableau:
             b=widen(self.b, q, keep=False),
             c=np.concatenate([self.c, np.zeros((extra, *np.shape(self.c)[1:]))]),
             evaluates=np.concatenate([self.evaluates, dead]),
+            padded=True,
         )
 
     @staticmethod
@@ -439,7 +443,7 @@ class Tableau:
 
 
 jax.tree_util.register_dataclass(
-    Tableau, data_fields=list(_ARRAYS), meta_fields=[], drop_fields=["name", "source"]
+    Tableau, data_fields=list(_ARRAYS), meta_fields=[], drop_fields=["name", "source", "padded"]
 )
 
 

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import diffsamp as ds
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -45,6 +49,51 @@ def test_search(tmp_path):
     fixed, found = float(first[2]), float(first[5].strip("*"))
     assert float(first[6]) == round(found - fixed, 1) or abs(float(first[6]) - found + fixed) < 0.11
     assert {row[0] for row in rows} >= {"karras", "Align Your Steps", "distill: times only"}
+
+
+def test_overhead(tmp_path):
+    out = tmp_path / "overhead.md"
+    run("overhead.py", "--networks", "1", "--seconds", "1", "--solvers", "ddim", "unipc3", "ddpm",
+        "--out", str(out))  # fmt: skip
+    rows = tables(out)
+    times, memory = [{r[0]: r[1:] for r in part} for part in (rows[:6], rows[6:])]
+    assert set(times) > {"bare scan, ms", "`ddim`", "`unipc3`", "`ddpm`", "one program"}
+    assert all(float(row[0]) > 0 for row in times.values())
+    assert memory.keys() == {"`ddim`", "`unipc3`", "`ddpm`"}
+    for most, extra in memory.values():  # of the compiler: no matter of time
+        assert float(extra) <= float(most)
+
+
+def test_compilation(tmp_path):
+    out = tmp_path / "compilation.md"
+    run("compilation.py", "--networks", "0", "--growth", "5", "--runs", "1", "--out", str(out))
+    whole, here, by_hand = tables(out)
+    compilations, samplers, of_all = whole[4], whole[5], whole[7]
+    assert compilations == of_all == "1"
+    assert int(samplers) > 100
+    assert {here[1], by_hand[1]} == {"`ds.sample`", "a loop under one jit"}
+
+
+@pytest.mark.peers
+def test_peers(tmp_path):
+    """What the peers sample is what we sample, with the network's weights copied."""
+    out = tmp_path / "peers.md"
+    run("peers.py", "--networks", "0", "1", "--seconds", "0.1", "--no-compile", "--out", str(out))
+    rows = tables(out)
+    assert len(rows) == 2 * (7 + 6)
+    assert all(float(row[4]) < 1e-4 for row in rows if "bare" not in row[1])
+    assert all(float(row[2]) > 0 for row in rows)
+
+
+def test_accuracy(tmp_path):
+    out, picture = tmp_path / "accuracy.md", tmp_path / "choosing.png"
+    run("accuracy.py", "mixture", "--nfe", "5", "8", "--samples", "4", "--out", str(out),
+        "--plot", str(picture))  # fmt: skip
+    rows = {row[0]: row for row in tables(out) if len(row) == 3}
+    solvers = {f"`{s}`" for s in ds.solvers.names() if not ds.solvers.get(s).stochastic}
+    assert rows.keys() >= {s for s in solvers if ds.solvers.get(s.strip("`")).steps(5)}
+    assert rows["`ddim`"][1].split()[1] in ds.schedules.NAMES
+    assert picture.stat().st_size > 10_000
 
 
 def test_the_second_network_is_there():

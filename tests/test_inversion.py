@@ -67,8 +67,8 @@ def test_the_inverse_is_the_inverse_of_sampling():
     backwards = ds.inversion.inverse(tableau)
     assert backwards.nfe == 12
     state = ds.init(backwards, points[-1])
-    second = state.points.at[1].set(points[-2])
-    state = state._replace(row=jnp.ones((), jnp.int32), x=points[-2], points=second)
+    first = state.points.at[0].set(points[-1])
+    state = state._replace(row=jnp.ones((), jnp.int32), x=points[-2], points=first)
     for n in range(10, -1, -1):
         state = ds.step(score_fn, backwards, state)
         np.testing.assert_allclose(state.x, points[n], atol=1e-9)
@@ -211,7 +211,7 @@ def test_a_state_must_fit_its_tableau():
     for run in (ds.resume, ds.step):
         with pytest.raises(ValueError, match="adds noise and needs a random key"):
             run(score_fn, ddpm, state)
-        with pytest.raises(ValueError, match="holds 1 past states and 1 outputs; tableau"):
+        with pytest.raises(ValueError, match="one for p = 1 states and q = 1 outputs; tableau"):
             run(score_fn, solvers.unipc(process, times), state)
 
 

@@ -61,8 +61,9 @@ def heavy_ball(tableau: Tableau, *, beta: float = 0.8, prediction: str = "data")
         a[n, 1] -= (1 - beta) * kappa / kappa_before * before
     name = f"{tableau.name}-hb({beta:g})"
     source = "; ".join(filter(None, [tableau.source, "arXiv:2307.11118"]))
-    fields = {f.name: getattr(new, f.name) for f in dataclasses.fields(new)}
-    return Tableau.create(**{**fields, "a": a, "b": b, "name": name, "source": source})
+    changed = dataclasses.replace(new, a=a, b=b, name=name, source=source, padded=False)
+    changed.check()
+    return changed
 
 
 def ghvb(

@@ -1,0 +1,202 @@
+"""How often and how long XLA compiles: solvers, budgets, second starts.
+
+    python benchmarks/compilation.py            # an MLP and the transformer, in minutes on a CPU
+
+Compilations are counted where JAX reports them, tracing included in the times. Every measurement
+is in a process of its own, so that nothing is warm, with JAX's persistent cache off except for the
+second start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+from _report import RESULTS, heading, table
+from networks import Network, network
+from overhead import SOLVERS, bare_scan
+
+import diffsamp as ds
+
+BUDGETS = tuple(range(5, 21))
+GROWTH = (5, 20, 100)
+
+
+class Count:
+    """Compilations since it was made."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, _: float, **__: Any) -> None:
+        self.number += event == "/jax/core/compile/backend_compile_duration"
+
+
+def all_tableaux(process: Any) -> list[ds.Tableau]:
+    """Every deterministic sampler of the list at every budget it can meet."""
+    found = []
+    for name in SOLVERS:
+        solver = ds.solvers.get(name)
+        if solver.stochastic:
+            continue
+        for nfe in BUDGETS:
+            steps = solver.steps(nfe)
+            if steps is not None:
+                found.append(solver(process, ds.schedules.logsnr(process, steps, final="t_min")))
+    return found
+
+
+def by_hand(net: Network, process: Any, n: int) -> Any:
+    """DPM-Solver++ 2M as it is copied into research code: a Python loop under one jit."""
+    times = ds.schedules.logsnr(process, n, final="t_min")
+    alpha, sigma = process.alpha(times), process.sigma(times)
+    half = jnp.asarray(process.log_snr(times)) / 2
+
+    @jax.jit
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        last = None
+        for i in range(n):
+            t = jnp.full(x.shape[:1], times[i], x.dtype)
+            clean = x - sigma[i] * net.apply(params, x, t)
+            h = half[i + 1] - half[i]
+            ahead = clean
+            if last is not None:
+                r = (half[i] - half[i - 1]) / h
+                ahead = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * last
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * jnp.expm1(-h) * ahead
+            last = clean
+        return x
+
+    return run
+
+
+def one(what: str, which: int, n: int) -> dict[str, Any]:
+    """A measurement, in this process."""
+    net = network(which, False)
+    process = ds.processes.flow()
+    score_fn = ds.ScoreFn(net.apply, net.params, process, prediction="velocity")
+    x_T = jax.block_until_ready(net.start())
+    jax.block_until_ready((score_fn.params, jnp.ones(2) + 1))
+    if what == "all":
+        tableaux = ds.Tableau.pad_together(all_tableaux(process))
+    else:
+        times = ds.schedules.logsnr(process, n, final="t_min")
+        tableaux = [ds.solvers.get("dpmpp_2m")(process, times)]
+        if what == "hand":
+            function = by_hand(net, process, n)
+        elif what == "bare":
+            function = bare_scan(net, jnp.float32, n)
+    count, began = Count(), time.perf_counter()
+    if what in ("all", "sample"):
+        jax.block_until_ready(ds.sample(score_fn, tableaux[0], x_T))
+    else:
+        jax.block_until_ready(function(score_fn.params, x_T))
+    first = time.perf_counter() - began
+    for tableau in tableaux[1:]:
+        ds.sample(score_fn, tableau, x_T)
+    began = time.perf_counter()
+    again = ds.sample(score_fn, tableaux[0], x_T) if what in ("all", "sample") else function(
+        score_fn.params, x_T
+    )  # fmt: skip
+    jax.block_until_ready(again)
+    return {
+        "first": first - (time.perf_counter() - began), "compilations": count.number,
+        "samplers": len(tableaux),
+    }  # fmt: skip
+
+
+def alone(
+    what: str, which: int, n: int = 20, *, runs: int = 1, cache: str | None = None
+) -> dict[str, Any]:
+    """The same in a process of its own, the fastest of some."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    if cache is not None:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+    found = []
+    for _ in range(runs):
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", what, str(which), str(n)],
+            capture_output=True, text=True, check=False, env=environment,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return min(found, key=lambda run: run["first"])
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--networks", type=int, nargs="+", default=[0, 1], choices=(0, 1, 2, 3))
+    parser.add_argument("--growth", type=int, nargs="+", default=list(GROWTH))
+    parser.add_argument("--runs", type=int, default=2, help="of each, of which the fastest counts")
+    parser.add_argument("--out", default=str(RESULTS / "compilation.md"))
+    arguments = parser.parse_args()
+    if arguments.one:
+        what, which, n = arguments.one
+        print(json.dumps(one(what, int(which), int(n))))
+        return
+
+    runs = arguments.runs
+    text = heading("Compilation", "python benchmarks/compilation.py")
+    rows, growth = [], []
+    for which in arguments.networks:
+        name = network(which, False).name
+        bare, sample, everything = (
+            alone(what, which, runs=runs) for what in ("bare", "sample", "all")
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            alone("sample", which, cache=folder)
+            second = alone("sample", which, cache=folder)
+        rows.append([
+            name, f"{bare['first']:.2f}", f"{sample['first']:.2f}",
+            f"{sample['first'] / bare['first']:.2f}", str(sample["compilations"]),
+            str(everything["samplers"]), f"{everything['first']:.2f}",
+            str(everything["compilations"]), f"{second['first']:.2f}",
+        ])  # fmt: skip
+        print(rows[-1], flush=True)
+        growth += [
+            [
+                name,
+                label,
+                *(f"{alone(what, which, n, runs=runs)['first']:.2f}" for n in arguments.growth),
+            ]
+            for what, label in (("sample", "`ds.sample`"), ("hand", "a loop under one jit"))
+        ]
+        print(growth[-2:], flush=True)
+    text += (
+        "\nSeconds from the first call to its result, less those of a second call. "
+        f"All samplers: {len([s for s in SOLVERS if not ds.solvers.get(s).stochastic])} solvers at "
+        f"{BUDGETS[0]} to {BUDGETS[-1]} evaluations, padded to one shape; the time is that of the "
+        "first of them. Second start: a new process that finds the program in JAX's persistent "
+        "cache.\n\n"
+    )
+    text += table(
+        ["network", "bare scan, s", "`ds.sample`, s", "ratio", "compilations", "all samplers",
+         "s", "compilations", "second start, s"], rows,
+    )  # fmt: skip
+    text += (
+        "\nThe same against the number of evaluations: DPM-Solver++ 2M here, and as it is copied "
+        "into research code, a Python loop under one jit.\n\n"
+    )
+    text += table(["network", "", *(f"{n} evaluations, s" for n in arguments.growth)], growth)
+    with open(arguments.out, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()
