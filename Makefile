@@ -58,6 +58,7 @@ bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 
 bench-peers: $(VENV)/peers.stamp  ## time the same model in diffusers, k-diffusion, diffrax
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/draw.py  # the plots of what is in results/
 
 train-digits: $(VENV)/demo.stamp  ## train the bundled network again (minutes on two cores)
 	$(BIN)/python benchmarks/train_digits.py

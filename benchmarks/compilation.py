@@ -1,10 +1,10 @@
 """How often and how long XLA compiles: solvers, budgets, second starts.
 
     python benchmarks/compilation.py            # an MLP and the transformer, in minutes on a CPU
+    python benchmarks/compilation.py --full     # the networks in the sizes for a GPU
 
-Compilations are counted where JAX reports them, tracing included in the times. Every measurement
-is in a process of its own, so that nothing is warm, with JAX's persistent cache off except for the
-second start.
+Compilations are counted where JAX reports them. Every measurement is in a process of its own, so
+that nothing is warm, with JAX's persistent cache off except for the second start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from overhead import SOLVERS, bare_scan
 import diffsamp as ds
 
 BUDGETS = tuple(range(5, 21))
-GROWTH = (5, 20, 100)
+GROWTH = (5, 10, 20, 40)
 
 
 class Count:
@@ -61,13 +61,15 @@ def by_hand(net: Network, process: Any, n: int) -> Any:
     times = ds.schedules.logsnr(process, n, final="t_min")
     alpha, sigma = process.alpha(times), process.sigma(times)
     half = jnp.asarray(process.log_snr(times)) / 2
+    dtype = jax.tree.leaves(net.params)[0].dtype
 
     @jax.jit
     def run(params: Any, x: jax.Array) -> jax.Array:
         last = None
         for i in range(n):
             t = jnp.full(x.shape[:1], times[i], x.dtype)
-            clean = x - sigma[i] * net.apply(params, x, t)
+            said = net.apply(params, x.astype(dtype), t.astype(dtype))
+            clean = x - sigma[i] * said.astype(x.dtype)
             h = half[i + 1] - half[i]
             ahead = clean
             if last is not None:
@@ -80,43 +82,34 @@ def by_hand(net: Network, process: Any, n: int) -> Any:
     return run
 
 
-def one(what: str, which: int, n: int) -> dict[str, Any]:
-    """A measurement, in this process."""
-    net = network(which, False)
+def one(what: str, which: int, n: int, full: bool) -> dict[str, Any]:
+    """A measurement, in this process: seconds to trace and compile, or compilations of them all."""
+    net = network(which, full)
+    dtype = jax.tree.leaves(net.params)[0].dtype
     process = ds.processes.flow()
-    score_fn = ds.ScoreFn(net.apply, net.params, process, prediction="velocity")
+    score_fn = ds.ScoreFn(net.apply, net.params, process, prediction="velocity", dtype=dtype)
     x_T = jax.block_until_ready(net.start())
     jax.block_until_ready((score_fn.params, jnp.ones(2) + 1))
     if what == "all":
         tableaux = ds.Tableau.pad_together(all_tableaux(process))
-    else:
-        times = ds.schedules.logsnr(process, n, final="t_min")
-        tableaux = [ds.solvers.get("dpmpp_2m")(process, times)]
-        if what == "hand":
-            function = by_hand(net, process, n)
-        elif what == "bare":
-            function = bare_scan(net, jnp.float32, n)
-    count, began = Count(), time.perf_counter()
-    if what in ("all", "sample"):
-        jax.block_until_ready(ds.sample(score_fn, tableaux[0], x_T))
-    else:
-        jax.block_until_ready(function(score_fn.params, x_T))
-    first = time.perf_counter() - began
-    for tableau in tableaux[1:]:
-        ds.sample(score_fn, tableau, x_T)
+        count = Count()
+        for tableau in tableaux:
+            jax.block_until_ready(ds.sample(score_fn, tableau, x_T))
+        return {"compilations": count.number, "samplers": len(tableaux)}
+    times = ds.schedules.logsnr(process, n, final="t_min")
+    tableau = ds.solvers.get("dpmpp_2m")(process, times)
+    function, first = {
+        "sample": lambda: (jax.jit(lambda f, x: ds.sample(f, tableau, x)), score_fn),
+        "hand": lambda: (by_hand(net, process, n), net.params),
+        "bare": lambda: (bare_scan(net, dtype, n), net.params),
+    }[what]()
     began = time.perf_counter()
-    again = ds.sample(score_fn, tableaux[0], x_T) if what in ("all", "sample") else function(
-        score_fn.params, x_T
-    )  # fmt: skip
-    jax.block_until_ready(again)
-    return {
-        "first": first - (time.perf_counter() - began), "compilations": count.number,
-        "samplers": len(tableaux),
-    }  # fmt: skip
+    function.lower(first, x_T).compile()
+    return {"seconds": time.perf_counter() - began}
 
 
 def alone(
-    what: str, which: int, n: int = 20, *, runs: int = 1, cache: str | None = None
+    what: str, which: int, n: int = 20, *, full: bool, runs: int = 1, cache: str | None = None
 ) -> dict[str, Any]:
     """The same in a process of its own, the fastest of some."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
@@ -128,66 +121,65 @@ def alone(
     found = []
     for _ in range(runs):
         done = subprocess.run(
-            [sys.executable, __file__, "--one", what, str(which), str(n)],
+            [sys.executable, __file__, "--one", what, str(which), str(n), *["--full"] * full],
             capture_output=True, text=True, check=False, env=environment,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    return min(found, key=lambda run: run["first"])
+    return min(found, key=lambda run: run.get("seconds", 0.0))
 
 
 def main() -> None:
     """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--full", action="store_true", help="sizes for a GPU")
     parser.add_argument("--networks", type=int, nargs="+", default=[0, 1], choices=(0, 1, 2, 3))
     parser.add_argument("--growth", type=int, nargs="+", default=list(GROWTH))
-    parser.add_argument("--runs", type=int, default=2, help="of each, of which the fastest counts")
+    parser.add_argument("--runs", type=int, default=3, help="of each, of which the fastest counts")
     parser.add_argument("--out", default=str(RESULTS / "compilation.md"))
     arguments = parser.parse_args()
     if arguments.one:
         what, which, n = arguments.one
-        print(json.dumps(one(what, int(which), int(n))))
+        print(json.dumps(one(what, int(which), int(n), arguments.full)))
         return
 
-    runs = arguments.runs
-    text = heading("Compilation", "python benchmarks/compilation.py")
+    own: dict[str, Any] = {"full": arguments.full}
+    many = {**own, "runs": arguments.runs}
+    command = "python benchmarks/compilation.py" + (" --full" if arguments.full else "")
+    text = heading("Compilation", command)
     rows, growth = [], []
     for which in arguments.networks:
-        name = network(which, False).name
-        bare, sample, everything = (
-            alone(what, which, runs=runs) for what in ("bare", "sample", "all")
-        )
+        name = network(which, arguments.full).name
+        bare, sample = (alone(what, which, **many)["seconds"] for what in ("bare", "sample"))
+        everything = alone("all", which, **own)
         with tempfile.TemporaryDirectory() as folder:
-            alone("sample", which, cache=folder)
-            second = alone("sample", which, cache=folder)
+            alone("sample", which, cache=folder, **own)
+            second = alone("sample", which, cache=folder, **many)["seconds"]
         rows.append([
-            name, f"{bare['first']:.2f}", f"{sample['first']:.2f}",
-            f"{sample['first'] / bare['first']:.2f}", str(sample["compilations"]),
-            str(everything["samplers"]), f"{everything['first']:.2f}",
-            str(everything["compilations"]), f"{second['first']:.2f}",
+            name, f"{bare:.2f}", f"{sample:.2f}", f"{sample / bare:.2f}", f"{second:.2f}",
+            str(everything["samplers"]), str(everything["compilations"]),
         ])  # fmt: skip
         print(rows[-1], flush=True)
         growth += [
             [
                 name,
                 label,
-                *(f"{alone(what, which, n, runs=runs)['first']:.2f}" for n in arguments.growth),
+                *(f"{alone(what, which, n, **own)['seconds']:.2f}" for n in arguments.growth),
             ]
             for what, label in (("sample", "`ds.sample`"), ("hand", "a loop under one jit"))
         ]
         print(growth[-2:], flush=True)
     text += (
-        "\nSeconds from the first call to its result, less those of a second call. "
-        f"All samplers: {len([s for s in SOLVERS if not ds.solvers.get(s).stochastic])} solvers at "
-        f"{BUDGETS[0]} to {BUDGETS[-1]} evaluations, padded to one shape; the time is that of the "
-        "first of them. Second start: a new process that finds the program in JAX's persistent "
-        "cache.\n\n"
+        "\nSeconds to trace and compile. Second start: in a new process that finds the program in "
+        "JAX's persistent cache. All samplers: "
+        f"{len([s for s in SOLVERS if not ds.solvers.get(s).stochastic])} solvers at {BUDGETS[0]} "
+        f"to {BUDGETS[-1]} evaluations, padded to one shape, and how often that compiled.\n\n"
     )
     text += table(
-        ["network", "bare scan, s", "`ds.sample`, s", "ratio", "compilations", "all samplers",
-         "s", "compilations", "second start, s"], rows,
+        ["network", "bare scan, s", "`ds.sample`, s", "ratio", "second start, s", "all samplers",
+         "compilations"], rows,
     )  # fmt: skip
     text += (
         "\nThe same against the number of evaluations: DPM-Solver++ 2M here, and as it is copied "

@@ -66,7 +66,7 @@ def memory(function: Any, *arguments: Any) -> int:
 
 
 def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, Any]:
-    """{sampler: (time over bare, states over bare, p + q)}, "bare", and "one" for all in one."""
+    """{sampler: (time over bare, states over bare, p + q)}, and the rows below them."""
     dtype = jax.tree.leaves(net.params)[0].dtype
     process = ds.processes.flow()
     score_fn = ds.ScoreFn(net.apply, net.params, process, prediction="velocity", dtype=dtype)
@@ -77,23 +77,26 @@ def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, A
         "bare": lambda: bare(score_fn.params, x_T),
         "noisy": lambda: bare(score_fn.params, x_T, key),
     }
-    base, extra = memory(bare, score_fn.params, x_T), {}
+    base = {noisy: memory(bare, score_fn.params, x_T, key if noisy else None) for noisy in (0, 1)}
+    extra = {}
     for name, tableau in tableaux.items():
         needed = key if tableau.stochastic else None
-        functions[name] = lambda t=tableau, k=needed: ds.sample(score_fn, t, x_T, key=k)
-        whole = jax.jit(lambda f, x, t=tableau, k=needed: ds.sample(f, t, x, key=k))
-        extra[name] = (memory(whole, score_fn, x_T) - base) / x_T.nbytes
-    quiet = [t for t in tableaux.values() if not t.stochastic]
-    padded = ds.Tableau.pad_together(quiet)
-    for i, t in enumerate(padded):
-        functions[f"one {i}"] = lambda t=t: ds.sample(score_fn, t, x_T)
+        whole = jax.jit(lambda f, x, k, t=tableau: ds.sample(f, t, x, key=k))
+        extra[name] = (memory(whole, score_fn, x_T, needed) - base[tableau.stochastic]) / x_T.nbytes
+        functions[name] = lambda f=whole, k=needed: f(score_fn, x_T, k)
+    first = tableaux[names[0]]
+    functions["unjitted"] = lambda: ds.sample(score_fn, first, x_T)
+    one, quiet = jax.jit(ds.sample), [t for t in tableaux.values() if not t.stochastic]
+    for i, t in enumerate(ds.Tableau.pad_together(quiet)):
+        functions[f"one {i}"] = lambda t=t: one(score_fn, t, x_T)
     times = fastest(functions, seconds)
     result: dict[str, Any] = {
         name: (times[name] / times["noisy" if t.stochastic else "bare"], extra[name], t.p + t.q)
         for name, t in tableaux.items()
     }
     result |= {name: times[name] for name in ("bare", "noisy")}
-    result["one"] = max(times[f"one {i}"] for i in range(len(padded))) / times["bare"]
+    result["host"] = times["unjitted"] - times[names[0]]
+    result["one"] = max(times[f"one {i}"] for i in range(len(quiet))) / times["bare"]
     return result
 
 
@@ -116,11 +119,11 @@ def main() -> None:
     command = "python benchmarks/overhead.py" + (" --full" if arguments.full else "")
     text = heading("Overhead over a bare scan of the network", command)
     text += (
-        f"\nTime of `ds.sample` over the time of a bare `lax.scan` of the network, {NFE} "
-        "evaluations, the fastest of alternating runs; for the last three, which add noise, over a "
-        "bare scan with a draw of noise in every step. Every sampler in its own shape; below, all "
-        "deterministic ones padded to one shape, which is one compiled program, the slowest of "
-        "them.\n\n"
+        "\nTime of `ds.sample` in a `jit` over the time of a bare `lax.scan` of the network, "
+        f"{NFE} evaluations, the fastest of alternating runs; for the last three, which add noise, "
+        "over a bare scan with a draw of noise in every step. Every sampler in its own shape. One "
+        "program: all deterministic ones padded to one shape, the slowest of them. Without a `jit` "
+        "around it, `ds.sample` checks and binds its arguments at every call: the last row.\n\n"
     )
     rows = [
         ["bare scan, ms", *(f"{r['bare'] * 1e3:.2f}" for r in found)],
@@ -128,6 +131,7 @@ def main() -> None:
     ]
     rows += [[f"`{name}`", *(f"{r[name][0]:.3f}" for r in found)] for name in names]
     rows.append(["one program", *(f"{r['one']:.3f}" for r in found)])
+    rows.append(["without `jit`, ms more", *(f"{r['host'] * 1e3:+.2f}" for r in found)])
     text += table(["", *(each.name for each in chosen)], rows)
     text += (
         "\nMemory over the bare scan, in states, as the compiler counts it; p + q is what the "

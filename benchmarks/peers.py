@@ -224,7 +224,10 @@ def in_jax(model: Network, grid: Grid) -> dict[str, Callable]:
             {**CONFIG, "_class_name": "UniPCMultistepScheduler"}
         ).solver(process, grid.times),
     }
-    own = {name: lambda t=t: ds.sample(score_fn, t, x_T) for name, t in tableaux.items()}
+    own = {}
+    for name, tableau in tableaux.items():  # in a jit, as the others
+        jitted_ = jax.jit(lambda f, x, t=tableau: ds.sample(f, t, x))
+        own[name] = lambda f=jitted_: f(score_fn, x_T)
     return {
         "bare network, 20 times": lambda: bare(params, x_T),
         **own,

@@ -404,6 +404,22 @@ def ablation_table(problem: Problem, arguments: argparse.Namespace, found: Any) 
     return text + table(["", *(f"NFE {n}" for n in budgets)], rows)
 
 
+def more_table(problem: Problem, arguments: argparse.Namespace) -> str:
+    """What more steps of gradient make of the plans that a run before has left."""
+    rows = []
+    for nfe in arguments.nfe:
+        path = f"{arguments.plans}/{arguments.network}-{nfe}.json"
+        before = search.Plan.load(path).tableau
+        plan = problem.distill(before, arguments)
+        plan.save(path)
+        away = problem.distance(plan.tableau)
+        rows.append([str(nfe), f"{problem.psnr(before):.1f}", f"{problem.psnr(plan.tableau):.1f}",
+                     f"{away.mean():.3f}", f"{plan.seconds:.0f}"])  # fmt: skip
+        print(rows[-1], flush=True)
+    text = f"\n## More gradient\n\nThe plans above after {arguments.steps} more steps.\n\n"
+    return text + table(["NFE", "PSNR before", "after", "distance", "seconds"], rows)
+
+
 def main() -> None:
     """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -425,12 +441,21 @@ def main() -> None:
     parser.add_argument("--detail", type=int, nargs="+", default=[5, 8],
                         help="budgets of the tables after the first")  # fmt: skip
     parser.add_argument("--only-main", action="store_true", help="the first table only")
+    parser.add_argument(
+        "--more",
+        action="store_true",
+        help="only --steps more for the plans in --plans, appended to the result",
+    )
     parser.add_argument("--out")
     parser.add_argument("--plans", help="folder for the plans that are found")
     arguments = parser.parse_args()
     problem = Problem(arguments)
     command = f"python benchmarks/search.py --network {arguments.network}"
     out = arguments.out or str(RESULTS / f"search_{arguments.network}.md")
+    if arguments.more:
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(more_table(problem, arguments))
+        return
     text = heading("What the search finds", command)
 
     def write(more: str) -> None:

@@ -156,7 +156,10 @@ def error_against_nfe(
         axis.set_xticks(chosen, [str(n) for n in chosen])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if len(lines) < 9:
+            axis.legend(fontsize=7)
+        else:  # beside the curves: it would lie on some of them
+            axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -8,6 +8,7 @@ is, which is how one sample of a batch is drawn again alone.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -51,12 +52,17 @@ def sample_keys(key: Any, batch: int | None) -> jax.Array:
             )
         return key
     if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+        return _spread(key, batch)
     if key.shape != (batch,):
         raise ValueError(
             f"`key` must be one key or one per sample, shape ({batch},); got shape {key.shape}."
         )
     return key
+
+
+@functools.partial(jax.jit, static_argnums=1)  # operation by operation it takes a millisecond
+def _spread(key: jax.Array, batch: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
 
 
 def normal_like(keys: jax.Array, row: Any, tree: Any) -> Any:

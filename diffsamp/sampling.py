@@ -28,7 +28,7 @@ from jax import lax
 
 from diffsamp import random
 from diffsamp._checks import expect_state
-from diffsamp._numeric import is_concrete, silence, to_host, working_dtype
+from diffsamp._numeric import is_concrete, namespace, silence, to_host, working_dtype
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
@@ -296,7 +296,7 @@ def _bind(score_fn: ScoreFn, tableau: Tableau) -> _Row:
     bound = jax.tree.map(
         lambda v: xp.where(xp.asarray(evaluates), v, xp.zeros((), xp.asarray(v).dtype)), bound
     )
-    rows = _Row(tableau.a, tableau.b, tableau.c, evaluates, bound)
+    rows = _Row(_by_slot(tableau.a), _by_slot(tableau.b), tableau.c, evaluates, bound)
     # float64 -> float32 here rather than at dispatch, where an overflow (a learned tableau that
     # diverged) warns from inside compiled code
     return jax.tree.map(_to_default_precision, rows)
@@ -323,7 +323,7 @@ def _run(score_fn, rows, x_T, keys, cond, *, plain, checkpoint, record):
 
     body = jax.checkpoint(body) if checkpoint else body
     state, recorded = lax.scan(body, state, rows, length=count)
-    if keys is None:
+    if keys is None and not plain:
         # with a traced tableau a missing key cannot be an error; it must not pass in silence either
         spoiled = jnp.any(rows.c != 0)
         state = state._replace(
@@ -368,7 +368,7 @@ def _advance(
     output = call() if plain else lax.cond(jnp.any(row.evaluates), call, nothing)
     # stored before they are combined: the other way round XLA copies the buffers at every row
     points, outputs = _store(state.points, x, n), _store(state.outputs, output, n)
-    new = jax.tree.map(lambda u, m: _combine(row.a, u, n) + _combine(row.b, m, n), points, outputs)
+    new = jax.tree.map(lambda u, m: _combine(row.a, u) + _combine(row.b, m), points, outputs)
     if state.keys is not None:
         noise = draw() if plain else lax.cond(jnp.any(row.c != 0), draw, nothing)
         new = jax.tree.map(lambda v, z: v + scale_rows(row.c, v) * z.astype(v.dtype), new, noise)
@@ -391,15 +391,23 @@ def _kept(slots: Any, before: Any) -> Any:
     return jax.tree.map(lambda s, b: s[: b.shape[0]], slots, before)
 
 
-def _combine(weights: Any, slots: jax.Array, n: Any) -> jax.Array:
-    """sum_i weights[i] (value of row n - i), in at least float32.
+def _combine(weights: Any, slots: jax.Array) -> jax.Array:
+    """sum_i weights[i] slots[i], in at least float32.
 
     Written out term by term, so that it becomes one loop over the elements. A reduction over the
     leading axis is 10 times slower on CPU, and a dot product rounds its inputs on matrix units.
     """
-    size = slots.shape[0]
-    lags = (n - jnp.arange(size, dtype=jnp.int32)) % size
     dtype = working_dtype(slots.dtype)
-    ordered = jnp.asarray(weights, dtype)[lags]
-    terms = (scale_rows(ordered[i], slots[i]) * slots[i].astype(dtype) for i in range(size))
+    weights = jnp.asarray(weights, dtype)
+    terms = (
+        scale_rows(weights[i], slots[i]) * slots[i].astype(dtype) for i in range(slots.shape[0])
+    )
     return functools.reduce(jnp.add, terms)
+
+
+def _by_slot(weights: Any) -> Any:
+    """Every row's weights in the order of the ring buffer: slot i holds lag (n - i) mod size."""
+    rows, size = np.shape(weights)[:2]
+    xp = namespace(weights)
+    row = xp.arange(rows)[:, None]
+    return weights[row, (row - xp.arange(size)[None]) % size] if size > 1 else weights

@@ -10,7 +10,14 @@ import diffsamp as ds
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-GUIDES = ("README.md", "scaling.md", "schedules.md", "search.md")  # pages of no family of samplers
+GUIDES = (
+    "README.md",
+    "choosing.md",
+    "performance.md",
+    "scaling.md",
+    "schedules.md",
+    "search.md",
+)  # pages of no family of samplers
 FAMILIES = [page for page in PAGES if page.name not in GUIDES]
 
 
