@@ -28,7 +28,7 @@ from overhead import SOLVERS, bare_scan
 import diffsamp as ds
 
 BUDGETS = tuple(range(5, 21))
-GROWTH = (5, 10, 20, 40)
+GROWTH = (5, 10, 20)
 
 
 class Count:
