@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 
 import jax
@@ -15,8 +16,10 @@ import diffsamp
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def heading(title: str, command: str, *packages: str) -> str:
-    """A Markdown heading with machine, date and versions, of `packages` too."""
+def heading(title: str, *packages: str) -> str:
+    """A Markdown heading with the command, machine, date and versions, of `packages` too."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
         for name in ("jax", "jaxlib", "numpy", *packages)

@@ -153,8 +153,7 @@ def main() -> None:
             f"unknown network {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}."
         )
     budgets = tuple(arguments.nfe)
-    text = heading("Which sampler to choose", "python benchmarks/accuracy.py " + " ".join(
-        arguments.networks))  # fmt: skip
+    text = heading("Which sampler to choose")
     found: dict[str, search.Comparison] = {}
     tables = ""
     for name in arguments.networks:

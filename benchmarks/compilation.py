@@ -147,8 +147,7 @@ def main() -> None:
 
     own: dict[str, Any] = {"full": arguments.full}
     many = {**own, "runs": arguments.runs}
-    command = "python benchmarks/compilation.py" + (" --full" if arguments.full else "")
-    text = heading("Compilation", command)
+    text = heading("Compilation")
     rows, growth = [], []
     for which in arguments.networks:
         name = network(which, arguments.full).name

@@ -407,7 +407,7 @@ def _at(points: dict[float, float], budget: int) -> str:
 
 def report(rows: dict[str, Any]) -> str:
     """The table: every solver, its error at some budgets."""
-    text = heading("Error against NFE of every solver", "python benchmarks/families.py")
+    text = heading("Error against NFE of every solver")
     text += "\n".join(["", *__doc__.splitlines()[5:], ""])
     for noisy, budgets in ((False, (5, 6, 10, 20)), (True, (6, 10, 20, 40))):
         lines = []

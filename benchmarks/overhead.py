@@ -116,8 +116,7 @@ def main() -> None:
     for each in chosen:
         found.append(measure(each, names, arguments.seconds))
         print(each.name, found[-1], flush=True)
-    command = "python benchmarks/overhead.py" + (" --full" if arguments.full else "")
-    text = heading("Overhead over a bare scan of the network", command)
+    text = heading("Overhead over a bare scan of the network")
     text += (
         "\nTime of `ds.sample` in a `jit` over the time of a bare `lax.scan` of the network, "
         f"{NFE} evaluations, the fastest of alternating runs; for the last three, which add noise, "

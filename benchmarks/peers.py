@@ -266,7 +266,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     grid = Grid()
-    text = heading("The same model, sampled by others", "make bench-peers", "torch", "diffusers",
+    text = heading("The same model, sampled by others", "torch", "diffusers",
                    "k-diffusion", "diffrax")  # fmt: skip
     text += (
         f"\n{NFE} evaluations; ratio to the bare network of the same framework, and milliseconds "

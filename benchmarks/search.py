@@ -450,13 +450,12 @@ def main() -> None:
     parser.add_argument("--plans", help="folder for the plans that are found")
     arguments = parser.parse_args()
     problem = Problem(arguments)
-    command = f"python benchmarks/search.py --network {arguments.network}"
     out = arguments.out or str(RESULTS / f"search_{arguments.network}.md")
     if arguments.more:
         with open(out, "a", encoding="utf-8") as file:
             file.write(more_table(problem, arguments))
         return
-    text = heading("What the search finds", command)
+    text = heading("What the search finds")
 
     def write(more: str) -> None:
         """After every table: hours of work are not lost with the last one."""
