@@ -1,6 +1,6 @@
 """How often and how long XLA compiles: solvers, budgets, second starts.
 
-    python benchmarks/compilation.py            # an MLP and the transformer, in minutes on a CPU
+    python benchmarks/compilation.py            # in minutes on a CPU
     python benchmarks/compilation.py --full     # the networks in the sizes for a GPU
 
 Compilations are counted where JAX reports them. Every measurement is in a process of its own, so
@@ -22,7 +22,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 from _report import RESULTS, heading, table
-from networks import Network, network
+from networks import COUNT, Network, network
 from overhead import SOLVERS, bare_scan
 
 import diffsamp as ds
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--full", action="store_true", help="sizes for a GPU")
-    parser.add_argument("--networks", type=int, nargs="+", default=[0, 1], choices=(0, 1, 2, 3))
+    parser.add_argument("--networks", type=int, nargs="+", default=[0, 1, 3], choices=range(COUNT))
     parser.add_argument("--growth", type=int, nargs="+", default=list(GROWTH))
     parser.add_argument("--runs", type=int, default=3, help="of each, of which the fastest counts")
     parser.add_argument("--out", default=str(RESULTS / "compilation.md"))

@@ -1,8 +1,7 @@
 """The networks whose time is measured: a small MLP, a 12-layer transformer and a U-Net.
 
 Random weights, since only the time matters, small enough at the end that samples stay bounded. All
-are `apply(params, x, t)`; the first two have a PyTorch twin in `peers.py` that takes the same
-parameters.
+are `apply(params, x, t)` and have a twin in `torch_networks.py` that takes the same parameters.
 """
 
 from __future__ import annotations
@@ -138,4 +137,9 @@ def network(which: int, full: bool) -> Network:
         return Network(name, transformer, params, IMAGE, batch)
     data, shape, batch = ("cifar10", IMAGE, 64) if full else ("fashion", (16, 16, 1), 8)
     params = jax.jit(unet.init_for(data, shape))(jax.random.key(0))
+    # its last layers start at zero, which would leave nothing to compare
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda v: v + jnp.asarray(0.03 * rng.normal(size=v.shape), v.dtype), params
+    )
     return Network(f"U-Net, batch {batch}", unet.apply_for(data), params, shape, batch)

@@ -7,15 +7,20 @@ Both are jitted, warmed up, and run alternately in one process; the ratio of the
 reported, for 20 network evaluations. The bare scan feeds the network's output back as its input
 and does nothing else; samplers with noise are held against one that draws noise, too. Memory:
 what the compiled program needs besides its arguments, less what the bare scan needs, in states.
+What is put around the network, and the runs that are no scan of a tableau, are held against a bare
+scan of as many network calls at the batch that they make.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from _report import RESULTS, heading, table
 from _timing import fastest
 from networks import COUNT, Network, network
@@ -23,15 +28,47 @@ from networks import COUNT, Network, network
 import diffsamp as ds
 
 NFE = 20
-# at least one of every family; the last three carry noise of their own
+WINDOW = 4  # rows of `sample_parallel` that are evaluated together
+# one or more of every family; those of the last lines add noise
 SOLVERS = (
-    "ddim", "dpm_solver_2s", "dpmpp_2m", "dpmpp_3m", "deis_tab3", "ipndm4", "heun", "unipc3",
-    "ghvb2.8", "bdia", "belm", "ddpm", "dpmpp_2m_sde", "sa_solver",
+    "ddim", "conjugate_ddim", "dpm_solver_2s", "dpmpp_2m", "dpmpp_3m", "res_2s", "dpm_solver_v3",
+    "iia", "deis_tab3", "ipndm4", "pndm", "heun", "dpm2", "rho_rk4", "unipc3", "dc_solver",
+    "ghvb2.8", "heavy_ball", "mixed", "bdia", "belm",
+    "ddpm", "accelerated_ddpm", "dpmpp_2m_sde", "dpmpp_sde", "sa_solver", "er_sde3", "seeds2",
+    "dpm2_ancestral", "interpolant_em", "consistency", "restart",
 )  # fmt: skip
 
 
+def composed(name: str, process: Any) -> ds.Tableau | None:
+    """A sampler outside the registry with 20 evaluations; fitted numbers are made up."""
+    times = ds.schedules.logsnr(process, NFE)
+    solvers = ds.solvers
+    if name == "heavy_ball":
+        return solvers.heavy_ball(solvers.dpmpp(process, times, order=2))
+    if name == "restart":  # Heun's 8 steps, and 2 more on the way down again
+        low, high = 0.14, 0.3
+        short = ds.schedules.logsnr(process, 8, final="t_min")
+        return solvers.restart(process, short, intervals=[(3, 1, low, high)])
+    if name == "mixed":
+        return solvers.mixed(process, times, steps=[solvers.MixedStep()] * NFE)
+    if name == "dc_solver":
+        return solvers.dc_solver(process, times, ratios=np.full(NFE, 1.01))
+    if name == "iia":
+        return solvers.iia(process, times, coefficients=np.full((NFE, 2), 0.01))
+    if name == "dpm_solver_v3":
+        levels = np.array([-20.0, 20.0])
+        made_up = solvers.ModelStatistics(levels, np.array([0.4, 0.6]), np.array([0.0, 0.1]))
+        return solvers.dpm_solver_v3(process, times, statistics=made_up)
+    if name == "consistency":
+        return solvers.consistency(process, times, rho_min=0.0)
+    return None
+
+
 def tableau_of(name: str, process: Any) -> ds.Tableau:
-    """A registered solver with 20 evaluations."""
+    """A solver with 20 evaluations."""
+    found = composed(name, process)
+    if found is not None:
+        return found
     solver = ds.solvers.get(name)
     for final in ("clean", "t_min"):
         for steps in range(NFE, 0, -1):
@@ -65,13 +102,23 @@ def memory(function: Any, *arguments: Any) -> int:
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 
+def draws(tableau: ds.Tableau) -> bool:
+    """Whether it adds noise in most rows, and is held against a scan that does."""
+    return np.count_nonzero(tableau.c) > tableau.rows / 2
+
+
+def score_fn_of(net: Network, process: Any) -> ds.ScoreFn:
+    """The network as one that predicts velocity."""
+    dtype = jax.tree.leaves(net.params)[0].dtype
+    return ds.ScoreFn(net.apply, net.params, process, prediction="velocity", dtype=dtype)
+
+
 def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, Any]:
     """{sampler: (time over bare, states over bare, p + q)}, and the rows below them."""
-    dtype = jax.tree.leaves(net.params)[0].dtype
     process = ds.processes.flow()
-    score_fn = ds.ScoreFn(net.apply, net.params, process, prediction="velocity", dtype=dtype)
+    score_fn = score_fn_of(net, process)
     x_T, key = net.start(), jax.random.key(1)
-    bare = bare_scan(net, dtype)
+    bare = bare_scan(net, score_fn.dtype)
     tableaux = {name: tableau_of(name, process) for name in names}
     functions = {
         "bare": lambda: bare(score_fn.params, x_T),
@@ -82,29 +129,100 @@ def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, A
     for name, tableau in tableaux.items():
         needed = key if tableau.stochastic else None
         whole = jax.jit(lambda f, x, k, t=tableau: ds.sample(f, t, x, key=k))
-        extra[name] = (memory(whole, score_fn, x_T, needed) - base[tableau.stochastic]) / x_T.nbytes
+        extra[name] = (memory(whole, score_fn, x_T, needed) - base[draws(tableau)]) / x_T.nbytes
         functions[name] = lambda f=whole, k=needed: f(score_fn, x_T, k)
     first = tableaux[names[0]]
     functions["unjitted"] = lambda: ds.sample(score_fn, first, x_T)
-    one, quiet = jax.jit(ds.sample), [t for t in tableaux.values() if not t.stochastic]
+    # of one output or a few: a dense sampler would make all of them keep twenty
+    one = jax.jit(ds.sample)
+    quiet = [t for t in tableaux.values() if not t.stochastic and t.p + t.q <= 6]
     for i, t in enumerate(ds.Tableau.pad_together(quiet)):
         functions[f"one {i}"] = lambda t=t: one(score_fn, t, x_T)
     times = fastest(functions, seconds)
     result: dict[str, Any] = {
-        name: (times[name] / times["noisy" if t.stochastic else "bare"], extra[name], t.p + t.q)
+        name: (times[name] / times["noisy" if draws(t) else "bare"], extra[name], t.p + t.q)
         for name, t in tableaux.items()
     }
     result |= {name: times[name] for name in ("bare", "noisy")}
-    result["host"] = times["unjitted"] - times[names[0]]
+    result["unjitted"] = times["unjitted"] / times["bare"]
     result["one"] = max(times[f"one {i}"] for i in range(len(quiet))) / times["bare"]
     return result
+
+
+def around(net: Network) -> dict[str, tuple[Callable[..., Any], Any, int, int]]:
+    """{name: (compiled function, its argument, network calls, times the batch)}."""
+    process = ds.processes.flow()
+    score_fn, x_T = score_fn_of(net, process), net.start()
+    tableau = ds.solvers.dpmpp(process, ds.schedules.logsnr(process, NFE), order=2)
+
+    def conditional(params: Any, x: Any, t: Any, label: Any) -> Any:
+        return net.apply(params, x, t + label.astype(t.dtype))
+
+    given = dataclasses.replace(score_fn, apply=conditional)
+    label = {"label": jnp.zeros(net.batch)}
+
+    def scanned(tableau: ds.Tableau, cond: Any = None) -> Callable[..., Any]:
+        return jax.jit(lambda f: ds.sample(f, tableau, x_T, cond=cond))
+
+    steps = ds.few_step.uniform_tableau(process, 16)
+    found = {
+        "`guidance.cfg`": (
+            scanned(tableau, label), ds.guidance.cfg(given, 3.0, {"label": 0.0}), NFE, 2),
+        "`guidance.static_thresholding`": (
+            scanned(tableau), ds.guidance.static_thresholding(score_fn), NFE, 1),
+        "`guidance.dynamic_thresholding`": (
+            scanned(tableau), ds.guidance.dynamic_thresholding(score_fn), NFE, 1),
+        "`time_shift.time_shift`": (
+            scanned(tableau), ds.time_shift.time_shift(score_fn, window=0.1, cutoff=0.2), NFE, 1),
+        "`few_step.shortcut`": (
+            scanned(steps), ds.few_step.shortcut(given, name="label"), steps.nfe, 1),
+    }  # fmt: skip
+
+    def in_pairs(params: Any, z: Any, t: Any) -> Any:
+        return net.apply(params, z.reshape(-1, *net.shape), t).reshape(z.shape)
+
+    pairs = x_T.reshape(net.batch, -1, 2)  # data and momentum in place of neighbours
+    phase, rows = ds.phase_space.sampler(
+        ds.ScoreFn(in_pairs, net.params, ds.phase_space.psld(), dtype=score_fn.dtype),
+        np.linspace(1.0, 1e-3, NFE // 2 + 1),
+    )
+    found["`phase_space.sampler`"] = (jax.jit(lambda f: ds.sample(f, rows, pairs)), phase, NFE, 1)
+
+    def parallel(score_fn: Any) -> Any:
+        return ds.parallel.sample_parallel(score_fn, tableau, x_T, window=WINDOW, tolerance=0.0)
+
+    def adaptive(score_fn: Any) -> Any:
+        return ds.adaptive.ode_solution(score_fn, x_T, process.t_max, 1e-3, rtol=1e-2, atol=1e-2)
+
+    sweeps = int(jnp.max(parallel(score_fn).sweeps))
+    found["`parallel.sample_parallel`"] = (jax.jit(parallel), score_fn, sweeps, WINDOW)
+    calls = int(jnp.max(adaptive(score_fn).nfe))
+    found["`adaptive.ode_solution`"] = (adaptive, score_fn, calls, 1)  # compiled inside
+    return found
+
+
+def measure_around(net: Network, seconds: float) -> dict[str, tuple[float, int, int]]:
+    """{name: (time over bare, network calls, times the batch)}."""
+    functions: dict[str, Callable[[], Any]] = {}
+    chosen = around(net)
+    params = jax.tree.map(jnp.asarray, net.params)
+    for name, (function, argument, calls, copies) in chosen.items():
+        wide = jnp.concatenate([net.start()] * copies)
+        bare = bare_scan(net, jax.tree.leaves(params)[0].dtype, calls)
+        functions[name] = lambda f=function, a=argument: f(a)
+        functions[f"bare {name}"] = lambda f=bare, x=wide: f(params, x)
+    times = fastest(functions, seconds)
+    return {
+        name: (times[name] / times[f"bare {name}"], calls, copies)
+        for name, (_, _, calls, copies) in chosen.items()
+    }
 
 
 def main() -> None:
     """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help="sizes for a GPU")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each network")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each network and table")
     parser.add_argument("--networks", type=int, default=COUNT, help="only the first few")
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS))
     parser.add_argument("--out", default=str(RESULTS / "overhead.md"))
@@ -112,26 +230,32 @@ def main() -> None:
 
     names = tuple(arguments.solvers)
     chosen = [network(i, arguments.full) for i in range(arguments.networks)]
-    found = []
+    found, beside = [], []
     for each in chosen:
         found.append(measure(each, names, arguments.seconds))
-        print(each.name, found[-1], flush=True)
+        beside.append(measure_around(each, arguments.seconds))
+        print(each.name, found[-1], beside[-1], flush=True)
+    head = [each.name for each in chosen]
     text = heading("Overhead over a bare scan of the network")
     text += (
         "\nTime of `ds.sample` in a `jit` over the time of a bare `lax.scan` of the network, "
-        f"{NFE} evaluations, the fastest of alternating runs; for the last three, which add noise, "
-        "over a bare scan with a draw of noise in every step. Every sampler in its own shape. One "
-        "program: all deterministic ones padded to one shape, the slowest of them. Without a `jit` "
-        "around it, `ds.sample` checks and binds its arguments at every call: the last row.\n\n"
+        f"{NFE} evaluations, the fastest of alternating runs; for samplers that add noise in most "
+        "rows (marked z) over a bare scan with a draw of noise in every step. Every sampler in its "
+        "own shape. One program: all deterministic ones with p + q of at most 6, padded to one "
+        f"shape, the slowest of them. Without a `jit`: `{names[0]}` as a plain call, which checks "
+        "and binds its arguments every time.\n\n"
     )
+    noisy = {name: draws(tableau_of(name, ds.processes.flow())) for name in names}
     rows = [
         ["bare scan, ms", *(f"{r['bare'] * 1e3:.2f}" for r in found)],
         ["bare scan with noise, ms", *(f"{r['noisy'] * 1e3:.2f}" for r in found)],
     ]
-    rows += [[f"`{name}`", *(f"{r[name][0]:.3f}" for r in found)] for name in names]
+    rows += [
+        [f"`{name}`" + " z" * noisy[name], *(f"{r[name][0]:.3f}" for r in found)] for name in names
+    ]
     rows.append(["one program", *(f"{r['one']:.3f}" for r in found)])
-    rows.append(["without `jit`, ms more", *(f"{r['host'] * 1e3:+.2f}" for r in found)])
-    text += table(["", *(each.name for each in chosen)], rows)
+    rows.append(["without `jit`", *(f"{r['unjitted']:.3f}" for r in found)])
+    text += table(["", *head], rows)
     text += (
         "\nMemory over the bare scan, in states, as the compiler counts it; p + q is what the "
         "equation refers to.\n\n"
@@ -140,7 +264,16 @@ def main() -> None:
         [f"`{name}`", str(found[0][name][2]), *(f"{r[name][1]:+.2f}" for r in found)]
         for name in names
     ]
-    text += table(["", "p + q", *(each.name for each in chosen)], rows)
+    text += table(["", "p + q", *head], rows)
+    text += (
+        "\nWhat is put around the network, and runs that are no scan of a tableau: time over a "
+        "bare scan of as many network calls, at the batch they make (in brackets).\n\n"
+    )
+    rows = [
+        [name, *(f"{r[name][0]:.3f} ({r[name][1]} x {r[name][2]})" for r in beside)]
+        for name in beside[0]
+    ]
+    text += table(["", *head], rows)
     with open(arguments.out, "w", encoding="utf-8") as file:
         file.write(text)
 

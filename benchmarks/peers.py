@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from _report import RESULTS, heading, table
 from _timing import fastest
-from networks import HEADS, PATCH, WIDTH, Network, network, time_features
-from torch.nn import functional
+from networks import COUNT, Network, network
+from torch_networks import TWINS, moved
 
 import diffsamp as ds
 
@@ -38,32 +38,6 @@ CONFIG = {
     "timestep_spacing": "trailing", "final_sigmas_type": "zero",
 }  # fmt: skip
 TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def torch_mlp(params: Any, x: Any, t: Any) -> Any:
-    """`networks.mlp`."""
-    hidden = torch.tanh(x @ params["in"] + t[:, None])
-    return torch.tanh(hidden @ params["middle"]) @ params["out"]
-
-
-def torch_transformer(params: Any, x: Any, t: Any) -> Any:
-    """`networks.transformer`, written with PyTorch's own attention and normalisation."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // PATCH, width // PATCH
-    patches = x.reshape(batch, rows, PATCH, columns, PATCH, channels)
-    patches = patches.permute(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-    level = time_features(t.float(), WIDTH, torch).to(x.dtype) @ params["time"]
-    h = patches @ params["patch"] + params["position"] + level[:, None]
-    for block in params["blocks"]:
-        qkv = functional.layer_norm(h, (WIDTH,)) @ block["qkv"]
-        q, k, v = qkv.reshape(batch, rows * columns, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        h = h + mixed.reshape(batch, rows * columns, WIDTH) @ block["out"]
-        wide = functional.gelu(functional.layer_norm(h, (WIDTH,)) @ block["up"], approximate="tanh")
-        h = h + wide @ block["down"]
-    h = functional.layer_norm(h, (WIDTH,)) @ params["pixels"]
-    h = h.reshape(batch, rows, columns, PATCH, PATCH, channels)
-    return h.permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
 
 class Grid:
@@ -85,11 +59,7 @@ class Grid:
 def in_torch(model: Network, grid: Grid, apply: Any, compiled: bool) -> dict[str, Callable]:
     """The network's twin, bare and in the peers' loops: functions that return samples."""
     dtype = torch.bfloat16 if model.params_are_bf16 else torch.float32
-
-    def move(v: Any) -> Any:
-        return torch.from_numpy(np.array(v, np.float32)).to(TORCH_DEVICE, dtype)
-
-    params = jax.tree.map(move, model.params)
+    params = jax.tree.map(lambda leaf: moved(leaf, TORCH_DEVICE, dtype), model.params)
 
     def forward(x: Any, t: Any) -> Any:
         return apply(params, x.to(dtype), t / 1000).to(x.dtype)
@@ -258,7 +228,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for each network and framework"
     )
-    parser.add_argument("--networks", type=int, nargs="+", default=[0, 1, 2], choices=(0, 1, 2))
+    parser.add_argument(
+        "--networks", type=int, nargs="+", default=list(range(COUNT)), choices=range(COUNT)
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", default=str(RESULTS / "peers.md"))
     arguments = parser.parse_args()
@@ -275,7 +247,7 @@ def main() -> None:
     )
     for which in arguments.networks:
         model = network(which, arguments.full)
-        apply = (torch_mlp, torch_transformer, torch_transformer)[which]
+        apply = TWINS[which]
         frameworks = {"JAX": in_jax(model, grid), "PyTorch eager": in_torch(
             model, grid, apply, compiled=False)}  # fmt: skip
         if not arguments.no_compile:

@@ -25,8 +25,10 @@ from diffsamp import (
 )
 from diffsamp._describe import describe
 from diffsamp._export import ExportedSampler, export, load_exported
-from diffsamp._generate import Generated, generate
+from diffsamp._generate import generate
+from diffsamp._progress import ProgressBar
 from diffsamp._sampler import Sampler, sampler
+from diffsamp._shards import Generated, Shard
 from diffsamp.compat.diffusers import from_diffusers
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
@@ -38,8 +40,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ExportedSampler",
     "Generated",
+    "ProgressBar",
     "Sampler",
     "ScoreFn",
+    "Shard",
     "State",
     "Tableau",
     "Trajectory",

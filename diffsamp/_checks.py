@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["expect_choice", "expect_int", "expect_state", "expect_times"]
+__all__ = ["expect_choice", "expect_cond", "expect_int", "expect_state", "expect_times"]
 
 
 def expect_times(times: Any, name: str = "times", *, may_rise: bool = False) -> np.ndarray:
@@ -63,6 +64,22 @@ def expect_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
     return value
+
+
+def expect_cond(cond: Any, size: int | None) -> Any:
+    """`cond` after checking that it is a mapping whose every array has `size` entries."""
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(
+            '`cond` must be keyword arguments for the network, such as {"label": labels}; got '
+            f"{type(cond).__name__}."
+        )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(cond)[0]:
+        if np.shape(leaf)[:1] != (size,):
+            raise ValueError(
+                f"cond{jax.tree_util.keystr(path)} must have one entry per sample, {size}; got "
+                f"shape {np.shape(leaf)}."
+            )
+    return cond
 
 
 def expect_state(x: Any, name: str, batched: bool) -> int | None:

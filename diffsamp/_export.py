@@ -28,12 +28,16 @@ from diffsamp._sampler import Sampler
 
 __all__ = ["ExportedSampler", "export", "load_exported"]
 
-_FORMAT, _VERSION = "diffsamp.exported", 1
+_FORMAT, _VERSION = "diffsamp.exported", 2
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExportedSampler:
     """What `load_exported` returns: call it with (key, x_T) or (key, batch size).
+
+    May be called under `jit`, also with sharded arrays; JAX has no `vmap` or `grad` of it. The
+    weights lie on JAX's default device.
 
     Attributes:
       shape: of one sample.
@@ -41,6 +45,7 @@ class ExportedSampler:
       nfe: network evaluations.
       platforms: what it was exported for.
       cond: {name: (shape without the batch axis, dtype)} of the condition.
+      random: the kind of random keys it takes, such as "threefry2x32".
     """
 
     shape: tuple[int, ...]
@@ -48,48 +53,67 @@ class ExportedSampler:
     nfe: int
     platforms: tuple[str, ...]
     cond: Mapping[str, tuple[tuple[int, ...], str]]
-    _program: Any
-    _prior: Any
-    _weights: list[Any]
+    random: str
+    _program: Any = dataclasses.field(repr=False)
+    _prior: Any = dataclasses.field(repr=False)
+    _weights: list[Any] = dataclasses.field(repr=False)
 
     def __call__(self, key: Any, x_T: Any, *, cond: Mapping[str, Any] | None = None) -> jax.Array:
         """Sample.
 
         Args:
           key: a random key, or one per sample. Sample i is the one that `Sampler` gives for it.
-          x_T: the start (batch, *shape), or the batch size, to draw it from the prior.
+          x_T: the start (batch, *shape); or the batch size, or that shape, to draw it from the
+            prior.
           cond: the arrays named by `cond`, each with the leading axis batch.
 
         Returns:
           Samples (batch, *shape).
 
         Raises:
-          ValueError: shapes or names that are not those exported.
+          TypeError: no key, or dtypes that do not convert without loss of their kind.
+          ValueError: shapes, names or a kind of key that are not those exported.
         """
-        drawn = isinstance(x_T, int | np.integer)
-        batch = expect_int(x_T, "x_T", at_least=1) if drawn else np.shape(x_T)[:1]
-        size = batch if isinstance(batch, int) else (batch[0] if batch else 0)
-        if not drawn and np.shape(x_T)[1:] != self.shape:
+        drawn = isinstance(x_T, int | np.integer | tuple)
+        given_shape = np.shape(x_T)
+        if isinstance(x_T, tuple):
+            given_shape = x_T
+        elif drawn:
+            given_shape = (expect_int(x_T, "x_T", at_least=1), *self.shape)
+        if given_shape[1:] != self.shape or not given_shape or given_shape[0] < 1:
             raise ValueError(
-                f"`x_T` must have shape (batch, {', '.join(map(str, self.shape))}); got "
-                f"{np.shape(x_T)}."
+                f"`x_T` must have shape ({', '.join(map(str, ('batch', *self.shape)))}) with a "
+                f"batch of at least 1; got {given_shape}."
             )
+        size = given_shape[0]
         cond = dict(cond or {})
         if set(cond) != set(self.cond):
             raise ValueError(f"`cond` must hold {sorted(self.cond)}; got {sorted(cond)}.")
         given = {}
         for name, (tail, dtype) in self.cond.items():
-            given[name] = jnp.asarray(cond[name], dtype)
+            given[name] = _converted(cond[name], dtype, f"cond[{name!r}]")
             if given[name].shape != (size, *tail):
                 raise ValueError(
                     f"cond[{name!r}] must have shape {(size, *tail)}; got {given[name].shape}."
                 )
         keys = random.sample_keys(key, size)
+        if str(jax.random.key_impl(keys)) != self.random:
+            raise ValueError(
+                f"`key` must be of the kind {self.random!r}, as when this was exported; got "
+                f"{str(jax.random.key_impl(keys))!r}."
+            )
         if drawn:
             pair = jax.vmap(jax.random.split)(keys)
             x_T, keys = self._prior.call(jax.random.key_data(pair[:, 0])), pair[:, 1]
-        x_T = jnp.asarray(x_T, self.dtype)
+        x_T = _converted(x_T, self.dtype, "x_T")
         return self._program.call(self._weights, jax.random.key_data(keys), x_T, given)
+
+
+def _converted(value: Any, dtype: str, name: str) -> jax.Array:
+    array = jnp.asarray(value)
+    if not jnp.can_cast(array.dtype, dtype, "same_kind"):
+        raise TypeError(f"`{name}` must be of dtype {dtype}; got {array.dtype}.")
+    return array.astype(dtype)
 
 
 def export(
@@ -113,21 +137,44 @@ def export(
       dtype: of the state.
       platforms: of "cpu", "cuda", "rocm" and "tpu".
 
+    The program can be read by later versions of JAX for as long as `jax.export` promises (six
+    months at least).
+
     Raises:
-      ValueError: a network without a batch axis, or one whose program depends on the batch size.
+      TypeError: not a `Sampler`, a dtype that is not floating.
+      FileNotFoundError: the path's folder does not exist; NotADirectoryError, IsADirectoryError.
+      ValueError: a network without a batch axis, or whose program depends on the batch size or
+        cannot be exported (calls back to Python); an unknown platform; a condition without a batch
+        axis.
       ModuleNotFoundError: flatbuffers, in which JAX writes programs, is missing.
     """
-    _flatbuffers()  # if it is missing, say so before the work
+    # what can be said before the work
+    _flatbuffers()
+    if not isinstance(sampler, Sampler):
+        raise TypeError(
+            "`sampler` must be a diffsamp.Sampler, such as Sampler(score_fn, tableau); got "
+            f"{type(sampler).__name__}."
+        )
+    platforms = _expect_platforms(platforms)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating; got {jnp.dtype(dtype)}.")
+    _expect_writable(Path(path))
     if sampler.score_fn.batched is False:
         raise ValueError("`export` needs a network with a batch axis, ScoreFn(batched=True).")
-    shape = tuple(int(size) for size in shape)
+    shape = tuple(expect_int(size, "shape", at_least=1) for size in shape)
     (batch,) = jax_export.symbolic_shape("batch")
     weights, structure = jax.tree.flatten(sampler.score_fn)
     weights = [jnp.asarray(leaf) for leaf in weights]
-    conditions = {
-        name: (tuple(np.shape(value)[1:]), str(jnp.asarray(value).dtype))
-        for name, value in (cond or {}).items()
-    }
+    # a transform may hold random keys, which a file holds as plain numbers
+    kinds = [
+        jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None
+        for leaf in weights
+    ]
+    weights = [
+        leaf if kind is None else jax.random.key_data(leaf)
+        for leaf, kind in zip(weights, kinds, strict=True)
+    ]
+    conditions = {name: _expect_condition(name, value) for name, value in (cond or {}).items()}
     empty = jax.random.key(0)
     width = jax.random.key_data(empty).shape
 
@@ -135,7 +182,11 @@ def export(
         return jax.random.wrap_key_data(data)
 
     def run(weights: list[Any], keys: Any, x_T: Any, cond: dict[str, Any]) -> Any:
-        score_fn = jax.tree.unflatten(structure, weights)
+        leaves = [
+            leaf if kind is None else jax.random.wrap_key_data(leaf, impl=kind)
+            for leaf, kind in zip(weights, kinds, strict=True)
+        ]
+        score_fn = jax.tree.unflatten(structure, leaves)
         return Sampler(score_fn, sampler.tableau)(typed(keys), x_T, cond=cond or None)
 
     process = sampler.score_fn.process
@@ -151,15 +202,19 @@ def export(
         {n: jax.ShapeDtypeStruct((batch, *tail), d) for n, (tail, d) in conditions.items()},
     )
     try:
-        program = jax_export.export(jax.jit(run), platforms=tuple(platforms))(*arguments)
-        start = jax_export.export(jax.jit(prior), platforms=tuple(platforms))(keys)
-    except jax.errors.InconclusiveDimensionOperation as error:
+        program = jax_export.export(jax.jit(run), platforms=platforms)(*arguments)
+        start = jax_export.export(jax.jit(prior), platforms=platforms)(keys)
+    except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
+        if isinstance(error, TypeError) and "_DimExpr" not in str(error):
+            raise
         raise ValueError(f"the network's program depends on the batch size: {error}") from error
+    except NotImplementedError as error:
+        raise ValueError(f"the network's program cannot be exported: {error}") from error
     meta = {
         "format": _FORMAT, "version": _VERSION, "shape": list(shape),
         "dtype": str(jnp.dtype(dtype)), "nfe": sampler.tableau.nfe, "cond": conditions,
         "platforms": list(platforms), "weights": [str(leaf.dtype) for leaf in weights],
-        "name": sampler.tableau.name,
+        "name": sampler.tableau.name, "random": str(jax.random.key_impl(empty)),
     }  # fmt: skip
     arrays = {
         "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
@@ -174,6 +229,31 @@ def export(
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(path, buffer.getvalue())
+
+
+def _expect_platforms(platforms: Any) -> tuple[str, ...]:
+    if isinstance(platforms, str) or not platforms or not set(platforms) <= set(_PLATFORMS):
+        raise ValueError(
+            f'`platforms` must be some of {_PLATFORMS}, such as ("cpu",); got {platforms!r}.'
+        )
+    return tuple(platforms)
+
+
+def _expect_writable(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(21, "`path` is a folder; give a file's path", str(path))
+    if not path.parent.is_dir():
+        kind = NotADirectoryError if path.parent.exists() else FileNotFoundError
+        raise kind(2, "the folder of `path` does not exist", str(path.parent))
+
+
+def _expect_condition(name: str, value: Any) -> tuple[tuple[int, ...], str]:
+    if not hasattr(value, "dtype") or np.ndim(value) < 1:
+        raise ValueError(
+            f"cond[{name!r}] must be an array with a leading batch axis; got "
+            f"{type(value).__name__}."
+        )
+    return tuple(np.shape(value)[1:]), str(jnp.asarray(value).dtype)
 
 
 def load_exported(path: str | os.PathLike[str]) -> ExportedSampler:
@@ -194,17 +274,29 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedSampler:
     name = os.fspath(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {name}.")
+    content = io.BytesIO(Path(path).read_bytes())
+    if not zipfile.is_zipfile(content):
+        raise ValueError(f"{name} is not an exported sampler, or cut short.")
     try:
-        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
+        with np.load(content, allow_pickle=False) as file:
             arrays = dict(file)
         meta = json.loads(arrays["meta"].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if not isinstance(meta, dict):
+            raise TypeError("its description is no mapping")
+    except Exception as error:  # whatever NumPy, zipfile and json say of a broken file
         raise ValueError(f"{name} is not an exported sampler, or corrupt: {error}.") from error
     if meta.get("format") != _FORMAT or meta.get("version") != _VERSION:
         raise ValueError(
             f"{name} is {meta.get('format')!r} of version {meta.get('version')!r}; this diffsamp "
             f"reads {_FORMAT!r} of version {_VERSION}."
         )
+    try:
+        return _built(meta, arrays)
+    except Exception as error:  # whatever JAX says of a program that is none
+        raise ValueError(f"{name} is corrupt: {error!r}.") from error
+
+
+def _built(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> ExportedSampler:
     program = jax_export.deserialize(bytearray(arrays["program"].tobytes()))
     prior = jax_export.deserialize(bytearray(arrays["prior"].tobytes()))
     shapes = [aval.shape for aval in program.in_avals[: len(meta["weights"])]]
@@ -214,8 +306,8 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedSampler:
     ]
     cond = {name: (tuple(tail), d) for name, (tail, d) in meta["cond"].items()}
     return ExportedSampler(
-        tuple(meta["shape"]), meta["dtype"], meta["nfe"], tuple(meta["platforms"]), cond, program,
-        prior, weights,
+        tuple(meta["shape"]), meta["dtype"], meta["nfe"], tuple(meta["platforms"]), cond,
+        meta["random"], program, prior, weights,
     )  # fmt: skip
 
 

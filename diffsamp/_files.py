@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "write_atomically"]
+__all__ = ["read_json", "remove_temporaries", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -18,17 +19,28 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
       OSError: the folder does not exist or cannot be written; nothing is left behind.
     """
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:  # in the name of the file, not of the temporary one
+        raise type(error)(error.errno, error.strerror, str(target)) from error
+
+
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a kill in the middle of `write_atomically` left of some files of a folder."""
+    wanted = set(names)
+    for path in folder.glob(".*.*"):
+        if path.name[1:].rpartition(".")[0] in wanted:
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

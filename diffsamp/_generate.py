@@ -6,14 +6,12 @@ processes, nor on how often the job was stopped.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import io
-import json
+import collections
+import functools
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,71 +19,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int
-from diffsamp._files import read_json, write_atomically
-from diffsamp.sampling import expect_key, sample
-from diffsamp.score import ScoreFn
+from diffsamp import random
+from diffsamp._checks import expect_choice, expect_cond, expect_int
+from diffsamp._digest import digest, fingerprint, seed_of
+from diffsamp._files import remove_temporaries, write_atomically
+from diffsamp._progress import ProgressBar
+from diffsamp._sharding import expect_sharding, on_mesh, put
+from diffsamp._shards import (
+    Generated,
+    Shard,
+    file_name,
+    manifest_bytes,
+    named,
+    safetensors,
+    scan,
+    shard_bytes,
+)
+from diffsamp.sampling import expect_tableau, sample
+from diffsamp.score import ScoreFn, expect_score_fn, for_samples
 from diffsamp.tableau import Tableau
 
-__all__ = ["Generated", "generate"]
+__all__ = ["generate"]
 
-_FORMAT, _VERSION = "diffsamp.generated", 1
 Condition = Callable[[np.ndarray], Mapping[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """A folder that `generate` wrote.
-
-    Attributes:
-      folder: it.
-      n: samples asked for.
-      shards: (file name, first sample, number of samples) of every finished file, in order.
-    """
-
-    folder: Path
-    n: int
-    shards: tuple[tuple[str, int, int], ...]
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Generated:
-        """What is in a folder.
-
-        Raises:
-          FileNotFoundError: it holds no manifest.
-          ValueError: a manifest is corrupt, or of another version.
-        """
-        folder = Path(folder)
-        paths = sorted(folder.glob("manifest-*.json"))
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no manifest of `generate`.")
-        manifests = [_read(path) for path in paths]
-        shards = sorted({tuple(s) for m in manifests for s in m["shards"]}, key=lambda s: s[1])
-        return cls(folder, manifests[0]["settings"]["n"], tuple(shards))
-
-    @property
-    def complete(self) -> bool:
-        """Whether all n samples are there."""
-        return sum(count for _, _, count in self.shards) == self.n
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """The arrays of each file, by name; a state that is one array is called "x"."""
-        for name, _, _ in self.shards:
-            yield _load(self.folder / name)
-
-    def load(self) -> dict[str, np.ndarray]:
-        """All samples in memory, in order.
-
-        Raises:
-          ValueError: some are missing still.
-        """
-        if not self.complete:
-            have = sum(count for _, _, count in self.shards)
-            raise ValueError(
-                f"{self.folder} holds {have} of {self.n} samples; run `generate` again."
-            )
-        parts = list(self)
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def generate(
@@ -102,13 +58,19 @@ def generate(
     format: str = "npz",
     sharding: Any = None,
     processes: tuple[int, int] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | bool = True,
 ) -> Generated:
     """Draw n samples and write them, a numbered file a batch.
 
     While a batch is sampled, a thread moves the last one to the host and writes it. A file appears
     whole or not at all, and the manifest names it only then: stopped at any moment and called again
-    with the same arguments, it draws what is missing.
+    with the same arguments, it draws what is missing, which is at most the batch that was being
+    sampled and the one being written. With a larger n it goes on where it had ended.
+
+    A folder belongs to one job: the network's weights, process and settings, the tableau, key,
+    shape, batch and format are compared, and of `cond` and `finish` the names, shapes and dtypes
+    (and the whole numbers, such as labels) of the first batch. What functions compute is not: give
+    another folder when the code of `apply`, `cond` or `finish` changes.
 
     Args:
       score_fn: the network, batched.
@@ -116,194 +78,247 @@ def generate(
       n: how many samples.
       out: folder, made if needed.
       key: a random key; sample i uses `fold_in(key, i)` for its start and its noise.
-      shape: of one sample, without the batch axis.
+      shape: of one sample, without the batch axis. States are one array of JAX's default floating
+        dtype.
       cond: function from sample numbers, an integer array, to keyword arguments for the network,
         every array with as many entries; None: no condition.
       finish: applied to each batch of samples on the device before it is written: a decoder, a
-        rounding to uint8.
+        rounding to uint8. It keeps the batch axis; an array or a pytree of them.
       batch: samples at a time, and in a file.
       format: "npz", or "safetensors" (which needs that package).
-      sharding: a `jax.sharding.Sharding` over the batch axis; `batch` must divide among its
-        devices.
-      processes: (index, count): this process writes every count-th file; None: JAX's own, so that
+      sharding: a `jax.sharding.NamedSharding` over the batch axis, of devices of this process;
+        `batch` must divide among them. Weights on other devices are copied to all of these, once.
+      processes: (index, count): this process draws every count-th file; None: JAX's own, so that
         after `jax.distributed.initialize` each process takes its share. Each works on devices of
-        its own; they meet in the folder.
-      progress: called with ("generating", samples done, samples of this process).
+        its own; they meet in the folder. A job may go on with another count.
+      progress: True: a `diffsamp.ProgressBar`, where tqdm is installed; False: nothing; else
+        called with ("generating", samples done, samples of this process), first with what was
+        there.
 
     Returns:
       The `Generated` folder, as it is when this process is done.
 
     Raises:
-      ValueError: arguments that do not fit, or a folder of another job.
+      TypeError: arguments of another kind.
+      ValueError: arguments that do not fit, a `finish` that drops the batch axis or gives a dtype
+        that files do not hold, or a folder of another job; before anything is drawn.
+      ModuleNotFoundError: safetensors is missing.
       OSError: a file cannot be written, for want of space or of permission. What was finished
         before stays, and nothing is left half written.
+
+    Warns:
+      RuntimeWarning: samples of a batch are NaN or inf; they are written and counted.
     """
-    expect_int(n, "n", at_least=1)
-    expect_int(batch, "batch", at_least=1)
+    expect_score_fn(score_fn)
+    expect_tableau(tableau)
+    if np.ndim(tableau.times) != 1:
+        raise ValueError("`generate` takes one tableau for all samples, not a stack of them.")
+    n, batch = expect_int(n, "n", at_least=1), expect_int(batch, "batch", at_least=1)
+    shape = _expect_shape(shape)
     expect_choice(format, "format", ("npz", "safetensors"))
-    if key is None:
-        expect_key(tableau, key)
-        raise ValueError("`generate` draws the starts: pass `key`, such as jax.random.key(0).")
+    if format == "safetensors":
+        safetensors()
     if score_fn.batched is False:
         raise ValueError("`generate` needs a network with a batch axis, ScoreFn(batched=True).")
-    index, count = processes or (jax.process_index(), jax.process_count())
-    if not 0 <= index < count:
-        raise ValueError(f"`processes` must be (index, count) with index < count; got {processes}.")
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    key = _expect_one_key(key)
+    index, count = _expect_processes(processes)
+    expect_sharding(sharding, batch)
+    if sharding is not None and not sharding.is_fully_addressable:
+        raise ValueError(
+            "`sharding` has devices of other processes. In `generate` each process works on its "
+            "own: make the mesh of jax.local_devices()."
+        )
+    score_fn = on_mesh(score_fn, sharding)
+
+    def conditions(first: int) -> Mapping[str, Any] | None:
+        # the last batch is filled up, so that one program serves all
+        numbers = np.minimum(np.arange(first, first + batch), n - 1)
+        return None if cond is None else expect_cond(cond(numbers), batch)
+
     settings = {
-        "n": n, "batch": batch, "shape": list(shape), "format": format,
-        "key": np.asarray(jax.random.key_data(key) if typed else key).ravel().tolist(),
-        "tableau": _digest(tableau), "processes": count,
+        "n": n, "batch": batch, "shape": list(shape), "format": format, "key": seed_of(key),
+        "random": str(jax.random.key_impl(key)), "network": fingerprint(score_fn),
+        "tableau": digest(tableau), "cond": _outline(conditions(0)),
+        "arrays": _expect_arrays(finish, (batch, *shape), format),
     }  # fmt: skip
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / f"manifest-{index}.json"
-    done: list[tuple[str, int, int]] = []
-    if manifest.exists():
-        found = _read(manifest)
-        if found["settings"] != settings:
-            changed = sorted(k for k in settings if found["settings"].get(k) != settings[k])
-            raise ValueError(
-                f"{folder} holds another job: {', '.join(changed)} differ. Give another folder, or "
-                "delete it."
-            )
-        done = [tuple(s) for s in found["shards"] if (folder / s[0]).exists()]
-    write_atomically(manifest, _manifest(settings, done))
-    have = {first for _, first, _ in done}
-    mine = list(range(index * batch, n, count * batch))
-    total = sum(min(batch, n - first) for first in mine)
-    written = sum(size for _, _, size in done)
+    folder = _expect_folder(out)
+    found, done = scan(folder)
+    if found is not None:
+        _expect_same(folder, found, settings)
+    mine = range(index * batch, n, count * batch)
+    kept = [s for s in done if s.length == min(batch, n - s.first)]  # of other processes, too
+    have = {s.first for s in kept}
+    remove_temporaries(
+        folder, [f"manifest-{index}.json", *(file_name(i, batch, format) for i in mine)]
+    )
 
-    def keep(name: str, first: int, size: int, arrays: Mapping[str, Any]) -> None:
-        nonlocal written
-        host = {key: np.asarray(value)[:size] for key, value in arrays.items()}
-        write_atomically(folder / name, _bytes(host, format))
-        done.append((name, first, size))
-        write_atomically(manifest, _manifest(settings, done))
-        written += size
-        if progress is not None:
-            progress("generating", written, total)
+    def keep(first: int, arrays: Mapping[str, Any], finite: Any) -> None:
+        size = min(batch, n - first)
+        name = file_name(first, batch, format)
+        content = shard_bytes({key: np.asarray(v)[:size] for key, v in arrays.items()}, format)
+        bad = size - int(np.count_nonzero(np.asarray(finite)[:size]))
+        try:
+            write_atomically(folder / name, content)
+            kept.append(Shard(name, first, size, len(content), bad))
+            write_atomically(folder / f"manifest-{index}.json", manifest_bytes(settings, kept))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write ({error.strerror}); what was finished before is kept. Make room, or "
+                "allow it, and run the same call again",
+                error.filename,
+            ) from error
 
-    with _Writer(keep) as writer:
+    tell = _teller(progress, kept, mine, sum(min(batch, n - first) for first in mine))
+    end = None if finish is None else jax.jit(finish)
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        waiting: collections.deque[Future[None]] = collections.deque()
+
+        def wait(most: int) -> None:
+            while len(waiting) > most:
+                waiting.popleft().result()
+                tell()
+
+        tell()
         for first in mine:
             if first in have:
                 continue
-            size = min(batch, n - first)
-            # the last batch is filled up, so that one program serves all
+            wait(1)  # one is being written while the next is sampled, and no more
             numbers = np.arange(first, first + batch)
-            x = _draw(
-                score_fn, tableau, key, jnp.asarray(numbers),
-                None if cond is None else cond(np.minimum(numbers, n - 1)), tuple(shape), finish,
-                sharding,
-            )  # fmt: skip
-            name = f"samples-{first // batch:06d}.{format}"
-            writer.put(name, first, size, _named(x))
-    return Generated.open(folder)
+            x_T, keys = _starts(key, jnp.asarray(numbers), score_fn.process, shape=shape)
+            x_T, keys, given = put((x_T, keys, conditions(first)), sharding)
+            x = sample(for_samples(score_fn, numbers), tableau, x_T, key=keys, cond=given)
+            finite = _finite(x)
+            waiting.append(writer.submit(keep, first, named(x if end is None else end(x)), finite))
+        wait(0)
+    return Generated(folder, n, scan(folder)[1])
 
 
-def _draw(score_fn, tableau, key, numbers, cond, shape, finish, sharding):
+@functools.partial(jax.jit, static_argnames="shape")
+def _starts(key, numbers, process, *, shape):
+    """The starts of some samples, and the keys of their noise."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
     pair = jax.vmap(jax.random.split)(keys)
-    if sharding is not None:
-        pair, cond = jax.device_put((pair, cond), sharding)
-    x_T = score_fn.process.prior_sample(pair[:, 0], (len(numbers), *shape))
-    x = sample(score_fn, tableau, x_T, key=pair[:, 1], cond=cond)
-    return x if finish is None else jax.jit(finish)(x)
+    return process.prior_sample(pair[:, 0], (numbers.shape[0], *shape)), pair[:, 1]
 
 
-class _Writer:
-    """A thread that writes what is put, two batches behind at most; its errors reach the caller."""
-
-    def __init__(self, keep: Callable[..., None]) -> None:
-        self.keep = keep
-        self.error: BaseException | None = None
-        self.queue: queue.Queue[Any] = queue.Queue(maxsize=2)
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        while (item := self.queue.get()) is not None:
-            if self.error is None:
-                try:
-                    self.keep(*item)
-                except BaseException as error:
-                    self.error = error
-
-    def put(self, *item: Any) -> None:
-        self._raise()
-        self.queue.put(item)
-
-    def _raise(self) -> None:
-        if isinstance(self.error, OSError):
-            raise OSError(
-                self.error.errno,
-                f"cannot write ({self.error.strerror}); what was finished before is kept. Make "
-                "room, or allow it, and run the same call again",
-                self.error.filename,
-            ) from self.error
-        if self.error is not None:
-            raise self.error
-
-    def __enter__(self) -> _Writer:
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.queue.put(None)
-        self.thread.join()
-        if kind is None:
-            self._raise()
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
 
 
-def _named(x: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(x)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/") or "x": v for path, v in leaves}
+def _teller(progress: Any, kept: list[Shard], mine: range, total: int) -> Callable[[], None]:
+    """A function that reports how much is done, and warns of samples that are not finite."""
+    if progress is True:
+        try:
+            progress = ProgressBar()
+        except ModuleNotFoundError:
+            progress = None
+    warned = sum(shard.not_finite for shard in kept if shard.first in mine)
+
+    def tell() -> None:
+        nonlocal warned
+        done = [shard for shard in kept if shard.first in mine]
+        bad, count = sum(s.not_finite for s in done), sum(s.length for s in done)
+        if bad > warned:
+            warned = bad
+            warnings.warn(
+                f"{bad} of {count} samples hold NaN or inf; they are written as they are.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if callable(progress):
+            progress("generating", count, total)
+
+    return tell
 
 
-def _digest(tableau: Tableau) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tableau):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+# -- arguments ------------------------------------------------------------------------------------
 
 
-def _bytes(arrays: dict[str, np.ndarray], format: str) -> bytes:
-    if format == "npz":
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        return buffer.getvalue()
-    return _safetensors().save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+def _expect_shape(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"`shape` must be a tuple, that of one sample; got {shape!r}.")
+    return tuple(expect_int(size, "shape", at_least=1) for size in shape)
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    return _safetensors().load(path.read_bytes())
-
-
-def _safetensors() -> Any:
-    try:
-        from safetensors import numpy as safetensors_numpy
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'format="safetensors" needs that package: pip install "diffsamp[models]"',
-            name="safetensors",
-        ) from error
-    return safetensors_numpy
-
-
-def _manifest(settings: Mapping[str, Any], shards: list[tuple[str, int, int]]) -> bytes:
-    head = {"format": _FORMAT, "version": _VERSION, "settings": settings}
-    lines = ",\n  ".join(json.dumps(shard) for shard in shards)
-    return (json.dumps(head)[:-1] + f',\n "shards": [\n  {lines}\n ]}}\n').encode()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no manifest of `generate`.")
-    if data.get("version") != _VERSION:
+def _expect_one_key(key: Any) -> jax.Array:
+    if key is None:
+        raise ValueError("`generate` draws the starts: pass `key`, such as jax.random.key(0).")
+    key = random.typed(key)
+    if key.ndim:
         raise ValueError(
-            f"{path} has version {data.get('version')!r}; this diffsamp reads version {_VERSION}."
+            f"`key` must be one key, from which every sample's is made; got {key.shape} keys."
         )
-    return data
+    return key
+
+
+def _expect_processes(processes: Any) -> tuple[int, int]:
+    if processes is None:
+        return jax.process_index(), jax.process_count()
+    if not (isinstance(processes, tuple) and len(processes) == 2):
+        raise TypeError(f"`processes` must be (index, count); got {processes!r}.")
+    index, count = (expect_int(v, "processes", at_least=0) for v in processes)
+    if not index < count:
+        raise ValueError(f"`processes` must be (index, count) with index < count; got {processes}.")
+    return index, count
+
+
+def _expect_folder(out: Any) -> Path:
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied", str(folder))
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"`out` cannot be written as a folder ({error.strerror})", str(folder)
+        ) from error
+    return folder
+
+
+def _expect_same(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    changed = sorted(k for k in settings if k != "n" and found.get(k) != settings[k])
+    if changed:
+        raise ValueError(
+            f"{folder} holds another job: {', '.join(changed)} differ. Give another folder, or "
+            "delete it."
+        )
+    if settings["n"] < found["n"]:
+        raise ValueError(
+            f"{folder} holds a job of n = {found['n']} samples; got n = {settings['n']}. Ask for "
+            "as many or more, or give another folder."
+        )
+
+
+def _expect_arrays(finish: Any, shape: tuple[int, ...], format: str) -> dict[str, Any]:
+    """{name: shape of one entry and dtype} of what is written."""
+    x: Any = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(float))
+    if finish is not None:
+        x = jax.eval_shape(finish, x)
+    leaves = named(x)
+    if len(leaves) != len(jax.tree.leaves(x)) or not leaves:
+        raise ValueError(
+            f"`finish` must give arrays with names of their own; got {sorted(leaves)}."
+        )
+    for name, leaf in leaves.items():
+        if leaf.shape[:1] != shape[:1]:
+            raise ValueError(
+                f"`finish` must keep the batch axis in front, {shape[0]} samples; {name!r} has "
+                f"shape {leaf.shape}."
+            )
+        if np.dtype(leaf.dtype).isbuiltin != 1 or (format, leaf.dtype.kind) == ("safetensors", "c"):
+            raise ValueError(
+                f'`finish` gives {name!r} as {leaf.dtype}, which format="{format}" does not hold; '
+                "convert it, to float32 or uint8 for instance."
+            )
+    return {name: [list(leaf.shape[1:]), str(leaf.dtype)] for name, leaf in leaves.items()}
+
+
+def _outline(cond: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Names, shapes and dtypes of a condition, and the values of whole numbers."""
+    arrays = {name: np.asarray(value) for name, value in named(cond or {}).items()}
+    return {
+        name: [list(v.shape[1:]), str(v.dtype), digest(v) if v.dtype.kind in "biu" else ""]
+        for name, v in arrays.items()
+    }

@@ -35,30 +35,6 @@ _DEMO_BUDGETS = (4, 5, 6, 8, 10, 20)
 _BATCH = 128  # on two cores the fastest, by half against 1024: it stays in the cache
 
 
-class _Bar:
-    """A progress bar per kind of work, on standard error."""
-
-    def __init__(self) -> None:
-        self.what, self.bar = "", None
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if what != self.what:
-            self.close()
-            self.what = what
-            self.bar = tqdm(total=total, desc=what, leave=False, file=sys.stderr)
-        assert self.bar is not None
-        self.bar.update(done - self.bar.n)
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        self.what, self.bar = "", None
-
-
 def demo(arguments: argparse.Namespace) -> int:
     """Sample the bundled digits model with many solvers, then search for a better one."""
     from diffsamp import plot
@@ -85,7 +61,7 @@ def demo(arguments: argparse.Namespace) -> int:
     def distance(x: Any, _: Any = None) -> float:
         return ds.metrics.frechet_distance(x, data)
 
-    bar = _Bar()
+    bar = ds.ProgressBar()
     x_T, cond = start(key_table, arguments.samples)
     table = ds.search.compare(
         score_fn,
@@ -222,7 +198,7 @@ def _problem(arguments: argparse.Namespace, starts: int) -> tuple[Any, Any, Any]
 def compare(arguments: argparse.Namespace) -> int:
     """Measure solvers x schedules on a network and print the table."""
     score_fn, x_T, cond = _problem(arguments, arguments.starts)
-    bar = _Bar()
+    bar = ds.ProgressBar()
     result = ds.search.compare(
         score_fn, x_T, nfe=arguments.nfe, solver=arguments.solver, schedule=arguments.schedule,
         cond=cond, batch=arguments.batch, population=arguments.together, progress=bar,
@@ -239,7 +215,7 @@ def search(arguments: argparse.Namespace) -> int:
     """Search for the best sampler of each budget and write the plans."""
     score_fn, x_T, cond = _problem(arguments, arguments.starts)
     out = Path(arguments.out)
-    bar = _Bar()
+    bar = ds.ProgressBar()
     front = ds.search.best(
         score_fn, x_T, nfe=arguments.nfe, key=jax.random.fold_in(jax.random.key(arguments.seed), 1),
         cond=cond, solver=arguments.solver, schedule=arguments.schedule, steps=arguments.steps,

@@ -20,7 +20,7 @@ from diffsamp import random
 from diffsamp._numeric import as_float, namespace, silence, working_dtype
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
-from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.score import ScoreFn, for_samples, scale_rows
 from diffsamp.tableau import Tableau
 
 __all__ = [
@@ -79,6 +79,16 @@ class Transform:
         """Network evaluations per call."""
         return self.score_fn.nfe_factor
 
+    def for_samples(self, numbers: Any) -> Any:
+        """The same transform for a batch of a larger set, which matters if it draws random numbers.
+
+        Args:
+          numbers: (batch,) integers, each sample's number in the set.
+        """
+        inner: Any = for_samples(self.score_fn, numbers)
+        this: Any = self
+        return self if inner is self.score_fn else dataclasses.replace(this, score_fn=inner)
+
     def check_bound(self, bound: Any, level: Level, evaluates: Any) -> None:
         """As `ScoreFn.check_bound`."""
         self.score_fn.check_bound(bound.inner, level, evaluates)
@@ -128,11 +138,8 @@ class Guided(Transform):
     def tree_unflatten(cls, static: Any, children: tuple[Any, ...]) -> Guided:
         score_fn, scale, null = children
         new = object.__new__(cls)
-        for name, value in (
-            ("score_fn", score_fn),
-            ("scale", scale if static is None else static),
-            ("null", null),
-        ):
+        values = score_fn, scale if static is None else static, null
+        for name, value in zip(("score_fn", "scale", "null"), values, strict=True):
             object.__setattr__(new, name, value)
         return new
 
@@ -159,23 +166,24 @@ class Guided(Transform):
         if missing:
             raise ValueError(f"`cond` lacks {missing}, for which `null` says what no condition is.")
 
+        # each sample beside itself, so that a batch spread over devices stays where it is
+        def beside(one: Any, other: Any) -> Any:
+            return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
+
         def twice(leaf: Any) -> Any:
-            return jnp.concatenate([leaf, leaf])
+            return beside(leaf, leaf)
 
         def pair(name: str, given: Any) -> Any:
-            given = jnp.asarray(given)
-            if name not in self.null:
-                return twice(given)
-            empty = jnp.asarray(self.null[name]).astype(given.dtype)
-            return jnp.concatenate([given, jnp.broadcast_to(empty, given.shape)])
+            empty = jnp.asarray(self.null.get(name, given)).astype(given.dtype)
+            return beside(given, jnp.broadcast_to(empty, given.shape))
 
         inner = jax.tree.map(lambda v: twice(jnp.asarray(v)) if jnp.ndim(v) else v, bound.inner)
-        both = self.score_fn.predict(
-            jax.tree.map(twice, x), inner, {name: pair(name, v) for name, v in cond.items()}
-        )
+        pairs = {name: pair(name, jnp.asarray(v)) for name, v in cond.items()}
+        both = self.score_fn.predict(jax.tree.map(twice, x), inner, pairs)
 
         def combine(leaf: jax.Array) -> jax.Array:
-            given, free = jnp.split(leaf.astype(working_dtype(leaf.dtype)), 2)
+            leaf = leaf.reshape(-1, 2, *leaf.shape[1:])
+            given, free = (leaf[:, i].astype(working_dtype(leaf.dtype)) for i in (0, 1))
             return (free + scale_rows(bound.scale, free) * (given - free)).astype(leaf.dtype)
 
         return jax.tree.map(combine, both)
@@ -328,6 +336,12 @@ class LearnedRange(Transform):
     low: Any
     spread: Any
     per_output: Any
+
+    def for_samples(self, numbers: Any) -> LearnedRange:
+        """With the keys of these samples, so that their noise does not depend on the batch."""
+        key = random.typed(self.key)
+        keys = key[numbers] if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        return dataclasses.replace(self, key=keys)
 
     def bind(self, level: Level, target: tuple[Any, Any]) -> _RangeBound:
         """As `ScoreFn.bind`, with the numbers of each row's noise."""

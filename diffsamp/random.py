@@ -14,11 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["normal_like", "sample_keys"]
+__all__ = ["normal_like", "sample_keys", "typed"]
 
 
-def _typed(key: Any) -> jax.Array:
-    """`key` as typed key(s); raw uint32 keys of `jax.random.PRNGKey` are wrapped."""
+def typed(key: Any) -> jax.Array:
+    """`key` as typed key(s); raw uint32 keys of `jax.random.PRNGKey` are wrapped.
+
+    Args:
+      key: one key or an array of them.
+
+    Raises:
+      TypeError: not a key.
+    """
     if not hasattr(key, "dtype"):
         raise TypeError(
             f"`key` must be a JAX random key, such as jax.random.key(0); got {type(key).__name__}."
@@ -44,7 +51,7 @@ def sample_keys(key: Any, batch: int | None) -> jax.Array:
       TypeError: not a key.
       ValueError: as many keys as neither 1 nor `batch`.
     """
-    key = _typed(key)
+    key = typed(key)
     if batch is None:
         if key.ndim:
             raise ValueError(

@@ -30,7 +30,7 @@ from diffsamp import random
 from diffsamp._checks import expect_state
 from diffsamp._numeric import is_concrete, namespace, silence, to_host, working_dtype
 from diffsamp.predictions import Level
-from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.score import ScoreFn, expect_score_fn, scale_rows
 from diffsamp.tableau import Tableau
 
 __all__ = ["State", "Trajectory", "init", "resume", "sample", "step", "trajectory"]
@@ -221,11 +221,8 @@ def _rest(score_fn, rows, state, cond, *, plain):
 
 def _start(score_fn, tableau, x_T, key, cond, *, checkpoint, record):
     """Check what can be checked, bind model and tableau, and enter the compiled part."""
-    if not isinstance(tableau, Tableau):
-        raise TypeError(
-            f"`tableau` must be a diffsamp.Tableau; got {type(tableau).__name__}. Build one with "
-            "diffsamp.solvers."
-        )
+    expect_score_fn(score_fn)
+    expect_tableau(tableau)
     batch = expect_state(x_T, "x_T", score_fn.batched)
     expect_key(tableau, key)
     _expect_per_sample(tableau, batch)
@@ -248,6 +245,15 @@ def _is_plain(tableau: Tableau, keys: Any) -> bool:
         return False
     noisy = bool(np.any(to_host(tableau.c) != 0))
     return bool(np.all(to_host(tableau.evaluates))) and (keys is None or noisy)
+
+
+def expect_tableau(tableau: Any) -> None:
+    """Raise unless it is a tableau."""
+    if not isinstance(tableau, Tableau):
+        raise TypeError(
+            f"`tableau` must be a diffsamp.Tableau; got {type(tableau).__name__}. Build one with "
+            "diffsamp.solvers."
+        )
 
 
 def expect_key(tableau: Tableau, key: Any) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from diffsamp._numeric import (
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 
-__all__ = ["Bound", "ScoreFn", "scale_rows"]
+__all__ = ["Bound", "ScoreFn", "expect_score_fn", "for_samples", "scale_rows"]
 
 _TIME_NAMES = ("t", "sigma", "label", "log_snr", "c_noise", "rho")
 
@@ -60,8 +60,41 @@ def scale_rows(number: Any, leaf: jax.Array) -> jax.Array:
     return number.reshape(number.shape + (1,) * (leaf.ndim - number.ndim))
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+def expect_score_fn(score_fn: Any) -> None:
+    """Raise unless it is a ScoreFn or a transform of one.
+
+    Raises:
+      TypeError: something else, such as the network's own function.
+    """
+    if not (hasattr(score_fn, "bind") and hasattr(score_fn, "predict")):
+        raise TypeError(
+            "`score_fn` must be a diffsamp.ScoreFn, ScoreFn(apply, params, process), or a "
+            f"transform of one; got {type(score_fn).__name__}."
+        )
+
+
+def for_samples(score_fn: Any, numbers: Any) -> Any:
+    """The same network for a batch of a larger set, whose samples have these numbers.
+
+    Only a transform that draws random numbers itself depends on them: see
+    `diffsamp.guidance.Transform.for_samples`.
+
+    Args:
+      score_fn: a ScoreFn or a transform of one.
+      numbers: (batch,) integers.
+    """
+    own = getattr(score_fn, "for_samples", None)
+    return score_fn if own is None else own(numbers)
+
+
+def _static_leaves(params: Any) -> Any:
+    """(tree, its leaves with None for every array), or None if all leaves are arrays."""
+    leaves, treedef = jax.tree.flatten(params)
+    arrays = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    others = tuple(
+        None if is_array else leaf for leaf, is_array in zip(leaves, arrays, strict=True)
+    )
+    return None if all(arrays) else (treedef, others)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -111,9 +144,10 @@ class ScoreFn:
     sigma_data: float = 0.5
     batched: bool = True
     dtype: Any = None
+    _others: ClassVar[Any] = None  # of every instance: what of `params` is static
 
     def __post_init__(self) -> None:
-        # Only static arguments are looked at here: unflattening passes tracers for the rest.
+        object.__setattr__(self, "_others", _static_leaves(self.params))
         if not callable(self.apply):
             raise TypeError(f"`apply` must be a function; got {type(self.apply).__name__}.")
         name = predictions.canonical_name(self.prediction)
@@ -137,13 +171,19 @@ class ScoreFn:
     # -- pytree -----------------------------------------------------------------------------------
 
     def tree_flatten_with_keys(self):
-        arrays = jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, self.params)
-        leaves, treedef = jax.tree.flatten(self.params)
-        others = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
-        only_arrays = all(leaf is None for leaf in others)
+        # which leaves are arrays was seen at construction: JAX also flattens what it has filled
+        # with placeholders, such as descriptions of arguments
+        others, arrays = self._others, self.params
+        if others is not None:
+            treedef, static_leaves = others
+            leaves = treedef.flatten_up_to(self.params)
+            arrays = jax.tree.unflatten(
+                treedef,
+                [a if s is None else None for a, s in zip(leaves, static_leaves, strict=True)],
+            )
         static = (
             self.apply,
-            None if only_arrays else (treedef, others),
+            others,
             self.prediction,
             self.time,
             self.scale_input,
@@ -171,6 +211,7 @@ class ScoreFn:
             strict=True,
         ):
             object.__setattr__(new, name, value)
+        object.__setattr__(new, "_others", others)
         return new
 
     @property

@@ -56,12 +56,38 @@ def test_overhead(tmp_path):
     run("overhead.py", "--networks", "1", "--seconds", "1", "--solvers", "ddim", "unipc3", "ddpm",
         "--out", str(out))  # fmt: skip
     rows = tables(out)
-    times, memory = [{r[0]: r[1:] for r in part} for part in (rows[:7], rows[7:])]
-    assert set(times) > {"bare scan, ms", "`ddim`", "`unipc3`", "`ddpm`", "one program"}
-    assert all(float(row[0]) > 0 for name, row in times.items() if "without" not in name)
+    parts = (rows[:7], rows[7:10], rows[10:])
+    times, memory, around = [{r[0]: r[1:] for r in part} for part in parts]
+    assert set(times) > {"bare scan, ms", "`ddim`", "`unipc3`", "`ddpm` z", "one program"}
+    assert all(float(row[0]) > 0 for row in times.values())
     assert memory.keys() == {"`ddim`", "`unipc3`", "`ddpm`"}
     for most, extra in memory.values():  # of the compiler: no matter of time
         assert float(extra) <= float(most)
+    assert around["`guidance.cfg`"][0].endswith("(20 x 2)")  # calls, and copies of the batch
+    assert {"`parallel.sample_parallel`", "`adaptive.ode_solution`"} < around.keys()
+
+
+def test_every_family_is_measured():
+    """The samplers of the overhead benchmark, one or more of every module of solvers."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import diffsamp as ds, overhead\n"
+        "for name in overhead.SOLVERS:\n"
+        "    tableau = overhead.tableau_of(name, ds.processes.flow())\n"
+        "    assert tableau.nfe == overhead.NFE, name\n"
+        "print(*overhead.SOLVERS)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True,
+        check=False, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = done.stdout.split()
+    solvers = ds.solvers
+    others = (*solvers.COMPOSED, *solvers.FITTED, *solvers.FEW_STEP)
+    assert set(measured) >= set(others)
+    modules = {solvers.get(n).function.__module__ for n in measured if n not in others}
+    assert modules == {solvers.get(n).function.__module__ for n in solvers.names()}
 
 
 def test_compilation(tmp_path):
@@ -80,9 +106,20 @@ def test_peers(tmp_path):
     for package in ("torch", "diffusers", "diffrax"):
         pytest.importorskip(package, reason="make test-peers installs it")
     out = tmp_path / "peers.md"
-    run("peers.py", "--networks", "0", "1", "--seconds", "0.1", "--no-compile", "--out", str(out))
+    run(
+        "peers.py",
+        "--networks",
+        "0",
+        "1",
+        "3",
+        "--seconds",
+        "0.1",
+        "--no-compile",
+        "--out",
+        str(out),
+    )
     rows = tables(out)
-    assert len(rows) == 2 * (7 + 6)
+    assert len(rows) == 3 * (7 + 6)
     assert all(float(row[4]) < 1e-4 for row in rows if "bare" not in row[1])
     assert all(float(row[2]) > 0 for row in rows)
 

@@ -1,5 +1,6 @@
 """Exported samplers: the same samples without the model's code, for any batch size."""
 
+import io
 import subprocess
 import sys
 import textwrap
@@ -97,15 +98,40 @@ def test_errors(file, tmp_path):
     shift = {"shift": jnp.zeros(2)}
     for call, message in (
         (lambda: loaded(key, jnp.zeros((2, 4)), cond=shift), r"`x_T` must have shape \(batch, 3\)"),
+        (lambda: loaded(key, (2, 4), cond=shift), r"`x_T` must have shape \(batch, 3\)"),
+        (lambda: loaded(key, jnp.zeros((0, 3)), cond=shift), "a batch of at least 1"),
+        (
+            lambda: loaded(jax.random.key(0, impl="rbg"), 2, cond=shift),
+            "of the kind 'threefry2x32'",
+        ),
         (lambda: loaded(key, 2), r"`cond` must hold \['shift'\]; got \[\]"),
         (lambda: loaded(key, 3, cond=shift), r"must have shape \(3,\); got \(2,\)"),
         (lambda: loaded(key, 0, cond=shift), "`x_T` must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    for content in (b"", b"PK\x03\x04 no zip", b"{}"):
+    with pytest.raises(TypeError, match="`x_T` must be of dtype float32; got complex64"):
+        loaded(key, jnp.zeros((2, 3), jnp.complex64), cond=shift)
+    np.testing.assert_array_equal(loaded(key, (2, 3), cond=shift), loaded(key, 2, cond=shift))
+    assert len(repr(loaded)) < 300
+
+    whole = dict(np.load(file, allow_pickle=False))
+
+    def saved(**changes):
+        buffer = io.BytesIO()
+        np.savez(buffer, **{k: v for k, v in {**whole, **changes}.items() if v is not None})
+        return buffer.getvalue()
+
+    single = io.BytesIO()
+    np.save(single, np.zeros(3))
+    text = np.frombuffer(b"[1]", np.uint8)
+    for content in (
+        b"", b"PK\x03\x04 no zip", b"{}", single.getvalue(), file.read_bytes()[:-30],
+        saved(meta=None), saved(meta=text), saved(program=text), saved(prior=None),
+        saved(weight_0=text), saved(weight_0=None),
+    ):  # fmt: skip
         (tmp_path / "bad").write_bytes(content)
-        with pytest.raises(ValueError, match="is not an exported sampler, or corrupt"):
+        with pytest.raises(ValueError, match=r"bad is (not an exported sampler|corrupt)"):
             ds.load_exported(tmp_path / "bad")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         ds.load_exported(tmp_path / "none")
@@ -119,3 +145,47 @@ def test_errors(file, tmp_path):
         ds.export(
             ds.Sampler(fixed, ds.solvers.ddim(PROCESS, [1.0, 0.0])), tmp_path / "f", shape=(3,)
         )
+
+
+def test_bad_arguments_of_export(tmp_path):
+    made, path = sampler(), tmp_path / "s"
+    cond = {"shift": np.zeros(1, np.float32)}
+    for options, kind, message in (
+        ({"platforms": "cpu"}, ValueError, r"`platforms` must be some of .*; got 'cpu'"),
+        ({"platforms": ("gpu",)}, ValueError, "`platforms` must be some of"),
+        ({"platforms": ()}, ValueError, "`platforms` must be some of"),
+        ({"dtype": jnp.int32}, TypeError, "`dtype` must be floating; got int32"),
+        ({"cond": {"shift": 3.0}}, ValueError, r"cond\['shift'\] must be an array with"),
+        ({"cond": {"shift": {"a": 1}}}, ValueError, r"cond\['shift'\] must be an array"),
+        ({"path": tmp_path}, IsADirectoryError, "is a folder"),
+        ({"path": tmp_path / "no" / "s"}, FileNotFoundError, "the folder of `path` does not exist"),
+        ({"sampler": made.score_fn}, TypeError, "`sampler` must be a diffsamp.Sampler"),
+    ):
+        with pytest.raises(kind, match=message):
+            ds.export(**{"sampler": made, "path": path, "shape": (3,), "cond": cond, **options})
+
+    def looping(params, x, t):
+        return jnp.stack([x[i] for i in range(x.shape[0])])
+
+    def calling(params, x, t):
+        return jax.pure_callback(lambda x: x, x, x)
+
+    for apply_, message in (
+        (looping, "depends on the batch size"),
+        (calling, "cannot be exported"),
+    ):
+        network = ds.ScoreFn(apply_, 1.0, PROCESS)
+        closed = ds.Sampler(network, ds.solvers.ddim(PROCESS, [1.0, 0.0]))
+        with pytest.raises(ValueError, match=message):
+            ds.export(closed, path, shape=(3,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_transforms_are_exported_with_their_keys(tmp_path):
+    network = ds.ScoreFn(lambda p, x, t: (p * x, 0.0 * x), jnp.asarray(0.1), PROCESS)
+    tableau = ds.solvers.ddpm(PROCESS, ds.schedules.uniform(PROCESS, 5), variance="learned")
+    ranged = ds.guidance.learned_range(network, tableau, jax.random.key(7))
+    made = ds.Sampler(ranged, tableau)
+    ds.export(made, tmp_path / "s", shape=(3,), platforms=("cpu",))
+    loaded, key = ds.load_exported(tmp_path / "s"), jax.random.key(1)
+    np.testing.assert_allclose(loaded(key, 4), made(key, (4, 3)), rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ ROOT = Path(diffsamp.__file__).parent
 
 # a module may import those on lower levels only
 LEVELS = [
-    ["_numeric", "_checks", "_files", "random"],
+    ["_numeric", "_checks", "_files", "_digest", "_progress", "_sharding", "random"],
     ["processes", "metrics"],
     ["predictions", "schedules", "tableau"],
     ["score", "solvers", "_describe"],
@@ -26,8 +26,9 @@ LEVELS = [
         "phase_space",
         "time_shift",
         "_export",
-        "_generate",
+        "_shards",
     ],
+    ["_generate"],
     ["plot", "models"],
     ["cli"],
 ]
@@ -35,13 +36,13 @@ LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 ALLOWED = {"jax", "numpy", "scipy"}
 EXTRAS = {
     "flax": {"models", "search"},
-    "safetensors": {"models", "_generate"},
+    "safetensors": {"models", "_shards"},
     "sklearn": {"models"},
     "optax": {"search"},
     "diffrax": {"adaptive"},
     "flatbuffers": {"_export"},
     "matplotlib": {"plot"},
-    "tqdm": {"cli"},
+    "tqdm": {"_progress"},
 }
 # modules that may exceed the budget, and why
 LARGE = {

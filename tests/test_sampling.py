@@ -292,6 +292,47 @@ def test_a_network_sharded_over_a_model_axis_keeps_its_own_collectives_only():
     assert call.count("all-reduce(") == 1
 
 
+TRANSFORMS = {
+    "cfg": lambda f: ds.guidance.cfg(f, 2.0, {"label": 0.0}),
+    "static": ds.guidance.static_thresholding,
+    "dynamic": ds.guidance.dynamic_thresholding,
+    "time_shift": lambda f: ds.time_shift.time_shift(f, window=0.1, cutoff=0.2),
+    "cfg in dynamic": lambda f: ds.guidance.dynamic_thresholding(TRANSFORMS["cfg"](f)),
+    "picard": lambda f: f,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_what_is_around_the_network_keeps_a_batch_where_it_is(name):
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+
+    def network(params, x, t, label):
+        return jnp.tanh(params * x + t[:, None] + label[:, None])
+
+    process = ds.processes.vp_linear()
+    score_fn = TRANSFORMS[name](ds.ScoreFn(network, jnp.ones(()), process))
+    tableau = ds.solvers.unipc(process, ds.schedules.logsnr(process, 6))
+    x_T, cond = start(8), {"label": jnp.linspace(0.1, 1, 8)}
+
+    def run(score_fn, x_T, cond):
+        if name == "picard":
+            made = ds.parallel.sample_parallel(score_fn, tableau, x_T, cond=cond, tolerance=0.0)
+            return made.x
+        return ds.sample(score_fn, tableau, x_T, cond=cond)
+
+    spread = jax.device_put((x_T, cond), sharding)
+    program = jax.jit(run).lower(score_fn, *spread).compile()
+    np.testing.assert_allclose(
+        program(score_fn, *spread), run(score_fn, x_T, cond), rtol=1e-5, atol=1e-6
+    )
+    text = program.as_text()
+    # whether all samples of a Picard iteration have settled is one bit for all devices
+    most = {"all-reduce(": 4 if name == "picard" else 0}
+    for kind in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("):
+        assert text.count(kind) <= most.get(kind, 0), kind
+
+
 # -- states, times and transformations -------------------------------------------------------------
 
 

@@ -184,6 +184,22 @@ def test_pytree_round_trip_and_no_retrace_for_new_weights(which):
     assert len(traces) == 1
 
 
+@EACH
+def test_compiled_ahead_of_time(which):
+    """From descriptions of the arrays, and called with the arrays."""
+    score_fn, x = build(which), start()
+    described = jax.tree.map(lambda v: jax.ShapeDtypeStruct(np.shape(v), jnp.float32), score_fn)
+    assert jax.tree.structure(described) == jax.tree.structure(score_fn)
+    steps = tableau()
+    run = jax.jit(lambda f, x: ds.sample(f, steps, x))
+    want = run(score_fn, x)
+    for argument in (score_fn, described):
+        program = run.lower(argument, x).compile()
+        arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), score_fn)
+        given = score_fn if argument is score_fn else arrays
+        np.testing.assert_allclose(program(given, x), want, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_not_an_array_survives_the_round_trip():
     """An equinox module's activation and Python number are static; named paths lead to arrays."""
     score_fn = build("equinox")

@@ -23,9 +23,10 @@ import numpy as np
 
 from diffsamp import schedules
 from diffsamp._checks import expect_choice, expect_int
+from diffsamp._sharding import expect_sharding, on_mesh, put
 from diffsamp.score import ScoreFn
 from diffsamp.search.dynamic import Costs
-from diffsamp.search.objective import Progress, expect_batch, put, slice_batch
+from diffsamp.search.objective import Progress, expect_batch, slice_batch
 
 __all__ = ["align_costs", "align_steps"]
 
@@ -69,6 +70,8 @@ def align_costs(
         raise ValueError("`levels` must be at least two positive noise levels that fall.")
     size = expect_batch(data, cond)
     batch = min(expect_int(batch, "batch", at_least=1), size)
+    expect_sharding(sharding, batch if batch < size else None)
+    score_fn = on_mesh(score_fn, sharding)
     cells = len(levels) - 1
     # quantiles of rho^-3 in each cell, one of `size` strata per sample in an order of its own
     key_strata, key_noise = jax.random.split(key)

@@ -9,7 +9,6 @@ what the uninterrupted one would have.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -26,7 +25,9 @@ import numpy as np
 
 from diffsamp import solvers
 from diffsamp._checks import expect_int
+from diffsamp._digest import digest, fingerprint, seed_of
 from diffsamp._files import read_json, write_atomically
+from diffsamp._sharding import on_mesh
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.compare import Comparison, Entry, compare
@@ -43,7 +44,7 @@ from diffsamp.search.objective import (
     run_many,
     slice_batch,
 )
-from diffsamp.search.plan import Front, Plan, decoded, encoded, seed_of
+from diffsamp.search.plan import Front, Plan, decoded, encoded
 from diffsamp.tableau import Tableau
 
 __all__ = ["STAGES", "best"]
@@ -104,7 +105,8 @@ def best(
         result then depends on the machine's speed. None: no limit.
       data_range: largest minus smallest value of the data, for the PSNR.
       sharding: over the batch axis, as for `run`.
-      state: folder, made if needed, in which every finished stage is kept.
+      state: folder, made if needed, in which every finished stage is kept; for one process. It
+        belongs to these arguments and weights: give another when the code of the network changes.
       progress: called with (what, done, total).
       **distill_options: further options of `distill`, such as learning_rate.
 
@@ -130,14 +132,17 @@ def best(
         raise ValueError(
             f"`x_T` has {size} starts, of which {held} are held out: too few are left."
         )
+    if state is not None and jax.process_count() > 1:
+        raise ValueError("`state` is for a search by one process; leave it out on several.")
     settings = {
         "nfe": budgets, "key": seed_of(key), "stages": list(stages), "objective": objective.name,
         "solver": solver and list(solver), "schedule": schedule and list(schedule),
         "screen": screen, "population": population, "rounds": rounds, "steps": steps,
-        "reference": _digest(reference), "held_out": held, "batch": batch,
-        "starts": _digest(x_T, cond),
+        "reference": digest(reference), "held_out": held, "batch": batch,
+        "starts": digest(x_T, cond), "network": fingerprint(score_fn),
         "distill": {k: str(v) for k, v in distill_options.items()},
     }  # fmt: skip
+    score_fn = on_mesh(score_fn, sharding)
     folder = _Folder(state, settings)
     options: dict[str, Any] = {"batch": batch, "sharding": sharding}
     given = reference
@@ -323,14 +328,6 @@ def _choose(
         tableau, tableau.name, fixed.name, scores, (), seconds,
         {k: v for k, v in settings.items() if k != "starts"}, list(settings["key"]),
     )  # fmt: skip
-
-
-def _digest(*trees: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(trees):
-        array = np.asarray(leaf)
-        digest.update(str((array.shape, str(array.dtype))).encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 class _Folder:

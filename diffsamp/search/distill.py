@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._checks import expect_choice, expect_int
+from diffsamp._digest import seed_of
+from diffsamp._sharding import expect_sharding, on_mesh, put
 from diffsamp.score import ScoreFn
 from diffsamp.search._gradient import (
     arrays_of,
@@ -39,11 +41,10 @@ from diffsamp.search.objective import (
     finite_psnr,
     log_mse,
     make_reference,
-    put,
     run,
     slice_batch,
 )
-from diffsamp.search.plan import Plan, seed_of
+from diffsamp.search.plan import Plan
 from diffsamp.tableau import Tableau
 
 __all__ = ["distill"]
@@ -150,6 +151,8 @@ def distill(
     if fit < 1:
         raise ValueError(f"`x_T` has {size} starts, of which {held} are held out: none is left.")
     batch = min(expect_int(batch, "batch", at_least=1), fit)
+    expect_sharding(sharding, batch if batch < fit else None)
+    score_fn = on_mesh(score_fn, sharding)
     micro_batch = batch if micro_batch is None else expect_int(micro_batch, "micro_batch", 1, batch)
     pieces = batch // micro_batch
     if pieces * micro_batch != batch:

@@ -26,10 +26,11 @@ import numpy as np
 
 from diffsamp import schedules, solvers
 from diffsamp._checks import expect_choice, expect_int, expect_times
+from diffsamp._sharding import expect_sharding, on_mesh, put
 from diffsamp.processes import Process
 from diffsamp.sampling import trajectory
 from diffsamp.score import ScoreFn
-from diffsamp.search.objective import Progress, expect_batch, put, slice_batch
+from diffsamp.search.objective import Progress, expect_batch, slice_batch
 
 __all__ = ["Costs", "shortest_path", "step_costs"]
 
@@ -154,6 +155,8 @@ def step_costs(
     times = expect_times(times)
     size = expect_batch(x_T, cond)
     batch = min(expect_int(batch, "batch", at_least=1), size)
+    expect_sharding(sharding, batch if batch < size else None)
+    score_fn = on_mesh(score_fn, sharding)
     tableau = solvers.unipc(process, times, order=3)
     alpha, sigma = (np.asarray(v, np.float64) for v in (tableau.alpha, tableau.sigma))
     total = np.zeros((len(times), len(times)))

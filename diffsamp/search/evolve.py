@@ -25,7 +25,9 @@ import numpy as np
 
 from diffsamp import schedules
 from diffsamp._checks import expect_int
+from diffsamp._digest import digest, fingerprint
 from diffsamp._files import write_atomically
+from diffsamp._sharding import on_mesh
 from diffsamp.score import ScoreFn
 from diffsamp.search.compare import Comparison
 from diffsamp.search.genome import (
@@ -144,7 +146,8 @@ def evolve(
         schedules.get(name)
     if predictor and rounds:
         _packages()
-    size = expect_batch(x_T, cond)
+    expect_batch(x_T, cond)
+    score_fn = on_mesh(score_fn, sharding)
     process = score_fn.process
     objective = log_mse() if objective is None else objective
     reference = make_reference(
@@ -153,7 +156,8 @@ def evolve(
     seeds = np.asarray(jax.random.key_data(key)).ravel().tolist()
     settings = {
         "nfe": nfe, "key": seeds, "population": population, "rounds": rounds, "grids": list(grids),
-        "predictor": predictor, "objective": objective.name, "starts": size,
+        "predictor": predictor, "objective": objective.name,
+        "starts": state and digest(x_T, cond), "network": state and fingerprint(score_fn),
         "from": [] if start is None else [e.solver for e in _encodable(start, nfe)],
     }  # fmt: skip
     known = _read(state, settings)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import metrics, random, schedules, solvers
-from diffsamp._checks import expect_int, expect_state
+from diffsamp._checks import expect_cond, expect_int, expect_state
+from diffsamp._sharding import expect_sharding, on_mesh, put
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
-from diffsamp.score import ScoreFn
+from diffsamp.score import ScoreFn, for_samples
 from diffsamp.tableau import Tableau
 
 __all__ = [
@@ -251,8 +252,9 @@ def run(
       key: one key or one per sample; sample i gets the same noise whatever `batch` is.
       cond: keyword arguments for the network; every array in it has the leading axis n.
       batch: samples at a time; None: all at once. n need not be a multiple of it.
-      sharding: a `jax.sharding.Sharding` over the batch axis, into which every batch is put; the
-        sizes of all batches must then divide among its devices. The result is the same.
+      sharding: a `jax.sharding.NamedSharding` over the batch axis, into which every batch is put;
+        `batch` must divide among its devices (a last batch that does not is sampled whole on each).
+        Weights on other devices are copied to all of these. The result is the same.
       progress: called after each batch with (what, samples done, n).
       what: the label for `progress`.
 
@@ -261,12 +263,14 @@ def run(
     """
     size = expect_batch(x_T, cond)
     batch = size if batch is None else expect_int(batch, "batch", at_least=1)
+    expect_sharding(sharding, batch if batch < size else None)
+    score_fn = on_mesh(score_fn, sharding)
     keys = None if key is None else random.sample_keys(key, size)
     parts = []
     for start in range(0, size, batch):
         stop = min(start + batch, size)
         part = sample(
-            score_fn,
+            for_samples(score_fn, np.arange(start, stop)),
             tableau,
             put(slice_batch(x_T, start, stop), sharding),
             key=None if keys is None else keys[start:stop],
@@ -285,21 +289,11 @@ def _joined(parts: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def put(tree: Any, sharding: Any) -> Any:
-    """The arrays of a batch, in a sharding if there is one."""
-    return tree if sharding is None else jax.device_put(tree, sharding)
-
-
 def expect_batch(x_T: Any, cond: Any) -> int:
     """The number of starts, after checking that every array of `cond` has as many entries."""
     size = expect_state(x_T, "x_T", batched=True)
     assert size is not None
-    for path, leaf in jax.tree_util.tree_flatten_with_path(cond)[0]:
-        if np.shape(leaf)[:1] != (size,):
-            raise ValueError(
-                f"cond{jax.tree_util.keystr(path)} must have one entry per sample, {size}; got "
-                f"shape {np.shape(leaf)}."
-            )
+    expect_cond(cond, size)
     return size
 
 
@@ -340,6 +334,8 @@ def run_many(
         return
     size = expect_batch(x_T, cond)
     batch = size if batch is None else min(expect_int(batch, "batch", at_least=1), size)
+    expect_sharding(sharding, batch if batch < size else None)
+    score_fn = on_mesh(score_fn, sharding)
     keys = None if key is None else random.sample_keys(key, size)
     # rows of similar cost side by side: a row is run while any of its tableaux needs it
     order = sorted(range(len(padded)), key=lambda i: tableaux[i].rows)
@@ -358,8 +354,9 @@ def run_many(
                 )
 
             own = jax.tree.map(lambda array, k=stop - start: np.repeat(array, k, axis=-1), stacked)
+            numbers = np.tile(np.arange(start, stop), population)
             x = sample(
-                score_fn, own, put(tile(x_T), sharding),
+                for_samples(score_fn, numbers), own, put(tile(x_T), sharding),
                 key=None if keys is None else tile(keys), cond=put(tile(cond), sharding),
             )  # fmt: skip
             parts.append(

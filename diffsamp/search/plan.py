@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from diffsamp._files import read_json, write_atomically
 from diffsamp.tableau import Tableau
 
-__all__ = ["Front", "Plan", "decoded", "encoded", "seed_of", "versions"]
+__all__ = ["Front", "Plan", "decoded", "encoded", "versions"]
 
 _FORMAT = "diffsamp.plan"
 _VERSION = 1
@@ -29,16 +28,6 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 def versions() -> dict[str, str]:
     """Versions of the packages that a plan depends on."""
     return {name: importlib.metadata.version(name) for name in ("diffsamp", "jax", "numpy")}
-
-
-def seed_of(key: Any) -> list[int]:
-    """The numbers of a random key, to be written down."""
-    if key is None:
-        return []
-    data = (
-        jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    )
-    return [int(v) for v in np.ravel(np.asarray(data))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,227 @@
+"""The files of `generate`: numbered shards of samples, and the manifests that name them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffsamp._files import read_json
+
+__all__ = [
+    "Generated",
+    "Shard",
+    "file_name",
+    "manifest_bytes",
+    "named",
+    "safetensors",
+    "scan",
+    "shard_bytes",
+]
+
+_FORMAT, _VERSION = "diffsamp.generated", 2
+_FILE = re.compile(r"samples-\d{6,}\.(npz|safetensors)")
+
+
+class Shard(NamedTuple):
+    """A finished file.
+
+    Attributes:
+      file: its name.
+      first: number of its first sample.
+      length: samples in it.
+      size: of the file, in bytes.
+      not_finite: samples in it with NaN or inf, before `finish`.
+    """
+
+    file: str
+    first: int
+    length: int
+    size: int
+    not_finite: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """A folder that `generate` wrote.
+
+    Attributes:
+      folder: its path.
+      n: samples asked for.
+      shards: every finished `Shard`, in order; files that are gone or cut short are left out.
+    """
+
+    folder: Path
+    n: int
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Generated:
+        """What is in a folder.
+
+        Raises:
+          FileNotFoundError: it holds no manifest.
+          ValueError: a manifest is corrupt, of another version, or of another job than the others.
+        """
+        folder = Path(folder)
+        settings, shards = scan(folder)
+        if settings is None:
+            raise FileNotFoundError(f"{folder} holds no manifest of `generate`.")
+        return cls(folder, settings["n"], shards)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all n samples are there."""
+        return self._have() == self.n
+
+    @property
+    def not_finite(self) -> int:
+        """Samples with NaN or inf, before `finish`."""
+        return sum(shard.not_finite for shard in self.shards)
+
+    def _have(self) -> int:
+        return sum(shard.length for shard in self.shards)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of each file, by name; a state that is one array is called "x".
+
+        Raises:
+          FileNotFoundError: a file was removed since the folder was opened.
+          ValueError: a file is corrupt; the message names it.
+        """
+        for shard in self.shards:
+            yield _load(self.folder / shard.file)
+
+    def load(self) -> dict[str, np.ndarray]:
+        """All samples in memory, in order.
+
+        Raises:
+          FileNotFoundError: as for the iteration.
+          ValueError: some are missing still, or a file is corrupt.
+        """
+        if not self.complete:
+            raise ValueError(
+                f"{self.folder} holds {self._have()} of {self.n} samples; run `generate` again."
+            )
+        parts = list(self)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def file_name(first: int, batch: int, format: str) -> str:
+    """Of the shard that starts with sample `first`."""
+    return f"samples-{first // batch:06d}.{format}"
+
+
+def named(x: Any) -> dict[str, Any]:
+    """The arrays of a pytree by their path; one that is alone is "x"."""
+    leaves = jax.tree_util.tree_flatten_with_path(x)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/") or "x": v for path, v in leaves}
+
+
+def shard_bytes(arrays: dict[str, np.ndarray], format: str) -> bytes:
+    """What a shard's file holds."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    if format == "safetensors":
+        return safetensors().save(arrays)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:  # np.savez does not take every name
+        for name, array in arrays.items():
+            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".npz":
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                return dict(file)
+        return safetensors().load(content)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever the reader says of a broken file
+        raise ValueError(
+            f"{path} is corrupt ({error}). Delete it and run `generate` again."
+        ) from error
+
+
+def safetensors() -> Any:
+    """That package's functions for NumPy.
+
+    Raises:
+      ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from safetensors import numpy as safetensors_numpy
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'format="safetensors" needs that package: pip install "diffsamp[models]"',
+            name="safetensors",
+        ) from error
+    return safetensors_numpy
+
+
+def manifest_bytes(settings: Mapping[str, Any], shards: list[Shard]) -> bytes:
+    """What a manifest's file holds: JSON, a line per shard."""
+    head = {"format": _FORMAT, "version": _VERSION, "settings": settings}
+    lines = ",\n  ".join(json.dumps(shard) for shard in shards)
+    return (json.dumps(head)[:-1] + f',\n "shards": [\n  {lines}\n ]}}\n').encode()
+
+
+def scan(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
+    """The settings of the job that a folder holds, and the files that are there and whole.
+
+    Raises:
+      ValueError: a manifest is corrupt, of another version, or of another job than the others.
+    """
+    settings: dict[str, Any] | None = None
+    shards: dict[int, Shard] = {}
+    for path in sorted(folder.glob("manifest-*.json")):
+        own, listed = _read(path)
+        if settings is not None:
+            differ = sorted(k for k in own if k != "n" and own[k] != settings.get(k))
+            if differ:
+                raise ValueError(
+                    f"the manifests of {folder} are of different jobs: {', '.join(differ)} differ "
+                    f"in {path.name}. Each process must be called with the same arguments."
+                )
+            own["n"] = max(own["n"], settings["n"])
+        settings = own
+        for shard in listed:
+            file = folder / shard.file
+            if file.exists() and file.stat().st_size == shard.size:
+                shards[shard.first] = shard
+    return settings, tuple(sorted(shards.values(), key=lambda shard: shard.first))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Shard]]:
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no manifest of `generate`.")
+    if data.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} has version {data.get('version')!r}; this diffsamp reads version {_VERSION}."
+        )
+    try:
+        settings, shards = data["settings"], [Shard(*row) for row in data["shards"]]
+        whole = all(
+            _FILE.fullmatch(shard.file) and all(type(v) is int for v in shard[1:])
+            for shard in shards
+        )
+        if not whole or type(settings["n"]) is not int:
+            raise ValueError("a file's name or numbers are not what `generate` writes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is corrupt ({error}). Delete it; the files it names are drawn again."
+        ) from error
+    return settings, shards
