@@ -51,6 +51,7 @@ test-peers: $(VENV)/peers.stamp  ## compare with diffusers and k-diffusion, inst
 bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/compilation.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/search.py --network mixture

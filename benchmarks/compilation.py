@@ -23,7 +23,7 @@ import jax.monitoring
 import jax.numpy as jnp
 from _report import RESULTS, heading, table
 from networks import COUNT, Network, network
-from overhead import SOLVERS, bare_scan
+from overhead import bare_scan
 
 import diffsamp as ds
 
@@ -42,14 +42,12 @@ class Count:
         self.number += event == "/jax/core/compile/backend_compile_duration"
 
 
-def all_tableaux(process: Any) -> list[ds.Tableau]:
-    """Every deterministic sampler of the list at every budget it can meet."""
+def all_tableaux(process: Any, budgets: tuple[int, ...]) -> list[ds.Tableau]:
+    """Every registered sampler at every budget it can meet."""
     found = []
-    for name in SOLVERS:
+    for name in ds.solvers.names():
         solver = ds.solvers.get(name)
-        if solver.stochastic:
-            continue
-        for nfe in BUDGETS:
+        for nfe in budgets:
             steps = solver.steps(nfe)
             if steps is not None:
                 found.append(solver(process, ds.schedules.logsnr(process, steps, final="t_min")))
@@ -91,10 +89,13 @@ def one(what: str, which: int, n: int, full: bool) -> dict[str, Any]:
     x_T = jax.block_until_ready(net.start())
     jax.block_until_ready((score_fn.params, jnp.ones(2) + 1))
     if what == "all":
-        tableaux = ds.Tableau.pad_together(all_tableaux(process))
+        # of the larger networks the smallest and the largest budget
+        budgets = BUDGETS if which == 0 else (BUDGETS[0], BUDGETS[-1])
+        tableaux = ds.Tableau.pad_together(all_tableaux(process, budgets))
+        key = jax.block_until_ready(ds.random.sample_keys(jax.random.key(1), net.batch))
         count = Count()
         for tableau in tableaux:
-            jax.block_until_ready(ds.sample(score_fn, tableau, x_T))
+            jax.block_until_ready(ds.sample(score_fn, tableau, x_T, key=key))
         return {"compilations": count.number, "samplers": len(tableaux)}
     times = ds.schedules.logsnr(process, n, final="t_min")
     tableau = ds.solvers.get("dpmpp_2m")(process, times)
@@ -173,8 +174,10 @@ def main() -> None:
     text += (
         "\nSeconds to trace and compile. Second start: in a new process that finds the program in "
         "JAX's persistent cache. All samplers: "
-        f"{len([s for s in SOLVERS if not ds.solvers.get(s).stochastic])} solvers at {BUDGETS[0]} "
-        f"to {BUDGETS[-1]} evaluations, padded to one shape, and how often that compiled.\n\n"
+        f"the {len(ds.solvers.names())} solvers of the registry at {BUDGETS[0]} to {BUDGETS[-1]} "
+        f"evaluations ({BUDGETS[0]} and {BUDGETS[-1]} for all but the first network) where they "
+        "can make them, with and without noise, padded to one shape; and how often that "
+        "compiled.\n\n"
     )
     text += table(
         ["network", "bare scan, s", "`ds.sample`, s", "ratio", "second start, s", "all samplers",

@@ -104,7 +104,7 @@ def memory(function: Any, *arguments: Any) -> int:
 
 def draws(tableau: ds.Tableau) -> bool:
     """Whether it adds noise in most rows, and is held against a scan that does."""
-    return np.count_nonzero(tableau.c) > tableau.rows / 2
+    return int(np.count_nonzero(tableau.c)) > tableau.rows / 2
 
 
 def score_fn_of(net: Network, process: Any) -> ds.ScoreFn:

@@ -1,6 +1,7 @@
 """The benchmarks run in a reduced size and write the tables they promise; no time is asserted."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_compilation(tmp_path):
     assert compilations == "1"
     assert int(samplers) > 100
     assert {here[1], by_hand[1]} == {"`ds.sample`", "a loop under one jit"}
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="binds processes to cores on Linux")
+def test_scaling(tmp_path):
+    out = tmp_path / "scaling.md"
+    run("scaling.py", "--networks", "0", "--seconds", "0.1", "--most", "2", "--out", str(out))
+    rows = tables(out)
+    devices = min(2, len(os.sched_getaffinity(0)))
+    assert len(rows) == 6
+    assert all(len(row) == 1 + devices for row in rows)
+    assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[1:] if cell)
 
 
 @pytest.mark.peers
