@@ -14,25 +14,27 @@ def fastest(
     functions: dict[str, Callable[[], Any]],
     seconds: float = 20.0,
     wait: Callable[[Any], Any] = jax.block_until_ready,
+    rounds: int = 3,
 ) -> dict[str, float]:
     """Fastest time of each function in seconds, run in turn so that all see the same machine.
 
     Args:
       functions: by name; each is run once before anything is timed.
-      seconds: for all rounds together; at least 3 rounds and at most 200 are made.
+      seconds: for all rounds together; at most 200 are made.
       wait: called on what a function returns, until it is there.
+      rounds: made at least, whatever they take.
     """
     times = dict.fromkeys(functions, float("inf"))
     for function in functions.values():
         wait(function())
     gc.collect()
     gc.disable()
-    began, rounds = time.perf_counter(), 0
-    while rounds < 3 or (rounds < 200 and time.perf_counter() - began < seconds):
+    began, made = time.perf_counter(), 0
+    while made < rounds or (made < 200 and time.perf_counter() - began < seconds):
         for name, function in functions.items():
             start = time.perf_counter()
             wait(function())
             times[name] = min(times[name], time.perf_counter() - start)
-        rounds += 1
+        made += 1
     gc.enable()
     return times

@@ -28,6 +28,8 @@ from networks import COUNT, Network, network
 import diffsamp as ds
 
 NFE = 20
+COPIES = 4  # of the bare scan, compiled apart: their median counts, and their spread is noise
+ROUNDS = 5  # at least
 WINDOW = 4  # rows of `sample_parallel` that are evaluated together
 # one or more of every family; those of the last lines add noise
 SOLVERS = (
@@ -103,8 +105,8 @@ def memory(function: Any, *arguments: Any) -> int:
 
 
 def draws(tableau: ds.Tableau) -> bool:
-    """Whether it adds noise in most rows, and is held against a scan that does."""
-    return int(np.count_nonzero(tableau.c)) > tableau.rows / 2
+    """Whether it adds noise in half of its rows or more, and is held against a scan that does."""
+    return int(np.count_nonzero(tableau.c)) >= tableau.rows / 2
 
 
 def score_fn_of(net: Network, process: Any) -> ds.ScoreFn:
@@ -120,13 +122,16 @@ def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, A
     x_T, key = net.start(), jax.random.key(1)
     bare = bare_scan(net, score_fn.dtype)
     tableaux = {name: tableau_of(name, process) for name in names}
-    functions = {
-        "bare": lambda: bare(score_fn.params, x_T),
-        "noisy": lambda: bare(score_fn.params, x_T, key),
-    }
+    copies = [bare_scan(net, score_fn.dtype) for _ in range(COPIES)]
+    functions: dict[str, Callable[[], Any]] = {}
     base = {noisy: memory(bare, score_fn.params, x_T, key if noisy else None) for noisy in (0, 1)}
     extra = {}
-    for name, tableau in tableaux.items():
+    every = -(-len(tableaux) // COPIES)
+    for place, (name, tableau) in enumerate(tableaux.items()):
+        if place % every == 0:  # the same program several times over, among the others
+            copy = copies[place // every]
+            functions[f"bare {place}"] = lambda f=copy: f(score_fn.params, x_T)
+            functions[f"noisy {place}"] = lambda f=copy: f(score_fn.params, x_T, key)
         needed = key if tableau.stochastic else None
         whole = jax.jit(lambda f, x, k, t=tableau: ds.sample(f, t, x, key=k))
         extra[name] = (memory(whole, score_fn, x_T, needed) - base[draws(tableau)]) / x_T.nbytes
@@ -138,12 +143,17 @@ def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, A
     quiet = [t for t in tableaux.values() if not t.stochastic and t.p + t.q <= 6]
     for i, t in enumerate(ds.Tableau.pad_together(quiet)):
         functions[f"one {i}"] = lambda t=t: one(score_fn, t, x_T)
-    times = fastest(functions, seconds)
+    times = fastest(functions, seconds, rounds=ROUNDS)
+    bares, noisies = (
+        [times[name] for name in times if name.startswith(kind)] for kind in ("bare", "noisy")
+    )
+    times |= {"bare": float(np.median(bares)), "noisy": float(np.median(noisies))}
     result: dict[str, Any] = {
         name: (times[name] / times["noisy" if draws(t) else "bare"], extra[name], t.p + t.q)
         for name, t in tableaux.items()
     }
     result |= {name: times[name] for name in ("bare", "noisy")}
+    result["least"], result["most"] = min(bares) / times["bare"], max(bares) / times["bare"]
     result["unjitted"] = times["unjitted"] / times["bare"]
     result["one"] = max(times[f"one {i}"] for i in range(len(quiet))) / times["bare"]
     return result
@@ -211,7 +221,7 @@ def measure_around(net: Network, seconds: float) -> dict[str, tuple[float, int, 
         bare = bare_scan(net, jax.tree.leaves(params)[0].dtype, calls)
         functions[name] = lambda f=function, a=argument: f(a)
         functions[f"bare {name}"] = lambda f=bare, x=wide: f(params, x)
-    times = fastest(functions, seconds)
+    times = fastest(functions, seconds, rounds=ROUNDS)
     return {
         name: (times[name] / times[f"bare {name}"], calls, copies)
         for name, (_, _, calls, copies) in chosen.items()
@@ -239,16 +249,19 @@ def main() -> None:
     text = heading("Overhead over a bare scan of the network")
     text += (
         "\nTime of `ds.sample` in a `jit` over the time of a bare `lax.scan` of the network, "
-        f"{NFE} evaluations, the fastest of alternating runs; for samplers that add noise in most "
-        "rows (marked z) over a bare scan with a draw of noise in every step. Every sampler in its "
-        "own shape. One program: all deterministic ones with p + q of at most 6, padded to one "
-        f"shape, the slowest of them. Without a `jit`: `{names[0]}` as a plain call, which checks "
-        "and binds its arguments every time.\n\n"
+        f"{NFE} evaluations, the fastest of alternating runs; for samplers that add noise in half "
+        "of their rows or more (marked z) over a bare scan with a draw of noise in every step. "
+        "Every sampler in its own shape. One program: all deterministic ones with p + q of at most "
+        f"6, padded to one shape, the slowest of them. Without a `jit`: `{names[0]}` as a plain "
+        "call, which checks and binds its arguments every time. The bare scan is the median of "
+        f"{COPIES} copies, compiled apart and run among the others; how far they lie apart is what "
+        "a ratio here can be wrong by.\n\n"
     )
     noisy = {name: draws(tableau_of(name, ds.processes.flow())) for name in names}
     rows = [
         ["bare scan, ms", *(f"{r['bare'] * 1e3:.2f}" for r in found)],
         ["bare scan with noise, ms", *(f"{r['noisy'] * 1e3:.2f}" for r in found)],
+        ["copies of the bare scan", *(f"{r['least']:.3f} to {r['most']:.3f}" for r in found)],
     ]
     rows += [
         [f"`{name}`" + " z" * noisy[name], *(f"{r[name][0]:.3f}" for r in found)] for name in names

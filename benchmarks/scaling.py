@@ -151,7 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--full", action="store_true", help="sizes for a GPU")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each rate")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each rate")
+    parser.add_argument("--repeats", type=int, default=2, help="of each, of which the best counts")
     parser.add_argument("--networks", type=int, nargs="+", default=[1, 3], choices=range(COUNT))
     parser.add_argument("--most", type=int, help="devices; default: all there are")
     parser.add_argument("--out", default=str(RESULTS / "scaling.md"))
@@ -176,10 +177,17 @@ def main() -> None:
         f"\nDPM-Solver++ 2M, {NFE} evaluations, the same batch on every device. In brackets: over "
         "as many processes that know nothing of each other, each with one device, started "
         "together; for the search, which makes fewer evaluations, over its own rate on one "
-        "device, per device.\n"
+        f"device, per device. The best of {options.repeats} runs in turn.\n"
     )
     for which in options.networks:
-        found = {count: measure(which, count, options) for count in counts}
+        runs = [
+            {count: measure(which, count, options) for count in counts}
+            for _ in range(options.repeats)
+        ]
+        found = {
+            count: {what: max(run[count][what] for run in runs) for what in runs[0][count]}
+            for count in counts
+        }
         print(network(which, options.full).name, found, flush=True)
         rows = [["processes that know nothing of each other",
                  *(f"{found[count]['apart']:.4g}" for count in counts)]]  # fmt: skip

@@ -28,6 +28,7 @@ from diffsamp._sharding import expect_sharding, on_mesh, put
 from diffsamp._shards import (
     Generated,
     Shard,
+    differing,
     file_name,
     manifest_bytes,
     named,
@@ -83,7 +84,9 @@ def generate(
       cond: function from sample numbers, an integer array, to keyword arguments for the network,
         every array with as many entries; None: no condition.
       finish: applied to each batch of samples on the device before it is written: a decoder, a
-        rounding to uint8. It keeps the batch axis; an array or a pytree of them.
+        rounding to uint8. It keeps the batch axis; an array or a pytree of them. Give a decoder's
+        weights as `jax.tree_util.Partial(decode, weights)`, so that they are no constants of the
+        program.
       batch: samples at a time, and in a file.
       format: "npz", or "safetensors" (which needs that package).
       sharding: a `jax.sharding.NamedSharding` over the batch axis, of devices of this process;
@@ -138,7 +141,7 @@ def generate(
     settings = {
         "n": n, "batch": batch, "shape": list(shape), "format": format, "key": seed_of(key),
         "random": str(jax.random.key_impl(key)), "network": fingerprint(score_fn),
-        "tableau": digest(tableau), "cond": _outline(conditions(0)),
+        "tableau": digest(tableau), **_outline(conditions(0), n >= batch),
         "arrays": _expect_arrays(finish, (batch, *shape), format),
     }  # fmt: skip
     folder = _expect_folder(out)
@@ -170,7 +173,7 @@ def generate(
             ) from error
 
     tell = _teller(progress, kept, mine, sum(min(batch, n - first) for first in mine))
-    end = None if finish is None else jax.jit(finish)
+    end = None if finish is None else on_mesh(jax.tree_util.Partial(finish), sharding)
     with ThreadPoolExecutor(max_workers=1) as writer:
         waiting: collections.deque[Future[None]] = collections.deque()
 
@@ -189,7 +192,8 @@ def generate(
             x_T, keys, given = put((x_T, keys, conditions(first)), sharding)
             x = sample(for_samples(score_fn, numbers), tableau, x_T, key=keys, cond=given)
             finite = _finite(x)
-            waiting.append(writer.submit(keep, first, named(x if end is None else end(x)), finite))
+            x = x if end is None else _finished(end, x)
+            waiting.append(writer.submit(keep, first, named(x), finite))
         wait(0)
     return Generated(folder, n, scan(folder)[1])
 
@@ -205,6 +209,11 @@ def _starts(key, numbers, process, *, shape):
 @jax.jit
 def _finite(x: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+
+
+@jax.jit
+def _finished(finish: Any, x: jax.Array) -> Any:
+    return finish(x)
 
 
 def _teller(progress: Any, kept: list[Shard], mine: range, total: int) -> Callable[[], None]:
@@ -278,7 +287,7 @@ def _expect_folder(out: Any) -> Path:
 
 
 def _expect_same(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    changed = sorted(k for k in settings if k != "n" and found.get(k) != settings[k])
+    changed = differing(found, settings)
     if changed:
         raise ValueError(
             f"{folder} holds another job: {', '.join(changed)} differ. Give another folder, or "
@@ -315,10 +324,11 @@ def _expect_arrays(finish: Any, shape: tuple[int, ...], format: str) -> dict[str
     return {name: [list(leaf.shape[1:]), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
-def _outline(cond: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Names, shapes and dtypes of a condition, and the values of whole numbers."""
+def _outline(cond: Mapping[str, Any] | None, whole: bool) -> dict[str, Any]:
+    """Names, shapes and dtypes of a condition; and a digest of whole numbers, of a whole batch."""
     arrays = {name: np.asarray(value) for name, value in named(cond or {}).items()}
+    numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "biu"}
     return {
-        name: [list(v.shape[1:]), str(v.dtype), digest(v) if v.dtype.kind in "biu" else ""]
-        for name, v in arrays.items()
+        "cond": {name: [list(v.shape[1:]), str(v.dtype)] for name, v in arrays.items()},
+        "labels": digest(numbers) if whole else None,
     }

@@ -20,6 +20,7 @@ from diffsamp._files import read_json
 __all__ = [
     "Generated",
     "Shard",
+    "differing",
     "file_name",
     "manifest_bytes",
     "named",
@@ -178,6 +179,16 @@ def manifest_bytes(settings: Mapping[str, Any], shards: list[Shard]) -> bytes:
     return (json.dumps(head)[:-1] + f',\n "shards": [\n  {lines}\n ]}}\n').encode()
 
 
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The settings in which two jobs differ; n may, and what one does not know (None)."""
+    return sorted(
+        name
+        for name in one.keys() | other.keys()
+        if name != "n" and one.get(name) != other.get(name)
+        and not (name == "labels" and None in (one.get(name), other.get(name)))
+    )  # fmt: skip
+
+
 def scan(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
     """The settings of the job that a folder holds, and the files that are there and whole.
 
@@ -189,13 +200,14 @@ def scan(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
     for path in sorted(folder.glob("manifest-*.json")):
         own, listed = _read(path)
         if settings is not None:
-            differ = sorted(k for k in own if k != "n" and own[k] != settings.get(k))
+            differ = differing(own, settings)
             if differ:
                 raise ValueError(
                     f"the manifests of {folder} are of different jobs: {', '.join(differ)} differ "
                     f"in {path.name}. Each process must be called with the same arguments."
                 )
             own["n"] = max(own["n"], settings["n"])
+            own["labels"] = own["labels"] or settings["labels"]
         settings = own
         for shard in listed:
             file = folder / shard.file
@@ -218,7 +230,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Shard]]:
             _FILE.fullmatch(shard.file) and all(type(v) is int for v in shard[1:])
             for shard in shards
         )
-        if not whole or type(settings["n"]) is not int:
+        if not whole or type(settings["n"]) is not int or "labels" not in settings:
             raise ValueError("a file's name or numbers are not what `generate` writes")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

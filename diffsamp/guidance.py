@@ -167,15 +167,14 @@ class Guided(Transform):
             raise ValueError(f"`cond` lacks {missing}, for which `null` says what no condition is.")
 
         # each sample beside itself, so that a batch spread over devices stays where it is
-        def beside(one: Any, other: Any) -> Any:
-            return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
-
         def twice(leaf: Any) -> Any:
-            return beside(leaf, leaf)
+            return jnp.repeat(leaf, 2, axis=0)
 
         def pair(name: str, given: Any) -> Any:
-            empty = jnp.asarray(self.null.get(name, given)).astype(given.dtype)
-            return beside(given, jnp.broadcast_to(empty, given.shape))
+            if name not in self.null:
+                return twice(given)
+            empty = jnp.broadcast_to(jnp.asarray(self.null[name]).astype(given.dtype), given.shape)
+            return jnp.stack([given, empty], axis=1).reshape(-1, *given.shape[1:])
 
         inner = jax.tree.map(lambda v: twice(jnp.asarray(v)) if jnp.ndim(v) else v, bound.inner)
         pairs = {name: pair(name, jnp.asarray(v)) for name, v in cond.items()}

@@ -85,6 +85,30 @@ def test_a_job_goes_on_with_other_processes(whole, tmp_path):
     assert ds.Generated.open(tmp_path).complete
 
 
+def test_a_conditional_job(tmp_path):
+    network = ds.ScoreFn(
+        lambda p, x, t, label: x * 0 + label[:, None].astype(x.dtype), 1.0, PROCESS,
+        prediction="data",
+    )  # fmt: skip
+    tableau = ds.solvers.ddim(PROCESS, [1.0, 0.5, 0.0])
+    job = {"score_fn": network, "tableau": tableau, "cond": lambda i: {"label": i % 5}}
+    make(tmp_path, n=4, **job)  # less than a batch
+    make(tmp_path, n=9, **job)
+    made = make(tmp_path, **job)
+    np.testing.assert_allclose(made.load()["x"][:, 0], np.arange(22) % 5, atol=1e-6)
+    with pytest.raises(ValueError, match="holds another job: labels differ"):
+        make(tmp_path, **{**job, "cond": lambda i: {"label": i % 3}})
+    with pytest.raises(ValueError, match="holds another job: cond differ"):
+        make(tmp_path, **{**job, "cond": lambda i: {"label": np.float32(i)}})
+
+
+def test_a_decoder_with_weights(tmp_path):
+    decode = jax.tree_util.Partial(lambda weights, x: x @ weights, jnp.ones((2, 3)))
+    made = make(tmp_path / "a", finish=decode, sharding=spread(2)).load()["x"]
+    plain = make(tmp_path / "b").load()["x"]
+    np.testing.assert_allclose(made, plain @ np.ones((2, 3), np.float32), atol=1e-5)
+
+
 def test_more_samples_later(whole, tmp_path):
     make(tmp_path, n=11)
     assert not (tmp_path / "samples-000002.npz").exists()
@@ -413,11 +437,16 @@ DISTRIBUTED = textwrap.dedent(
     else:
         raise AssertionError("a mesh over processes was taken")
     # a search over all of them: its numbers are the same in every process
-    starts = np.resize(start, (24, 2))
+    starts = np.asarray(process.prior_sample(jax.random.key(5), (24, 2)))
     everyone = jax.make_array_from_callback((24, 2), spread, lambda at: starts[at])
     found = ds.search.compare(
         score_fn, everyone, nfe=[4], solver=["ddim", "dpmpp_2m"], batch=8, sharding=spread)
-    print([round(entry.psnr, 3) for entry in found.entries][:4])
+    front = ds.search.best(
+        score_fn, everyone, nfe=[4], key=jax.random.key(0), solver=["ddim", "dpmpp_2m"],
+        schedule=["logsnr"], stages=("compare", "distill"), steps=80, batch=8, sharding=spread)
+    scores = front.plans[4].psnr["held_out"]
+    assert scores["found"] > scores["start"] + 1, scores
+    print([round(v, 3) for v in (*scores.values(), *(entry.psnr for entry in found.entries))])
     try:
         ds.search.best(score_fn, everyone, nfe=[4], key=jax.random.key(0), state=sys.argv[3])
     except ValueError as error:

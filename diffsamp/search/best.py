@@ -138,12 +138,15 @@ def best(
         "nfe": budgets, "key": seed_of(key), "stages": list(stages), "objective": objective.name,
         "solver": solver and list(solver), "schedule": schedule and list(schedule),
         "screen": screen, "population": population, "rounds": rounds, "steps": steps,
-        "reference": digest(reference), "held_out": held, "batch": batch,
-        "starts": digest(x_T, cond), "network": fingerprint(score_fn),
+        "held_out": held, "batch": batch,
         "distill": {k: str(v) for k, v in distill_options.items()},
     }  # fmt: skip
+    job = {}  # to which a folder belongs; arrays of several processes have no digest
+    if state is not None:
+        job = {"starts": digest(x_T, cond), "reference": digest(reference)}
+        job["network"] = fingerprint(score_fn)
     score_fn = on_mesh(score_fn, sharding)
-    folder = _Folder(state, settings)
+    folder = _Folder(state, {**settings, **job})
     options: dict[str, Any] = {"batch": batch, "sharding": sharding}
     given = reference
 
@@ -326,7 +329,7 @@ def _choose(
                 scores[name].setdefault(span, {})[sampler] = value
     return Plan(
         tableau, tableau.name, fixed.name, scores, (), seconds,
-        {k: v for k, v in settings.items() if k != "starts"}, list(settings["key"]),
+        settings, list(settings["key"]),
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Distill: exact starts, consistency, gains on held-out noise, its options, clear errors."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -328,3 +330,30 @@ def test_micro_batches_give_the_same_plan(score_fn, radius):
     np.testing.assert_allclose(pieces.tableau.b, whole.tableau.b, rtol=2e-3, atol=2e-4)
     with pytest.raises(ValueError, match="`micro_batch` must divide the batch of 24; got 5"):
         search.distill(score_fn, start(40), micro_batch=5, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"radius": 0.1}])
+def test_a_gradient_step_on_a_mesh_sums_the_gradient_and_moves_nothing_else(
+    score_fn, monkeypatch, options
+):
+    """Each device keeps its samples; what goes between them is the gradient of the tableau."""
+    module = sys.modules["diffsamp.search.distill"]
+    real, programs = module.fit_step, []
+
+    def recorded(*arguments, **named):
+        programs.append(real.lower(*arguments, **named).compile().as_text())
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, "fit_step", recorded)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    first = solvers.ddim(PROCESS, schedules.karras(PROCESS, 4))
+    job = {"start": first, "key": jax.random.key(0), "steps": 2, "batch": 8, "held_out": 7}
+    many = search.distill(score_fn, start(24), sharding=spread, **job, **options)
+    assert len(programs) == 2
+    assert "all-reduce(" in programs[0]
+    for kind in ("all-gather(", "all-to-all(", "collective-permute(", "callback"):
+        assert kind not in programs[0]
+    monkeypatch.undo()
+    one = search.distill(score_fn, start(24), **job, **options)
+    np.testing.assert_allclose(many.tableau.b, one.tableau.b, rtol=1e-3, atol=1e-4)
