@@ -32,6 +32,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:  # in the name of the file, not of the temporary one
+        if error.errno is None:
+            raise
         raise type(error)(error.errno, error.strerror, str(target)) from error
 
 

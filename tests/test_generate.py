@@ -98,7 +98,7 @@ def test_a_conditional_job(tmp_path):
     np.testing.assert_allclose(made.load()["x"][:, 0], np.arange(22) % 5, atol=1e-6)
     with pytest.raises(ValueError, match="holds another job: labels differ"):
         make(tmp_path, **{**job, "cond": lambda i: {"label": i % 3}})
-    with pytest.raises(ValueError, match="holds another job: cond differ"):
+    with pytest.raises(ValueError, match=r"holds another job: cond.* differ"):
         make(tmp_path, **{**job, "cond": lambda i: {"label": np.float32(i)}})
 
 
