@@ -81,7 +81,7 @@ def overhead(path: Path) -> Any:
     axis.set_ylabel("time over a bare scan")
     axis.set_xlabel("z: adds noise, over a scan that does")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside upper center", ncols=len(head) - 1, fontsize=7)
     figure.supxlabel(origin(path, 140), fontsize=6)
     return figure
 

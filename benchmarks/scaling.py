@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="sizes for a GPU")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each rate")
     parser.add_argument("--repeats", type=int, default=2, help="of each, of which the best counts")
-    parser.add_argument("--networks", type=int, nargs="+", default=[1, 3], choices=range(COUNT))
+    parser.add_argument("--networks", type=int, nargs="+", default=[3], choices=range(COUNT))
     parser.add_argument("--most", type=int, help="devices; default: all there are")
     parser.add_argument("--out", default=str(RESULTS / "scaling.md"))
     options = parser.parse_args()

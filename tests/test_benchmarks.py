@@ -13,13 +13,19 @@ import diffsamp as ds
 ROOT = Path(__file__).parent.parent
 
 
-def run(script, *arguments):
+def python(*words):
+    """What a run of Python prints; it finds the benchmarks' modules."""
+    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True, text=True, check=False, timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        [sys.executable, *words], capture_output=True, text=True, check=False, timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run(script, *arguments):
+    python(str(ROOT / "benchmarks" / script), *arguments)
 
 
 def tables(path):
@@ -71,19 +77,13 @@ def test_overhead(tmp_path):
 def test_every_family_is_measured():
     """The samplers of the overhead benchmark, one or more of every module of solvers."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import diffsamp as ds, overhead\n"
         "for name in overhead.SOLVERS:\n"
         "    tableau = overhead.tableau_of(name, ds.processes.flow())\n"
         "    assert tableau.nfe == overhead.NFE, name\n"
         "print(*overhead.SOLVERS)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True,
-        check=False, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    measured = done.stdout.split()
+    measured = python("-c", code).split()
     solvers = ds.solvers
     others = (*solvers.COMPOSED, *solvers.FITTED, *solvers.FEW_STEP)
     assert set(measured) >= set(others)
@@ -166,7 +166,6 @@ def test_the_second_network_is_there():
     weights = ROOT / "benchmarks" / "weights"
     assert sum(path.stat().st_size for path in weights.iterdir()) < 8_000_000
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import jax, jax.numpy as jnp, diffsamp as ds, unet, classifier\n"
         "f = unet.load('fashion')\n"
         "make = ds.sampler(f, 'dpmpp_2m', nfe=8)\n"
@@ -176,12 +175,7 @@ def test_the_second_network_is_there():
         "unet.WEIGHTS / 'classifier_fashion.safetensors')}, x)[0]\n"
         "print(float(x.min()), float(x.max()), float((logits.argmax(1) == c['label']).mean()))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True,
-        check=False, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    low, high, right = map(float, done.stdout.split())
+    low, high, right = map(float, python("-c", code).split())
     assert -2 < low < -0.9
     assert 0.5 < high < 2
     assert right >= 0.7  # the classifier sees the class that was asked for
