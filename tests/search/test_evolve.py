@@ -1,5 +1,7 @@
 """Evolution: genomes keep their budget, encode known solvers, and selection works."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,11 @@ def test_the_same_seed_gives_the_same_evolution_however_it_is_cut(score_fn, tmp_
     assert resumed.values == whole.values
     other = search.evolve(score_fn, x_T, key=jax.random.key(4), **options)
     assert other.genomes != whole.genomes
+    louder = dataclasses.replace(score_fn, sigma_data=0.6)
+    with pytest.raises(ValueError, match="state of another search: network changed"):
+        search.evolve(louder, x_T, key=jax.random.key(3), state=file, **options)
+    with pytest.raises(ValueError, match="state of another search: starts changed"):
+        search.evolve(score_fn, start(24, 1), key=jax.random.key(3), state=file, **options)
     with pytest.raises(ValueError, match="state of another search: key changed"):
         search.evolve(score_fn, x_T, key=jax.random.key(4), state=file, **options)
     file.write_text("{")
