@@ -4,32 +4,19 @@ Three things a user does: wrap a pretrained network in a `ScoreFn`, run a solver
 with `sample`, and `search` for the best tableau under a budget of network evaluations (NFE).
 """
 
-from diffsamp import (
-    adaptive,
-    bridges,
-    few_step,
-    guidance,
-    inversion,
-    metrics,
-    parallel,
-    phase_space,
-    plot,
-    predictions,
-    processes,
-    random,
-    schedules,
-    search,
-    solvers,
-    targets,
-    time_shift,
-)
-from diffsamp._describe import describe
-from diffsamp._export import ExportedSampler, export, load_exported
-from diffsamp._generate import generate
-from diffsamp._progress import ProgressBar
-from diffsamp._sampler import Sampler, sampler
-from diffsamp._shards import Generated, Shard
-from diffsamp.compat.diffusers import from_diffusers
+from diffsamp import guidance, plot, predictions, processes, schedules, search, solvers
+from diffsamp._core import random
+from diffsamp._core.progress import ProgressBar
+from diffsamp.evaluation import metrics, targets
+from diffsamp.evaluation.describe import describe
+from diffsamp.guidance import time_shift
+from diffsamp.interop.diffusers import from_diffusers
+from diffsamp.jobs._shards import Generated, Shard
+from diffsamp.jobs.export import ExportedSampler, export, load_exported
+from diffsamp.jobs.generate import generate
+from diffsamp.jobs.sampler import Sampler, sampler
+from diffsamp.kinds import bridges, few_step, phase_space
+from diffsamp.loops import adaptive, inversion, parallel
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
 from diffsamp.score import ScoreFn

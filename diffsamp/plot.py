@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._describe import describe
-from diffsamp._files import write_atomically
+from diffsamp._core.files import write_atomically
+from diffsamp.evaluation.describe import describe
 from diffsamp.processes import Process
 from diffsamp.search.compare import Comparison
 from diffsamp.tableau import Tableau

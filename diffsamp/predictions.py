@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffsamp._numeric import as_float, namespace, silence
+from diffsamp._core.numeric import as_float, namespace, silence
 from diffsamp.processes import Process
 
 __all__ = ["NAMES", "Level", "canonical_name", "conversion", "convert", "level_at", "weights"]

@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import random
-from diffsamp._checks import expect_int
-from diffsamp._numeric import as_float, namespace, silence
+from diffsamp._core import random
+from diffsamp._core.checks import expect_int
+from diffsamp._core.numeric import as_float, namespace, silence
 
 __all__ = [
     "EDM",

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from diffsamp import random
-from diffsamp._checks import expect_state
-from diffsamp._numeric import is_concrete, namespace, silence, to_host, working_dtype
+from diffsamp._core import random
+from diffsamp._core.checks import expect_state
+from diffsamp._core.numeric import is_concrete, namespace, silence, to_host, working_dtype
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, expect_score_fn, scale_rows
 from diffsamp.tableau import Tableau

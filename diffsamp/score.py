@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import predictions
-from diffsamp._checks import expect_choice, expect_state
-from diffsamp._numeric import (
+from diffsamp._core.checks import expect_choice, expect_state
+from diffsamp._core.numeric import (
     as_float,
     is_concrete,
     namespace,

@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int
-from diffsamp._files import read_json, write_atomically
-from diffsamp._numeric import is_concrete
+from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.files import read_json, write_atomically
+from diffsamp._core.numeric import is_concrete
 
 __all__ = ["Tableau"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import diffsamp as ds
-from diffsamp.compat import diffusers as compat
+from diffsamp.interop import diffusers as compat
 
 # every field of every class, with its default, as diffusers has them
 GOLDEN = Path(__file__).parent / "fixtures" / "peers.json"

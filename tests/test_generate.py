@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import diffsamp as ds
-from diffsamp import _generate
-from diffsamp._sharding import on_mesh
+from diffsamp._core.sharding import on_mesh
+from diffsamp.jobs import generate as _generate
 
 PROCESS = ds.processes.vp_linear()
 TARGET = ds.targets.gaussian_mixture([0.5, 0.5], [[-1.0, 0.5], [1.0, -0.5]], [0.05, 0.1])
@@ -244,7 +244,7 @@ SCRIPT = textwrap.dedent(
     import diffsamp as ds
     process = ds.processes.vp_linear()
     target = ds.targets.gaussian_mixture([0.5, 0.5], [[-1.0, 0.5], [1.0, -0.5]], [0.05, 0.1])
-    from diffsamp import _files
+    from diffsamp._core import files as _files
 
     real, written = os.fsync, []
 

@@ -11,24 +11,13 @@ ROOT = Path(diffsamp.__file__).parent
 
 # a module may import those on lower levels only
 LEVELS = [
-    ["_numeric", "_checks", "_files", "_digest", "_progress", "_sharding", "random"],
-    ["processes", "metrics"],
+    ["_core"],
+    ["processes"],
     ["predictions", "schedules", "tableau"],
-    ["score", "solvers", "_describe"],
-    ["sampling", "targets", "guidance"],
-    ["search", "compat", "_sampler"],
-    [
-        "adaptive",
-        "bridges",
-        "few_step",
-        "inversion",
-        "parallel",
-        "phase_space",
-        "time_shift",
-        "_export",
-        "_shards",
-    ],
-    ["_generate"],
+    ["score", "solvers"],
+    ["sampling", "guidance", "evaluation"],
+    ["search", "interop", "kinds", "loops"],
+    ["jobs"],
     ["plot", "models"],
     ["cli"],
 ]
@@ -36,13 +25,13 @@ LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 ALLOWED = {"jax", "numpy", "scipy"}
 EXTRAS = {
     "flax": {"models", "search"},
-    "safetensors": {"models", "_shards"},
+    "safetensors": {"models", "jobs"},
     "sklearn": {"models"},
     "optax": {"search"},
-    "diffrax": {"adaptive"},
-    "flatbuffers": {"_export"},
+    "diffrax": {"loops"},
+    "flatbuffers": {"jobs"},
     "matplotlib": {"plot"},
-    "tqdm": {"_progress"},
+    "tqdm": {"_core"},
 }
 # modules that may exceed the budget, and why
 LARGE = {

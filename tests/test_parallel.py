@@ -10,8 +10,8 @@ from cases import CASES, all_processes, skewed_mixture
 
 import diffsamp as ds
 from diffsamp import schedules, solvers
+from diffsamp.loops.parallel import sample_parallel
 from diffsamp.models import digits
-from diffsamp.parallel import sample_parallel
 
 PROCESSES = all_processes()
 

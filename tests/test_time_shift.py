@@ -9,7 +9,7 @@ import pytest
 
 import diffsamp as ds
 from diffsamp import schedules, solvers
-from diffsamp.time_shift import PUBLISHED, time_shift
+from diffsamp.guidance.time_shift import PUBLISHED, time_shift
 
 PROCESS = ds.processes.vp_linear()
 VARIANCE, DIM = 0.25, 256

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._files import write_atomically
+from diffsamp._core.files import write_atomically
 from diffsamp.processes import edm
 from diffsamp.score import ScoreFn
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffsamp._checks import expect_choice
+from diffsamp._core.checks import expect_choice
 from diffsamp.processes import Process
 from diffsamp.schedules.grids import (
     exponential,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._checks import expect_int, expect_times
+from diffsamp._core.checks import expect_int, expect_times
 from diffsamp.processes import Process
 
 __all__ = ["ddim_uniform", "leading", "linspace", "rounded", "sgm_uniform", "simple", "trailing"]

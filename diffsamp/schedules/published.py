@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int, expect_times
+from diffsamp._core.checks import expect_choice, expect_int, expect_times
 from diffsamp.processes import Process
 
 __all__ = ["PUBLISHED", "published", "resample"]

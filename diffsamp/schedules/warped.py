@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta as beta_distribution
 
-from diffsamp._checks import expect_int, expect_times
+from diffsamp._core.checks import expect_int, expect_times
 from diffsamp.processes import Process
 from diffsamp.schedules.grids import checked_ends
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._numeric import silence
+from diffsamp._core.numeric import silence
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
 from diffsamp.search.canonical import from_canonical

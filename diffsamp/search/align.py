@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules
-from diffsamp._checks import expect_choice, expect_int
-from diffsamp._sharding import expect_sharding, on_mesh, put
+from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.sharding import expect_sharding, on_mesh, put
 from diffsamp.score import ScoreFn
 from diffsamp.search.dynamic import Costs
 from diffsamp.search.objective import Progress, expect_batch, slice_batch

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import solvers
-from diffsamp._checks import expect_int
-from diffsamp._digest import digest, fingerprint, seed_of
-from diffsamp._files import read_json, write_atomically
-from diffsamp._sharding import on_mesh
+from diffsamp._core.checks import expect_int
+from diffsamp._core.digest import digest, fingerprint, seed_of
+from diffsamp._core.files import read_json, write_atomically
+from diffsamp._core.sharding import on_mesh
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.compare import Comparison, Entry, compare

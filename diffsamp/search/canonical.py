@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._numeric import as_float, namespace
+from diffsamp._core.numeric import as_float, namespace
 from diffsamp.processes import Process
 from diffsamp.tableau import Tableau
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules, solvers
-from diffsamp._checks import expect_int
+from diffsamp._core.checks import expect_int
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.objective import Progress, finite_psnr, make_reference, run_many

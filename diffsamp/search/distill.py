@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int
-from diffsamp._digest import seed_of
-from diffsamp._sharding import expect_sharding, on_mesh, put
+from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.digest import seed_of
+from diffsamp._core.sharding import expect_sharding, on_mesh, put
 from diffsamp.score import ScoreFn
 from diffsamp.search._gradient import (
     arrays_of,

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules, solvers
-from diffsamp._checks import expect_choice, expect_int, expect_times
-from diffsamp._sharding import expect_sharding, on_mesh, put
+from diffsamp._core.checks import expect_choice, expect_int, expect_times
+from diffsamp._core.sharding import expect_sharding, on_mesh, put
 from diffsamp.processes import Process
 from diffsamp.sampling import trajectory
 from diffsamp.score import ScoreFn

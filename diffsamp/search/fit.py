@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from diffsamp import random, solvers
-from diffsamp._checks import expect_choice, expect_int, expect_state, expect_times
+from diffsamp import solvers
+from diffsamp._core import random
+from diffsamp._core.checks import expect_choice, expect_int, expect_state, expect_times
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.sampling import sample, trajectory

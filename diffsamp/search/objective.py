@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import metrics, random, schedules, solvers
-from diffsamp._checks import expect_cond, expect_int, expect_state
-from diffsamp._sharding import expect_sharding, on_mesh, put
+from diffsamp import schedules, solvers
+from diffsamp._core import random
+from diffsamp._core.checks import expect_cond, expect_int, expect_state
+from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp.evaluation import metrics
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
 from diffsamp.score import ScoreFn, for_samples

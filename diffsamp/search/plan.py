@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._files import read_json, write_atomically
+from diffsamp._core.files import read_json, write_atomically
 from diffsamp.tableau import Tableau
 
 __all__ = ["Front", "Plan", "decoded", "encoded", "versions"]

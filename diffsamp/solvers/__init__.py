@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffsamp._checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm, pndm
 from diffsamp.solvers.consistency import CONSISTENCY_INDICES, consistency

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._checks import expect_times
-from diffsamp._numeric import is_concrete
+from diffsamp._core.checks import expect_times
+from diffsamp._core.numeric import is_concrete
 from diffsamp.processes import Process
 from diffsamp.tableau import Tableau
 

@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from diffsamp._checks import expect_choice
+from diffsamp._core.checks import expect_choice
 from diffsamp.processes import Flow
 from diffsamp.solvers._builder import FLOW, NOISE, Answer, Builder, Combination, Point, total
 

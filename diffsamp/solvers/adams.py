@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     NOISE,

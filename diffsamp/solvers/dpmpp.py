@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from diffsamp._checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, total
 from diffsamp.solvers._weights import phis, spread

@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from diffsamp._checks import expect_choice
-from diffsamp._numeric import silence
+from diffsamp._core.checks import expect_choice
+from diffsamp._core.numeric import silence
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, Combination, Point, transfer
 from diffsamp.solvers._charts import Chart

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._checks import expect_choice
+from diffsamp._core.checks import expect_choice
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import NOISE, Answer, Builder, expect_falling_rows, total, transfer
 from diffsamp.solvers._weights import lagrange

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffsamp import schedules
-from diffsamp._checks import expect_int, expect_times
+from diffsamp._core.checks import expect_int, expect_times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Builder
 from diffsamp.solvers.edm import heun

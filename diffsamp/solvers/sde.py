@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, total, transfer
 from diffsamp.solvers._weights import exponential_weights, spread

@@ -14,7 +14,7 @@ import itertools
 import math
 from typing import Any
 
-from diffsamp._checks import expect_int
+from diffsamp._core.checks import expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import NOISE, Answer, Builder, Combination, Point, total, transfer
 from diffsamp.solvers._charts import Chart, runge_kutta_step

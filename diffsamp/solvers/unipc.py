@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_int, expect_times
+from diffsamp._core.checks import expect_choice, expect_int, expect_times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, Combination, Point, total
 from diffsamp.solvers._weights import exponential_weights, lagrange

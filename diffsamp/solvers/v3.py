@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from diffsamp._checks import expect_int
-from diffsamp._files import write_atomically
-from diffsamp._numeric import as_float
+from diffsamp._core.checks import expect_int
+from diffsamp._core.files import write_atomically
+from diffsamp._core.numeric import as_float
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     NOISE,

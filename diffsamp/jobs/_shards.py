@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diffsamp._files import read_json
+from diffsamp._core.files import read_json
 
 __all__ = [
     "Generated",

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import solvers
-from diffsamp._checks import expect_choice, expect_int
-from diffsamp._numeric import as_float, is_concrete, namespace, silence, to_host
+from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, to_host
 from diffsamp.guidance import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.processes import Process

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import random
-from diffsamp._checks import expect_choice, expect_cond, expect_int
-from diffsamp._digest import digest, fingerprint, seed_of
-from diffsamp._files import remove_temporaries, write_atomically
-from diffsamp._progress import ProgressBar
-from diffsamp._sharding import expect_sharding, on_mesh, put
-from diffsamp._shards import (
+from diffsamp._core import random
+from diffsamp._core.checks import expect_choice, expect_cond, expect_int
+from diffsamp._core.digest import digest, fingerprint, seed_of
+from diffsamp._core.files import remove_temporaries, write_atomically
+from diffsamp._core.progress import ProgressBar
+from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp.jobs._shards import (
     Generated,
     Shard,
     differing,

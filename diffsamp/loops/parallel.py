@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from diffsamp import random
-from diffsamp._checks import expect_int, expect_state
-from diffsamp._numeric import working_dtype
+from diffsamp._core import random
+from diffsamp._core.checks import expect_int, expect_state
+from diffsamp._core.numeric import working_dtype
 from diffsamp.predictions import Level
 from diffsamp.sampling import expect_key
 from diffsamp.score import ScoreFn

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from diffsamp import predictions, random
-from diffsamp._checks import expect_int
-from diffsamp._numeric import as_float, is_concrete, namespace
+from diffsamp import predictions
+from diffsamp._core import random
+from diffsamp._core.checks import expect_int
+from diffsamp._core.numeric import as_float, is_concrete, namespace
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn

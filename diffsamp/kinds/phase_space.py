@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._checks import expect_choice, expect_times
-from diffsamp._numeric import (
+from diffsamp._core.checks import expect_choice, expect_times
+from diffsamp._core.numeric import (
     as_float,
     is_concrete,
     namespace,

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffsamp import random
-from diffsamp._checks import expect_choice, expect_int, expect_state
-from diffsamp._numeric import is_concrete
+from diffsamp._core import random
+from diffsamp._core.checks import expect_choice, expect_int, expect_state
+from diffsamp._core.numeric import is_concrete
 from diffsamp.predictions import level_at
 from diffsamp.score import scale_rows
 

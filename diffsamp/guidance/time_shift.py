@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._checks import expect_choice
-from diffsamp._numeric import as_float, working_dtype
-from diffsamp.guidance import Transform, per_row
+from diffsamp._core.checks import expect_choice
+from diffsamp._core.numeric import as_float, working_dtype
+from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._checks import expect_int
-from diffsamp._numeric import working_dtype
+from diffsamp._core.checks import expect_int
+from diffsamp._core.numeric import working_dtype
 
 __all__ = [
     "frechet_distance",

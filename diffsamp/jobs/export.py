@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from diffsamp import random
-from diffsamp._checks import expect_int
-from diffsamp._files import write_atomically
-from diffsamp._sampler import Sampler
+from diffsamp._core import random
+from diffsamp._core.checks import expect_int
+from diffsamp._core.files import write_atomically
+from diffsamp.jobs.sampler import Sampler
 
 __all__ = ["ExportedSampler", "export", "load_exported"]
 

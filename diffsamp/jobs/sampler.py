@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffsamp import random, schedules, solvers
+from diffsamp import schedules, solvers
+from diffsamp._core import random
 from diffsamp.sampling import sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau

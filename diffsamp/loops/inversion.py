@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._checks import expect_state
+from diffsamp._core.checks import expect_state
 from diffsamp.sampling import State, init, resume, sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau

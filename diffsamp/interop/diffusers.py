@@ -36,8 +36,8 @@ import numpy as np
 from scipy.stats import beta as beta_distribution
 
 from diffsamp import processes, solvers
-from diffsamp._checks import expect_int, expect_times
-from diffsamp._files import read_json
+from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.files import read_json
 from diffsamp.predictions import canonical_name
 from diffsamp.processes import Process
 from diffsamp.schedules import shifted

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._numeric import as_float, is_concrete, namespace, silence
+from diffsamp._core.numeric import as_float, is_concrete, namespace, silence
 from diffsamp.guidance import Transform
 from diffsamp.predictions import Level
 from diffsamp.processes import Process

@@ -1,0 +1,1 @@
+"""What knows nothing of samplers: numbers, checks, files, progress, sharding, random keys."""

@@ -1,0 +1,1 @@
+"""What samplers are judged by: targets with exact scores, metrics, descriptions."""

@@ -1,0 +1,79 @@
+"""What every transform of a ScoreFn has in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from diffsamp._core.numeric import namespace
+from diffsamp.predictions import Level
+from diffsamp.processes import Process
+from diffsamp.score import for_samples
+
+__all__ = ["Transform", "per_row"]
+
+
+class Transform:
+    """What every transform passes through to the ScoreFn inside it; for transforms of one's own.
+
+    A subclass is a pytree with a field `score_fn`, and gives `bind` and `predict`. Every array of
+    what `bind` returns has the rows in front, and a field `inner` holds the inner bound numbers.
+    """
+
+    score_fn: Any
+
+    @property
+    def process(self) -> Process:
+        """The noise process of the network inside."""
+        return self.score_fn.process
+
+    @property
+    def batched(self) -> bool:
+        """Whether states have a batch axis."""
+        return self.score_fn.batched
+
+    @property
+    def nfe_factor(self) -> int:
+        """Network evaluations per call."""
+        return self.score_fn.nfe_factor
+
+    def for_samples(self, numbers: Any) -> Any:
+        """The same transform for a batch of a larger set, which matters if it draws random numbers.
+
+        Args:
+          numbers: (batch,) integers, each sample's number in the set.
+        """
+        inner: Any = for_samples(self.score_fn, numbers)
+        this: Any = self
+        return self if inner is self.score_fn else dataclasses.replace(this, score_fn=inner)
+
+    def check_bound(self, bound: Any, level: Level, evaluates: Any) -> None:
+        """As `ScoreFn.check_bound`."""
+        self.score_fn.check_bound(bound.inner, level, evaluates)
+
+
+def per_row(level: Level, what: str, *arrays: Any) -> list[Any]:
+    """Arrays with one number per row, for the rows of `level`; padding rows get 0.
+
+    For transforms that follow the rows of a tableau.
+
+    Args:
+      level: what `bind` was given.
+      what: the transform, for the error.
+      *arrays: (n,) each, of the tableau the transform was made for.
+
+    Raises:
+      ValueError: a level that is no tableau's (a single time), or one with fewer rows.
+    """
+    if np.ndim(level.t) == 0:
+        raise ValueError(
+            f"{what} follows the rows of a tableau: use it with ds.sample, not at a single time or "
+            "with step-size control."
+        )
+    rows = np.shape(level.t)[0]
+    own = max((np.shape(v)[0] for v in arrays), default=0)
+    if rows < own:
+        raise ValueError(f"{what} was made for {own} rows; the tableau has {rows}.")
+    return [namespace(v).pad(v, (0, rows - own)) for v in arrays]

@@ -1,0 +1,1 @@
+"""Samplers as jobs: one object, an exported program, a folder of samples."""

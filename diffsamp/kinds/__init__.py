@@ -1,0 +1,1 @@
+"""Other kinds of pretrained model: few-step networks, bridges, phase space."""

@@ -1,0 +1,1 @@
+"""Other ways to run a tableau: in parallel, backwards, with step-size control."""
