@@ -1,7 +1,9 @@
 """Search: find the best sampler for a given network under an NFE budget.
 
-`compare` measures fixed solvers on fixed schedules; `step_costs` and `align_steps` optimise the
-schedule; `evolve` mixes solvers step by step; `distill` learns times and coefficients by gradient;
+`regress` fits times and weights by least squares and `refine` by Gauss-Newton steps, from forward
+evaluations alone; `compare` measures fixed solvers on fixed schedules; `step_costs` and
+`align_steps` optimise the schedule; `evolve` mixes solvers step by step; `distill` learns times and
+coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
 `Objective`, by default its distance to a fine solution from the same noise.
 """
@@ -18,6 +20,8 @@ from diffsamp.search.fit import Fit, fit_dc, fit_iia, model_statistics
 from diffsamp.search.genome import Genome
 from diffsamp.search.objective import Objective, reference_tableau, run, run_many
 from diffsamp.search.plan import Front, Plan
+from diffsamp.search.refine import refine
+from diffsamp.search.regress import fine_times, regress
 
 __all__ = [
     "STAGES",
@@ -39,12 +43,15 @@ __all__ = [
     "compare",
     "distill",
     "evolve",
+    "fine_times",
     "fit_dc",
     "fit_iia",
     "from_canonical",
     "model_statistics",
     "objective",
     "reference_tableau",
+    "refine",
+    "regress",
     "run",
     "run_many",
     "shortest_path",

@@ -166,7 +166,7 @@ def step_costs(
             score_fn, tableau, put(slice_batch(x_T, start, stop), sharding),
             cond=put(slice_batch(cond, start, stop), sharding),
         )  # fmt: skip
-        part = _pair_costs(
+        part = pair_costs(
             run.points, run.outputs, jnp.asarray(alpha, jnp.float32),
             jnp.asarray(sigma, jnp.float32), root=kind == "distance",
         )  # fmt: skip
@@ -182,7 +182,7 @@ def step_costs(
 
 
 @functools.partial(jax.jit, static_argnames="root")
-def _pair_costs(points, outputs, alpha, sigma, *, root):
+def pair_costs(points, outputs, alpha, sigma, *, root):
     """Sum over samples of the error of each step i -> j, (M + 1, M + 1)."""
     rows = outputs.shape[0]
     weights = jnp.maximum(alpha, jnp.finfo(jnp.float32).tiny)

@@ -1,0 +1,157 @@
+"""The starts of a search, split in three, and what was spent on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp._core.checks import expect_int
+from diffsamp._core.sharding import expect_sharding, on_mesh
+from diffsamp.score import ScoreFn
+from diffsamp.search.objective import (
+    Progress,
+    expect_batch,
+    finite_psnr,
+    log_mse,
+    make_reference,
+    reference_tableau,
+    run,
+    slice_batch,
+)
+from diffsamp.tableau import Tableau
+
+__all__ = ["Starts"]
+
+
+@dataclasses.dataclass
+class Starts:
+    """Starts in the order that the key gave: [0, fit) fit, [fit, stop) decide, [stop, size) report.
+
+    Attributes:
+      score_fn: the network.
+      x_T: (size, ...) starts at t_max.
+      cond: keyword arguments for the network, or None.
+      reference: (size, ...) where samplers should end; None until it is known.
+      fit: where the deciding starts begin.
+      stop: where the reporting starts begin.
+      batch: samples at a time.
+      sharding: over the batch axis.
+      order: (size,) which of the caller's starts each is.
+      spent: network evaluations so far, one per sample and call.
+    """
+
+    score_fn: ScoreFn
+    x_T: Any
+    cond: Any
+    reference: Any
+    fit: int
+    stop: int
+    batch: int
+    sharding: Any
+    order: np.ndarray
+    spent: int = 0
+
+    @classmethod
+    def split(
+        cls,
+        score_fn: ScoreFn,
+        x_T: Any,
+        cond: Mapping[str, Any] | None,
+        key: Any,
+        held_out: int | None,
+        batch: int,
+        sharding: Any,
+    ) -> Starts:
+        """Split and shuffle, without a reference yet.
+
+        Args:
+          score_fn: the network.
+          x_T: (n, ...) starts.
+          cond: keyword arguments for the network.
+          key: random key of the order.
+          held_out: how many do not fit, half of them to decide; None: a quarter, at least 2.
+          batch: samples at a time.
+          sharding: as for `run`.
+
+        Raises:
+          ValueError: too few starts.
+        """
+        size = expect_batch(x_T, cond)
+        held = max(2, size // 4) if held_out is None else held_out
+        held = expect_int(held, "held_out", at_least=2)
+        if held >= size:
+            raise ValueError(
+                f"`x_T` has {size} starts, of which {held} are held out: too few are left."
+            )
+        batch = expect_int(batch, "batch", at_least=1)
+        expect_sharding(sharding, batch if batch < size else None)
+        order = np.asarray(jax.random.permutation(key, size))
+        x_T, cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], (x_T, cond))
+        fit, stop = size - held, size - held + held // 2
+        network = on_mesh(score_fn, sharding)
+        return cls(network, x_T, cond, None, fit, stop, batch, sharding, order)
+
+    @property
+    def size(self) -> int:
+        """All of them."""
+        return int(jax.tree.leaves(self.x_T)[0].shape[0])
+
+    def expect_reference(self, reference: Tableau | Any, progress: Progress | None) -> None:
+        """Take or make the reference; see `make_reference`.
+
+        Args:
+          reference: samples in the caller's order, the tableau that makes them, or None.
+          progress: as for `run`.
+        """
+        if reference is None:
+            reference = reference_tableau(self.score_fn.process)
+        made = isinstance(reference, Tableau)
+        self.spent += reference.nfe * self.size if made else 0
+        found = make_reference(
+            self.score_fn,
+            reference,
+            self.x_T,
+            cond=self.cond,
+            batch=self.batch,
+            sharding=self.sharding,
+            progress=progress,
+        )
+        self.reference = found if made else jnp.asarray(found)[self.order]
+
+    def samples(self, tableau: Tableau, low: int, high: int) -> Any:
+        """Samples low .. high - 1."""
+        self.spent += tableau.nfe * (high - low)
+        x, cond = (slice_batch(v, low, high) for v in (self.x_T, self.cond))
+        return run(self.score_fn, tableau, x, cond=cond, batch=self.batch, sharding=self.sharding)
+
+    def value(self, tableau: Tableau, low: int, high: int) -> float:
+        """Mean log squared error of them to the reference; inf if anything is not finite."""
+        return log_mse()(self.samples(tableau, low, high), slice_batch(self.reference, low, high))
+
+    def decide(self, tableau: Tableau) -> float:
+        """`value` on the deciding starts."""
+        return self.value(tableau, self.fit, self.stop)
+
+    def scores(
+        self, start: Tableau, found: Tableau, data_range: float
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        """Scores of a `Plan`: log error and PSNR, on the fitting and the reporting starts."""
+        objective = log_mse()
+        judges: dict[str, Any] = {
+            objective.name: objective,
+            "psnr": functools.partial(finite_psnr, data_range=data_range),
+        }
+        scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in judges}
+        for span, (low, high) in {"fit": (0, self.fit), "held_out": (self.stop, self.size)}.items():
+            for sampler, tableau in (("start", start), ("found", found)):
+                x = self.samples(tableau, low, high)
+                for name, judge in judges.items():
+                    value = judge(x, slice_batch(self.reference, low, high))
+                    scores[name].setdefault(span, {})[sampler] = value
+        return scores

@@ -1,0 +1,229 @@
+"""`regress` and `refine`: closed forms, counted evaluations, splits, and what they refuse."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import PROCESS, mixture, start
+
+import diffsamp as ds
+from diffsamp import search, solvers
+from diffsamp.search.explicit import Explicit, from_largest_level
+
+KEY = jax.random.key(3)
+
+
+def gaussian(process, variances, prediction="data"):
+    """A linear network, and where its ODE takes x_T: x_0 = mean part 0, std c / std of x_T."""
+    variances = np.asarray(variances, np.float64)
+    target = ds.targets.gaussian(np.zeros(len(variances)), variances)
+    alpha, sigma = float(process.alpha(process.t_max)), float(process.sigma(process.t_max))
+    factor = np.sqrt(variances / (alpha**2 * variances + sigma**2))
+    return target.score_fn(process, prediction), lambda x: jnp.asarray(
+        np.asarray(x) * factor, jnp.float32
+    )
+
+
+PROCESSES = {
+    "edm": (ds.processes.edm(0.02, 20.0), "data"),
+    "vp": (ds.processes.vp_linear(), "noise"),
+    "flow": (ds.processes.flow(), "velocity"),
+    "ve": (ds.processes.ve(0.02, 20.0), "score"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_gaussian_of_two_variances_is_exact_in_three_evaluations(name):
+    """The last row has two weights for two equations; in one it has none, and misses."""
+    process, prediction = PROCESSES[name]
+    network, solution = gaussian(process, [0.09, 1.4], prediction)
+    x_T = process.prior_sample(jax.random.key(0), (24, 2))
+    errors = {}
+    for nfe in (1, 3):
+        plan = search.regress(
+            network, x_T, nfe=nfe, key=KEY, reference=solution(x_T), points=40, evaluations=6000
+        )
+        assert plan.nfe == plan.tableau.nfe == nfe
+        errors[nfe] = plan.psnr["held_out"]["found"]
+    assert errors[3] > max(95, errors[1] + 50), errors
+    fresh = process.prior_sample(jax.random.key(9), (16, 2))
+    own = ds.sample(network, plan.tableau, fresh)
+    np.testing.assert_allclose(own, solution(fresh), atol=2e-3)
+
+
+def test_as_many_evaluations_as_points_give_the_reference():
+    x_T = start(12)
+    network = mixture().score_fn(PROCESS, "edm_f")
+    times = ds.schedules.karras(PROCESS, 12)
+    plan = search.regress(network, x_T, nfe=12, key=KEY, points=times)
+    own = ds.sample(network, plan.tableau, x_T)
+    fine = ds.sample(network, solvers.unipc(PROCESS, times, order=3), x_T)
+    assert float(ds.metrics.psnr(own, fine)) > 60
+
+
+def counting(network, calls):
+    """The same network, which says how many samples it was asked for."""
+
+    def apply(params, x, t, **cond):
+        jax.debug.callback(lambda n: calls.append(int(n)), jnp.asarray(x.shape[0]))
+        return params(x, t, prediction="data")
+
+    return ds.ScoreFn(apply, network, network.process, prediction="data")
+
+
+def test_evaluations_are_those_of_the_network():
+    calls = []
+    network = counting(mixture().score_fn(PROCESS, "edm_f"), calls)
+    x_T = start(12)
+    plan = search.regress(network, x_T, nfe=3, key=KEY, points=20, batch=5)
+    jax.effects_barrier()
+    assert plan.settings["evaluations"] == sum(calls)
+    calls.clear()
+    refined = search.refine(network, plan.tableau, x_T, key=KEY, iterations=2, batch=5)
+    jax.effects_barrier()
+    assert refined.settings["evaluations"] == sum(calls)
+    calls.clear()
+    short = search.regress(network, x_T, nfe=3, key=KEY, points=20, evaluations=300)
+    jax.effects_barrier()
+    assert short.settings["evaluations"] == sum(calls) < plan.settings["evaluations"]
+
+
+@pytest.fixture(scope="module")
+def regressed(score_fn):
+    return search.regress(score_fn, start(48), nfe=4, key=KEY)
+
+
+def test_it_beats_every_fixed_sampler(score_fn, regressed):
+    x_T = start(64, seed=5)
+    table = search.compare(score_fn, x_T, nfe=(4,))
+    found = ds.sample(score_fn, regressed.tableau, x_T)
+    best = table.best(4)
+    assert float(ds.metrics.psnr(found, table.reference)) > best.psnr + 3
+
+
+def test_refine_improves_it_and_reports_on_others(score_fn, regressed):
+    x_T = start(48)
+    plan = search.refine(score_fn, regressed.tableau, x_T, key=KEY)
+    assert plan.history[-1][1] < plan.history[0][1] - 0.05  # the mean log error that it descends
+    decided = min(row[2] for row in plan.history)
+    assert decided <= plan.history[0][2]
+    sums = search.refine(
+        score_fn, regressed.tableau, x_T, key=KEY, numbers=("times", "weights", "sums")
+    )
+    assert sums.history[-1][1] < plan.history[-1][1]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun", "dpmpp_2s", "unipc3", "rho_rk4"])
+def test_refine_takes_any_deterministic_sampler(score_fn, solver):
+    """Also multi-stage ones; the start is reproduced, and a Gauss-Newton step or two helps."""
+    registered = solvers.get(solver)
+    tableau = registered(PROCESS, ds.schedules.karras(PROCESS, 3))
+    x_T = start(24)
+    again = Explicit.of(tableau).tableau(PROCESS, name="again", source="")
+    np.testing.assert_allclose(
+        ds.sample(score_fn, again, x_T), ds.sample(score_fn, tableau, x_T), atol=2e-4
+    )
+    plan = search.refine(score_fn, tableau, x_T, key=KEY, iterations=2)
+    assert plan.scores["log_mse"]["fit"]["found"] < plan.scores["log_mse"]["fit"]["start"] - 0.3
+
+
+def test_refine_solves_a_gaussian():
+    """Two evaluations, one variance: one weight more than equations."""
+    network, solution = gaussian(PROCESS, [0.3])
+    x_T = PROCESS.prior_sample(jax.random.key(0), (16, 1))
+    tableau = solvers.dpmpp(PROCESS, ds.schedules.karras(PROCESS, 2), order=2)
+    plan = search.refine(
+        network, tableau, x_T, key=KEY, reference=solution(x_T), iterations=12, numbers=("weights",)
+    )
+    assert plan.psnr["held_out"]["start"] < 30
+    assert plan.psnr["held_out"]["found"] > 80
+
+
+def test_it_is_never_worse_than_the_start(score_fn):
+    """With one start to fit, what fits it is worse elsewhere: the start stays the best there."""
+    x_T = start(40)
+    given = search.regress(score_fn, x_T, nfe=3, key=KEY).tableau
+    plan = search.refine(score_fn, given, x_T, key=KEY, held_out=39, iterations=6)
+    decided = [row[2] for row in plan.history]
+    found = plan.tableau
+    if min(decided) == decided[0]:
+        assert found is given or np.array_equal(found.b, given.b)
+    assert min(decided) <= decided[0]
+
+
+@pytest.mark.parametrize("function", ["regress", "refine"])
+def test_the_batch_changes_nothing(score_fn, regressed, function):
+    x_T = start(20)
+    plans = [
+        search.regress(score_fn, x_T, nfe=3, key=KEY, points=30, batch=batch)
+        if function == "regress"
+        else search.refine(score_fn, regressed.tableau, x_T, key=KEY, batch=batch, iterations=2)
+        for batch in (7, 64)
+    ]
+    np.testing.assert_allclose(plans[0].tableau.b, plans[1].tableau.b, atol=2e-3)
+    np.testing.assert_allclose(plans[0].tableau.times, plans[1].tableau.times, rtol=1e-3)
+
+
+def test_a_network_without_gradient(score_fn):
+    def apply(params, x, t):
+        out = jax.eval_shape(lambda: x)
+        return jax.pure_callback(
+            lambda x, t: np.asarray(x / (1 + np.exp(4 * t)[:, None] ** 2)), out, x, t
+        )
+
+    network = ds.ScoreFn(apply, {}, PROCESS, prediction="data", time="c_noise")
+    x_T = start(12)
+    plan = search.regress(network, x_T, nfe=3, key=KEY, points=20)
+    refined = search.refine(network, plan.tableau, x_T, key=KEY, iterations=1)
+    assert np.isfinite(refined.psnr["held_out"]["found"])
+
+
+def test_the_first_time_is_free_and_starts_are_scaled(regressed, tmp_path):
+    """A sampler that begins below t_max scales x_T by a row that asks nothing."""
+    times = ds.schedules.karras(PROCESS, 4, t_max=10.0)
+    tableau = solvers.dpmpp(PROCESS, times, order=2)
+    longer = from_largest_level(tableau, PROCESS)
+    assert (longer.nfe, longer.rows) == (4, 5)
+    network = mixture().score_fn(PROCESS, "edm_f")
+    x_T = start(8)
+    np.testing.assert_allclose(
+        ds.sample(network, longer, x_T), ds.sample(network, tableau, x_T / 2), rtol=1e-5, atol=1e-6
+    )
+    assert from_largest_level(longer, PROCESS) is longer
+    assert regressed.tableau.times[0] == PROCESS.t_max
+    regressed.save(tmp_path / "plan.json")
+    again = search.Plan.load(tmp_path / "plan.json")
+    assert np.array_equal(again.tableau.b, regressed.tableau.b)
+
+
+def test_grids_that_give_nan_are_left_out_and_counted(score_fn, monkeypatch):
+    """A network that knows nothing at one level, on states other than the fine trajectory's."""
+    walker = importlib.import_module("diffsamp.search.regress")._Walker
+    real = walker.ask
+
+    def ask(self, x, i):
+        return real(self, x, i) * (np.nan if i in (7, 8) else 1)
+
+    monkeypatch.setattr(walker, "ask", ask)
+    plan = search.regress(score_fn, start(12), nfe=3, key=KEY, points=30)
+    assert plan.settings["discarded"] > 0
+    assert np.isfinite(plan.psnr["held_out"]["found"])
+
+
+def test_what_they_refuse(score_fn):
+    x_T = start(8)
+    with pytest.raises(ValueError, match="too few are left"):
+        search.regress(score_fn, x_T, nfe=3, key=KEY, held_out=8)
+    with pytest.raises(ValueError, match="fine grid has"):
+        search.regress(score_fn, x_T, nfe=30, key=KEY, points=12)
+    noisy = solvers.ddpm(PROCESS, ds.schedules.karras(PROCESS, 4))
+    with pytest.raises(ValueError, match="adds noise"):
+        search.refine(score_fn, noisy, x_T, key=KEY)
+    tableau = solvers.ddim(PROCESS, ds.schedules.karras(PROCESS, 4))
+    with pytest.raises(ValueError, match="numbers"):
+        search.refine(score_fn, tableau, x_T, key=KEY, numbers=("gamma",))
+    bad = ds.ScoreFn(lambda p, x, t: x * jnp.nan, {}, PROCESS, prediction="data")
+    with pytest.raises(ValueError, match="not finite"):
+        search.regress(bad, x_T, nfe=3, key=KEY)
