@@ -192,34 +192,42 @@ class Tableau:
             raise ValueError("check the tableaux before stacking them.")
         if np.ndim(self.a) != 2:
             raise ValueError("coefficients with axes of the data cannot be checked this way.")
-        data, noise = self._propagate()
+        data, noise, _ = self._propagate(std=std)
         scale = np.hypot(self.alpha, self.sigma)
         mean_error = np.abs(data - self.alpha) / scale
-        std_error = np.abs(np.linalg.norm(noise, axis=1) - self.sigma) / scale
+        std_error = np.abs(noise - self.sigma) / scale
         error = np.maximum(mean_error, std_error) if std else mean_error
         if np.any(error > 1e-8):
             row = int(np.argmax(error > 1e-8))
             raise ValueError(
                 f"row {row - 1} of tableau {self.name!r} is not consistent: for a network that "
                 f"always answers the true x_0 it gives {data[row]:.9g} x_0 with standard deviation "
-                f"{np.linalg.norm(noise[row]):.9g}, not alpha = {self.alpha[row]:.9g} and sigma = "
+                f"{noise[row]:.9g}, not alpha = {self.alpha[row]:.9g} and sigma = "
                 f'{self.sigma[row]:.9g}. Correct its coefficients, or pass check="none" to '
                 "Tableau.create for a learned sampler."
             )
 
-    def _propagate(self) -> tuple[np.ndarray, np.ndarray]:
-        """x_0 part (N+1,) and noise parts (N+1, N+1) of every u_n when the network says x_0."""
+    def _propagate(self, *, std: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What every u_n is if the network says x_0: its x_0 part and its noise's std, (N + 1,).
+
+        And its noise, (N + 1, N + 1): the part of the start's own and of every row's.
+
+        Each row is judged on states that are right: what it gives is recorded, then replaced by
+        what it should have given. Otherwise its rounding, which a noise prediction divides by a
+        small sigma and multiplies by a large one, would be taken for a wrong coefficient later.
+        """
         rows = self.rows
         data, noise = np.zeros(rows + 1), np.zeros((rows + 1, rows + 1))
         out_data, out_noise = np.zeros(rows), np.zeros((rows, rows + 1))
+        found = np.zeros((2, rows + 1))
         data[0], noise[0, 0] = self.alpha[0], self.sigma[0]
+        found[:, 0] = self.alpha[0], self.sigma[0]
         for n in range(rows):
             if self.evaluates[n]:
                 w0, w1 = self.target[n]
                 out_data[n] = w0
                 if w1 != 0:
                     # eps as the network would infer it: (u - alpha x_0) / sigma
-                    out_data[n] += w1 * (data[n] - self.alpha[n]) / self.sigma[n]
                     out_noise[n] = w1 * noise[n] / self.sigma[n]
             for i in range(min(self.p, n + 1)):
                 data[n + 1] += self.a[n, i] * data[n - i]
@@ -228,7 +236,13 @@ class Tableau:
                 data[n + 1] += self.b[n, j] * out_data[n - j]
                 noise[n + 1] += self.b[n, j] * out_noise[n - j]
             noise[n + 1, n + 1] += self.c[n]
-        return data, noise
+            size = np.linalg.norm(noise[n + 1])
+            found[:, n + 1] = data[n + 1], size
+            data[n + 1] = self.alpha[n + 1]
+            if std:
+                right = self.sigma[n + 1] / size if size > 0 else 0.0
+                noise[n + 1] *= right if np.isfinite(right) else 0.0
+        return found[0], found[1], noise
 
     # -- shapes -----------------------------------------------------------------------------------
 

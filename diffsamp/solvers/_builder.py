@@ -10,6 +10,7 @@ was written, so a corrector, a stage or a momentum needs no bookkeeping of its o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,11 @@ __all__ = [
 ]
 
 DATA, NOISE, FLOW = (1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)  # weights of (x_0, eps)
+
+# Noise form multiplies the state by alpha' / alpha and subtracts nearly all of it again. Where that
+# is more than this, float32 loses three digits of seven, and stages multiply the loss.
+_EPS = np.finfo(float).eps
+_GROWTH = 200.0  # just above the published processes of ScoreSDE and EDM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +137,8 @@ class Builder:
         self.start = self.symbol(0)
         self._targets: dict[int, tuple[float, float]] = {}  # rows that evaluate
         self._noises = 0
+        # what every state is in terms of u_0 (or the last noisy state) and the answers; see `_reduce`
+        self._expanded = [self.start]
 
     def unit_time(self, t: Any) -> Any:
         """Time(s) t, counted from 0 at the data to 1 at the noise."""
@@ -145,6 +153,31 @@ class Builder:
     def rising(self) -> bool:
         """Whether the times go from data to noise: encoding."""
         return self.points[0].t < self.points[-1].t
+
+    @functools.cached_property
+    def _growth(self) -> float:
+        """By what noise form multiplies a state between two of the points, at most."""
+        alpha = np.array([p.alpha for p in self.points if p.alpha > 0])
+        return float(np.max(alpha / np.minimum.accumulate(alpha), initial=0.0))
+
+    @property
+    def grows(self) -> bool:
+        """Whether noise form would multiply a state by so much that rounding spoils it.
+
+        Rows that ask for the noise are then written in data predictions, which is the same method
+        with other numbers; see `_reduce`.
+        """
+        return self._growth > _GROWTH
+
+    @staticmethod
+    def is_long(s: Point, t: Point) -> bool:
+        """Whether noise form is of no use for a step from s to t.
+
+        Its variable is rho, nearly all of whose range then lies where nothing is left of the data:
+        methods of order 2 and more weight what is told at the end by half of rho_s / rho_t, and
+        multiply the network's errors by as much. From alpha = 0 the factor is infinite.
+        """
+        return t.alpha > _GROWTH * s.alpha
 
     def expect_falling(self, what: str) -> None:
         """Raise if the times rise: fresh noise cannot be added on the way to the noise."""
@@ -168,9 +201,9 @@ class Builder:
         """The point with the given log-SNR."""
         return self.point(float(self.process.time(np.float64(log_snr))))
 
-    def symbol(self, k: int) -> Combination:
+    def symbol(self, k: int, *, written: bool = True) -> Combination:
         """The state u_k, one already written."""
-        if not 0 <= k <= len(self._states):
+        if written and not 0 <= k <= len(self._states):
             raise IndexError(f"there is no u_{k} yet.")
         return Combination({("u", k): 1.0})
 
@@ -193,13 +226,17 @@ class Builder:
                 "times may end there; rising ones start later, at the process's t_min."
             )
         target = self.target if target is None else target
-        if point.alpha == 0 and target == NOISE:
+        reduced = target == NOISE and self.grows
+        if reduced or (point.alpha == 0 and target == NOISE):
             target = DATA
         current = self.symbol(len(self._states))
         latest = self._levels[-1]
-        if x.terms != current.terms or point != latest or len(self._states) in self._targets:
+        own = (current.terms, self._expanded[-1].terms)
+        if x.terms not in own or point != latest or len(self._states) in self._targets:
             current = self.move(x, point)
         k = len(self._states)
+        if reduced:
+            current = self._expanded[k]
         self._targets[k] = target
         said = Combination({("m", k): 1.0})
         w0, w1 = target
@@ -211,9 +248,67 @@ class Builder:
 
     def move(self, x: Combination, point: Point) -> Combination:
         """Make x the next state without calling the network on it (yet); returns its symbol."""
+        if self.target == NOISE and self.grows:
+            x = self._reduce(x, point)
+        else:
+            self._expanded.append(self.symbol(len(self._states) + 1, written=False))
         self._states.append(x)
         self._levels.append(point)
         return self.symbol(len(self._states))
+
+    def _reduce(self, x: Combination, point: Point) -> Combination:
+        """The row of x as a multiple of the present state and answers, without cancellation.
+
+        With every state expanded in one earlier state u_k and the answers, the factors alpha' /
+        alpha meet their opposites before anything is rounded to float32. What is left of u_k in a
+        consistent sampler is known, sigma / sigma_k.
+        """
+        full = Combination({})
+        for (kind, k), weight in x.terms.items():
+            known = self._expanded[k] if kind == "u" else Combination({(kind, k): 1.0})
+            full = full + weight * known
+        kinds = [kind for kind, _ in full.terms]
+        current = self._expanded[-1]
+        base = max(symbol for symbol in current.terms if symbol[0] == "u")
+        alone = kinds.count("u") == 1 and "z" not in kinds and base in full.terms
+        if alone and all(target == DATA for target in self._targets.values()):
+            full = self._without_rounding(full, base, point)
+        self._expanded.append(
+            self.symbol(len(self._states) + 1, written=False) if "z" in kinds else full
+        )
+        factor = full.terms.get(base, 0.0) / current.terms[base]
+        row = full - factor * current
+        size = {s: np.abs(w) for s, w in full.terms.items()}
+        for symbol, weight in current.terms.items():
+            size[symbol] = size.get(symbol, 0.0) + np.abs(factor * weight)
+        kept = {
+            symbol: weight
+            for symbol, weight in row.terms.items()
+            if symbol != base and np.any(np.abs(weight) > 8 * _EPS * size[symbol])
+        }
+        return Combination(kept) + factor * self.symbol(len(self._states))
+
+    def _without_rounding(
+        self, full: Combination, base: tuple[str, int], point: Point
+    ) -> Combination:
+        """The state at `point` with its share of u_k, and the sum of its answers, exact.
+
+        What they are in a consistent sampler is known. Only what rounding can explain is changed:
+        a wrong coefficient stays, for the tableau's check to find.
+        """
+        start = self._levels[base[1]]
+        left = point.sigma / start.sigma
+        terms = dict(full.terms)
+        allowed = 32 * _EPS * self._growth
+        if np.all(np.abs(terms[base] - left) <= allowed + 1e-12 * left):
+            terms[base] = left
+        answers = [symbol for symbol in terms if symbol[0] == "m"]
+        if answers:
+            weights = [terms[symbol] for symbol in answers]
+            missing = point.alpha - start.alpha * left - sum(weights)
+            if np.all(np.abs(missing) <= allowed + 32 * _EPS * sum(np.abs(w) for w in weights)):
+                terms[max(answers)] = terms[max(answers)] + missing
+        return Combination(terms)
 
     def finish(
         self, x: Combination, point: Point, *, name: str, source: str, check: str = "full"

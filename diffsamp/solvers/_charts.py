@@ -11,6 +11,7 @@ methods of higher order differ.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -48,14 +49,18 @@ class Chart:
     def choose(cls, builder: Builder, name: str | None) -> Chart:
         """The chart called `name`, whose slope becomes the builder's prediction.
 
-        None is "flow" for the flow process and for times that start at alpha = 0, else "edm".
+        None is "flow" for the flow process and where a step is too long for rho (see
+        `Builder.is_long`), such as one from alpha = 0; else "edm".
 
         Raises:
           ValueError: an unknown name, or "edm" from a time where alpha = 0.
         """
         start = builder.points[0]
         if name is None:
-            name = "flow" if isinstance(builder.process, Flow) or start.alpha == 0 else "edm"
+            inner = [p for p in builder.points if p.sigma > 0]
+            long = any(builder.is_long(s, t) for s, t in itertools.pairwise(inner))
+            own = isinstance(builder.process, Flow) or start.alpha == 0
+            name = "flow" if own or long else "edm"
         expect_choice(name, "coordinates", ("edm", "flow"))
         if name == "edm" and start.alpha == 0:
             raise ValueError(

@@ -38,6 +38,10 @@ _ADAMS = {
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
 
+# Where the weights add up to this many times their sum, a step extrapolates far beyond what the
+# evaluations before it span, and multiplies their rounding: its order is lowered.
+_WORN = 1e3
+
 
 def deis(
     process: Process,
@@ -242,6 +246,9 @@ def _adams(
             x = transfer(history[0], t)
             continue
         values = weights(usable, t)
+        while len(values) > 1 and np.abs(values).sum() > _WORN * abs(values.sum()):
+            usable = usable[: len(values) - 1]
+            values = weights(usable, t)
         x = (t.alpha / s.alpha) * x + t.alpha * total(
             values, [a.noise for a in usable[: len(values)]]
         )

@@ -127,7 +127,9 @@ def dpm_solver(
         if stages == 1:
             x = transfer(start, t)
             continue
-        x = _step(builder, form, start, inner[1:], t, variant)
+        # a step too long for noise form is made in data form, of the same order
+        own = _Form("data") if prediction == "noise" and builder.is_long(inner[0], t) else form
+        x = _step(builder, own, start, inner[1:], t, variant)
     name = f"dpm_solver{'++' if prediction == 'data' else ''}_{order}s"
     return builder.finish(x, points[-1], name=name, source="arXiv:2206.00927, algorithms 1, 2")
 

@@ -164,7 +164,7 @@ def dpm2(process: Process, times: Any) -> Tableau:
         first = builder.evaluate(x, s)
         if t.sigma == 0:
             x = transfer(first, t)
-        elif s.alpha == 0:
+        elif builder.is_long(s, t):
             x = runge_kutta_step(builder, Chart("flow", builder), first, t, "midpoint2")
         else:
             middle = builder.point_at((s.log_snr + t.log_snr) / 2)

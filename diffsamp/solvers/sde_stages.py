@@ -116,14 +116,15 @@ def dpm2_ancestral(process: Process, times: Any, *, eta: float = 1.0) -> Tableau
         if t.sigma == 0:
             x = transfer(first, t)
             continue
-        if s.alpha == 0:
+        if builder.is_long(s, t):
             if eta:
                 x = _renew(builder, first, t)
             else:
                 x = runge_kutta_step(builder, Chart("flow", builder), first, t, "midpoint2")
             continue
-        up = eta * t.rho * math.sqrt(-math.expm1(-2 * (t.log_snr - s.log_snr))) if eta else 0.0
-        down = t.rho * math.sqrt(1 - (up / t.rho) ** 2)
+        ratio = math.exp(-2 * (t.log_snr - s.log_snr))
+        up = eta * t.rho * math.sqrt(1 - ratio)
+        down = t.rho * math.sqrt((1 - eta**2) + eta**2 * ratio)
         middle = builder.point_at(-(math.log(s.rho) + math.log(down)) / 2)
         second = builder.evaluate(transfer(first, middle), middle)
         x = (1 / s.alpha) * first.state + (down - s.rho) * second.noise

@@ -235,7 +235,7 @@ def test_seeds_noise_is_one_path(order, nodes):
     known, Cov = sigma_i sigma_j e^{-(h_j - h_i)} (1 - e^{-2 h_i}) from a fixed start."""
     tableau = solvers.seeds(VP, VP.time(np.array([-0.4, 0.7])), order=order, nodes=nodes)
     lam = VP.log_snr(tableau.times)
-    _, noise = tableau._propagate()
+    *_, noise = tableau._propagate()
     fresh = noise[:, 1:] @ noise[:, 1:].T  # without the start's own noise
     for i, j in itertools.combinations_with_replacement(range(1, order + 1), 2):
         h_i, h_j = lam[i] - lam[0], lam[j] - lam[0]
@@ -243,7 +243,7 @@ def test_seeds_noise_is_one_path(order, nodes):
         np.testing.assert_allclose(fresh[i, j], want, rtol=1e-9)
     # independent stages (DPM++ SDE) have no such path
     other = solvers.dpmpp_sde(VP, VP.time(np.array([-0.4, 0.7])))
-    _, noise = other._propagate()
+    *_, noise = other._propagate()
     assert abs((noise[:, 1:] @ noise[:, 1:].T)[1, 2]) < 1e-12
 
 
