@@ -6,6 +6,7 @@ with `sample`, and `search` for the best tableau under a budget of network evalu
 
 from diffsamp import guidance, plot, predictions, processes, schedules, search, solvers
 from diffsamp._core import random
+from diffsamp._core.convolution import fast_convolutions
 from diffsamp._core.progress import ProgressBar
 from diffsamp.evaluation import metrics, targets
 from diffsamp.evaluation.describe import describe
@@ -38,6 +39,7 @@ __all__ = [
     "bridges",
     "describe",
     "export",
+    "fast_convolutions",
     "few_step",
     "from_diffusers",
     "generate",
