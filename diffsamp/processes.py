@@ -156,6 +156,26 @@ class Process(abc.ABC):
         noise = jax.vmap(lambda k: jax.random.normal(k, tuple(shape[1:]), dtype))(keys)
         return noise * jnp.asarray(self.prior_std, dtype)
 
+    def start_sample(
+        self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """Draw the start of a sampler whose first time is t: the prior, scaled to sigma(t).
+
+        x = x_T sigma(t) / sigma(t_max), which is the prior itself at t_max. Below it the start is
+        noise alone: what alpha(t) x_0 would add, the data's mean and shape at that level, is not
+        in it. That is little while alpha(t) is small against sigma(t) / std(x_0), as for grids
+        that leave out the noisiest labels; else start from data that was noised to t.
+
+        Args:
+          key: as for `prior_sample`.
+          shape: (batch, ...).
+          t: the first time of the sampler, () or (batch,).
+          dtype: floating dtype of the result.
+        """
+        x = self.prior_sample(key, shape, dtype)
+        ratio = jnp.asarray(self.sigma(t) / self.sigma(self.t_max), dtype)
+        return x * ratio.reshape(ratio.shape + (1,) * (x.ndim - ratio.ndim if ratio.ndim else 0))
+
 
 class _VariancePreserving(Process):
     """alpha^2 + sigma^2 = 1: sigma and both derivatives follow from log alpha."""
@@ -599,17 +619,24 @@ def beta_table(
 def vp_discrete(
     betas: Any = "linear",
     *,
+    alphas_cumprod: Any = None,
+    log_snr: Any = None,
     num_levels: int = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     zero_terminal_snr: bool = False,
 ) -> VPDiscrete:
-    """A variance-preserving process given by a table of betas; t is the index.
+    """A variance-preserving process given by a table, the cleanest level first; t is the index.
 
-    t = 0 .. T-1 are the trained levels, t = -1 is the clean end (see `VPDiscrete`).
+    t = 0 .. T-1 are the trained levels, t = -1 is the clean end (see `VPDiscrete`). Give one of the
+    three tables.
 
     Args:
       betas: an array of T betas in (0, 1), or the name of a table (see `beta_table`).
+      alphas_cumprod: an array of T products alpha-bar = alpha^2, falling within (0, 1]; 0 at the
+        last for zero terminal SNR. What checkpoints call `alphas_cumprod` or `alphas_bar`.
+      log_snr: an array of T values log(alpha / sigma) in nats, falling; -inf at the last for zero
+        terminal SNR.
       num_levels: T, for a named table.
       beta_start: first beta of a named table.
       beta_end: last beta of a named table.
@@ -621,22 +648,89 @@ def vp_discrete(
       takes integer labels only.
 
     Raises:
-      ValueError: a beta outside [0, 1), or fewer than 2 of them.
+      ValueError: more than one table, values outside their range, fewer than 2, or a table that
+        looks like another one: betas that start near 1 or fall like alpha-bar, a table that is
+        reversed.
     """
-    if isinstance(betas, str):
-        betas = beta_table(betas, num_levels, beta_start, beta_end)
-    betas = np.asarray(betas, np.float64)
-    if betas.ndim != 1 or betas.shape[0] < 2:
-        raise ValueError(f"`betas` must have shape (T,) with T >= 2; got shape {betas.shape}.")
-    if not np.all((betas > 0) & (betas < 1)):
-        bad = int(np.argmin((betas > 0) & (betas < 1)))
-        raise ValueError(f"`betas` must lie in (0, 1); got betas[{bad}] = {betas[bad]}.")
-    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    given = {"alphas_cumprod": alphas_cumprod, "log_snr": log_snr}
+    names = [name for name, table in given.items() if table is not None]
+    if names and not (isinstance(betas, str) and betas == "linear"):
+        names = ["betas", *names]
+    if len(names) > 1:
+        raise ValueError(f"give one table; got {' and '.join(f'`{name}`' for name in names)}.")
+    if not names:
+        if isinstance(betas, str):
+            betas = beta_table(betas, num_levels, beta_start, beta_end)
+        log_alpha_bar = np.cumsum(np.log1p(-_betas(betas)))
+    elif names == ["alphas_cumprod"]:
+        log_alpha_bar = np.log(_falling(alphas_cumprod, "alphas_cumprod", 0.0, 1.0))
+    else:
+        snr = 2 * _falling(log_snr, "log_snr", -np.inf, np.inf)
+        log_alpha_bar = -np.logaddexp(0.0, -snr)
     if zero_terminal_snr:
         root = np.exp(log_alpha_bar / 2)
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         log_alpha_bar = 2 * np.log(root)
     return VPDiscrete((log_alpha_bar - np.log(-np.expm1(log_alpha_bar))) / 2)
+
+
+def _table(values: Any, name: str) -> np.ndarray:
+    table = np.asarray(values, np.float64)
+    if table.ndim != 1 or table.shape[0] < 2:
+        raise ValueError(f"`{name}` must have shape (T,) with T >= 2; got shape {table.shape}.")
+    return table
+
+
+def _betas(values: Any) -> np.ndarray:
+    """A table of betas, and not one of alpha-bar, alpha or sigma."""
+    betas = _table(values, "betas")
+    if betas[0] > 0.5 and betas[0] > betas[-1]:
+        raise ValueError(
+            f"`betas` starts at {betas[0]:.4g} and falls to {betas[-1]:.4g}: that is a table of "
+            "alpha-bar (or of 1 - beta), not of betas. Pass it as `alphas_cumprod=` (alpha^2, the "
+            "products of 1 - beta)."
+        )
+    if not np.all((betas > 0) & (betas < 1)):
+        bad = int(np.argmin((betas > 0) & (betas < 1)))
+        raise ValueError(f"`betas` must lie in (0, 1); got betas[{bad}] = {betas[bad]}.")
+    if betas[0] > 0.5:
+        raise ValueError(
+            f"`betas` starts at {betas[0]:.4g}: one step would leave nothing of the data. Betas "
+            "start near 1e-4; pass alpha-bar as `alphas_cumprod=`."
+        )
+    if np.all(np.diff(betas) < 0):
+        raise ValueError(
+            f"`betas` falls from {betas[0]:.4g} to {betas[-1]:.4g}: the cleanest level comes "
+            "first, so betas rise. Reverse the table, or pass it as what it is: "
+            "`alphas_cumprod=` or `log_snr=`."
+        )
+    return betas
+
+
+def _falling(values: Any, name: str, low: float, high: float) -> np.ndarray:
+    """A table that falls within [low, high], the cleanest level first; `low` itself only last."""
+    table = _table(values, name)
+    inside = (table > low) & (table < high)
+    inside[-1] |= table[-1] == low
+    if not np.all(inside):
+        bad = int(np.argmin(inside))
+        limits = f" in ({low:g}, {high:g})" if np.isfinite(high) else ""
+        raise ValueError(
+            f"`{name}` must be numbers{limits} (the lower end at the last level only); got "
+            f"{name}[{bad}] = {table[bad]}."
+        )
+    if not np.all(np.diff(table) < 0):
+        if np.all(np.diff(table) > 0):
+            hint = (
+                "It rises: reverse it, the cleanest level comes first"
+                + (", or pass it as `betas=`" if name == "alphas_cumprod" else "")
+                + "."
+            )
+        else:
+            bad = int(np.argmax(np.diff(table) >= 0))
+            hint = f"{name}[{bad}] = {table[bad]} is followed by {table[bad + 1]}."
+        raise ValueError(f"`{name}` must fall from the cleanest level to the noisiest. {hint}")
+    return table
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> VE:

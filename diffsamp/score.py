@@ -33,8 +33,9 @@ from diffsamp._core.numeric import (
 )
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
+from diffsamp.tableau import Tableau
 
-__all__ = ["Bound", "ScoreFn", "expect_score_fn", "for_samples", "scale_rows"]
+__all__ = ["Bound", "ScoreFn", "ask", "expect_score_fn", "for_samples", "scale_rows"]
 
 _TIME_NAMES = ("t", "sigma", "label", "log_snr", "c_noise", "rho")
 
@@ -95,6 +96,34 @@ def _static_leaves(params: Any) -> Any:
         None if is_array else leaf for leaf, is_array in zip(leaves, arrays, strict=True)
     )
     return None if all(arrays) else (treedef, others)
+
+
+def ask(
+    score_fn: Any, x: Any, t: Any, prediction: str | None, cond: Mapping[str, Any] | None
+) -> Any:
+    """What a network, or a transform of one, predicts at state x and time t.
+
+    Args:
+      score_fn: the network.
+      x: the state.
+      t: a scalar or one per sample.
+      prediction: as for `ScoreFn.__call__`.
+      cond: keyword arguments for the network.
+    """
+    own = score_fn.prediction
+    name = own if prediction is None else predictions.canonical_name(prediction)
+    expect_state(x, "x", score_fn.batched)
+    x = jax.tree.map(jnp.asarray, x)
+    level = predictions.level_at(score_fn.process, t)
+    w0, w1, g = predictions.weights(name, score_fn.process, level, score_fn.sigma_data)
+    with np.errstate(divide="ignore", invalid="ignore"):  # the score at sigma = 0
+        bound = score_fn.bind(level, (w0 / g, w1 / g))
+    if name == own and isinstance(bound, Bound):
+        # the network's own output, whatever the level determines
+        xp = namespace(level.alpha)
+        bound = bound._replace(r=xp.zeros_like(level.alpha), s=xp.ones_like(level.alpha))
+    score_fn.check_bound(bound, level, np.ones(np.shape(t), bool))
+    return score_fn.predict(x, bound, cond)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -298,19 +327,15 @@ class ScoreFn:
         Raises:
           ValueError: an unknown name, or a prediction that is not determined at t.
         """
-        name = self.prediction if prediction is None else predictions.canonical_name(prediction)
-        expect_state(x, "x", self.batched)
-        x = jax.tree.map(jnp.asarray, x)
-        level = predictions.level_at(self.process, t)
-        w0, w1, g = predictions.weights(name, self.process, level, self.sigma_data)
-        with np.errstate(divide="ignore", invalid="ignore"):  # the score at sigma = 0
-            bound = self.bind(level, (w0 / g, w1 / g))
-        if name == self.prediction:  # the network's own output, whatever the level determines
-            xp = namespace(level.alpha)
-            r, s = xp.zeros_like(level.alpha), xp.ones_like(level.alpha)
-            bound = bound._replace(r=r, s=s)
-        self.check_bound(bound, level, np.ones(np.shape(t), bool))
-        return self.predict(x, bound, cond)
+        return ask(self, x, t, prediction, cond)
+
+    def nfe(self, tableau: Tableau) -> int:
+        """Network evaluations of a run, per sample: those of the tableau.
+
+        Args:
+          tableau: the sampler.
+        """
+        return tableau.nfe
 
     def check_bound(self, bound: Bound, level: Level, evaluates: Any) -> None:
         """Raise if rows that evaluate do not fit this network; traced values pass unchecked.

@@ -478,3 +478,45 @@ def test_jax_distributed(whole, tmp_path):
     made = ds.Generated.open(tmp_path)
     assert made.complete
     np.testing.assert_allclose(made.load()["x"], whole, atol=1e-5)
+
+
+def test_a_flipped_byte_is_found_and_drawn_again(tmp_path):
+    process = ds.processes.flow()
+    network = ds.ScoreFn(lambda params, x, t: x, {}, process, prediction="velocity")
+    tableau = ds.solvers.ddim(process, ds.schedules.uniform(process, 2))
+    job = {"key": jax.random.key(0), "shape": (3,), "batch": 4, "progress": False}
+    made = ds.generate(network, tableau, 12, tmp_path, **job)
+    want = made.load()["x"]
+    assert made.verify() == ()
+    file = tmp_path / made.shards[1].file
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    opened = ds.Generated.open(tmp_path)  # without the arguments of the job
+    assert opened.verify() == (made.shards[1],)
+    again = ds.generate(network, tableau, 12, tmp_path, verify=True, **job)
+    assert again.verify() == ()
+    assert np.array_equal(again.load()["x"], want)
+    file.write_bytes(content)
+    assert opened.verify(remove=True) == (made.shards[1],)
+    half = ds.Generated.open(tmp_path)
+    assert not half.complete
+    assert [len(part["x"]) for part in half] == [4, 4]
+    assert ds.generate(network, tableau, 12, tmp_path, **job).complete
+
+
+def test_a_folder_without_checksums_is_read(tmp_path):
+    process = ds.processes.flow()
+    network = ds.ScoreFn(lambda params, x, t: x, {}, process, prediction="velocity")
+    tableau = ds.solvers.ddim(process, ds.schedules.uniform(process, 2))
+    job = {"key": jax.random.key(0), "shape": (3,), "batch": 4, "progress": False}
+    made = ds.generate(network, tableau, 4, tmp_path, **job)
+    manifest = tmp_path / "manifest-0.json"
+    data = json.loads(manifest.read_text())
+    data["version"] = 2
+    data["shards"] = [row[:5] for row in data["shards"]]
+    manifest.write_text(json.dumps(data))
+    old = ds.Generated.open(tmp_path)
+    assert old.verify() == ()
+    (tmp_path / made.shards[0].file).write_bytes(b"PK" + bytes(made.shards[0].size - 2))
+    assert old.verify() == old.shards

@@ -413,3 +413,33 @@ def test_pfgmpp_is_edm_but_for_the_prior():
         processes.pfgmpp(2)
     with pytest.raises(ValueError, match="must have a leading batch axis"):
         process.prior_sample(jax.random.key(0), ())
+
+
+def test_a_table_is_taken_for_what_it_is():
+    """The same process from betas, alpha-bar and log-SNR; one taken for another is refused."""
+    betas = processes.beta_table("scaled_linear", beta_start=0.00085, beta_end=0.012)
+    alpha_bar = np.cumprod(1 - betas)
+    log_snr = np.log(alpha_bar / (1 - alpha_bar)) / 2
+    want = processes.vp_discrete(betas)
+    for given in ({"alphas_cumprod": alpha_bar}, {"log_snr": log_snr}):
+        np.testing.assert_allclose(
+            processes.vp_discrete(**given).log_snrs, want.log_snrs, rtol=1e-9
+        )
+    zero = alpha_bar.copy()
+    zero[-1] = 0.0
+    assert processes.vp_discrete(alphas_cumprod=zero).alpha(999.0) == 0
+    wrong = {
+        r"starts at 0.9991 .*`alphas_cumprod=`": {"betas": alpha_bar},
+        r"Pass it as `alphas_cumprod=`": {"betas": 1 - betas},
+        r"one step would leave nothing": {"betas": np.linspace(0.9, 0.99, 10)},
+        r"betas rise. Reverse": {"betas": betas[::-1]},
+        r"`alphas_cumprod` must fall .* reverse it": {"alphas_cumprod": alpha_bar[::-1]},
+        r"or pass it as `betas=`": {"alphas_cumprod": betas},
+        r"`log_snr` must fall": {"log_snr": log_snr[::-1]},
+        r"must be numbers in \(0, 1\)": {"alphas_cumprod": log_snr},
+        r"give one table; got `betas` and `log_snr`": {"betas": betas, "log_snr": log_snr},
+        r"`betas` must lie in \(0, 1\)": {"betas": log_snr[::-1]},
+    }
+    for words, given in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            processes.vp_discrete(**given)

@@ -14,7 +14,7 @@ from diffsamp._core import random
 from diffsamp._core.numeric import working_dtype
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
-from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.score import ScoreFn, ask, scale_rows
 from diffsamp.tableau import Tableau
 
 __all__ = ["LearnedRange", "learned_range"]
@@ -50,6 +50,21 @@ class LearnedRange(Transform):
         numbers = per_row(level, "learned_range", self.low, self.spread, self.per_output)
         rows = np.arange(np.shape(level.t)[0], dtype=np.int32)
         return _RangeBound(self.score_fn.bind(level, target), rows, *numbers)
+
+    def __call__(
+        self,
+        x: Any,
+        t: Any,
+        *,
+        prediction: str | None = None,
+        cond: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """As for a `ScoreFn`: the prediction of the first head, without noise."""
+
+        def first(*arguments: Any, **more: Any) -> Any:
+            return self.score_fn.apply(*arguments, **more)[0]
+
+        return ask(dataclasses.replace(self.score_fn, apply=first), x, t, prediction, cond)
 
     def predict(self, x: Any, bound: _RangeBound, cond: Mapping[str, Any] | None = None) -> Any:
         """The prediction, with this row's noise in it."""

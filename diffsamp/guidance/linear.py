@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffsamp._core.numeric import as_float, namespace, working_dtype
 from diffsamp.guidance.transform import Transform
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.tableau import Tableau
 
 __all__ = ["Guided", "cfg"]
 
@@ -25,7 +27,12 @@ class _GuidedBound(NamedTuple):
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided(Transform):
-    """Classifier-free guidance; made by `cfg`."""
+    """Classifier-free guidance; made by `cfg`.
+
+    A scale that is a function may be 1 on some rows, where the null half says nothing: it is not
+    asked there. That takes a branch with the network in each arm, which a constant scale does
+    without.
+    """
 
     score_fn: Any
     scale: Any
@@ -51,15 +58,44 @@ class Guided(Transform):
         """Network evaluations per call: with and without the condition."""
         return 2 * self.score_fn.nfe_factor
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _GuidedBound:
-        """As `ScoreFn.bind`, and the guidance scale of every row."""
+    def nfe(self, tableau: Tableau) -> int:
+        """Network evaluations of a run, per sample: one on rows of scale 1, two on the others.
+
+        Args:
+          tableau: the sampler.
+        """
+        level = Level(*(v[:-1] for v in (tableau.times, tableau.alpha, tableau.sigma)))
+        alone = np.asarray(self._scales(level)) == 1 if callable(self.scale) else False
+        calls = np.where(tableau.evaluates, np.where(alone, 1, 2), 0)
+        return int(calls.sum()) * self.score_fn.nfe_factor
+
+    def _scales(self, level: Level) -> Any:
         scale = self.scale(level) if callable(self.scale) else self.scale
         scale = as_float(scale, level.alpha)
-        ones = namespace(level.alpha, scale).ones_like(level.alpha)
-        return _GuidedBound(self.score_fn.bind(level, target), scale * ones)
+        if np.shape(scale) not in ((), np.shape(level.alpha)):
+            raise ValueError(
+                "`scale` must be one number, or a function of the level that gives one per row, "
+                f"shape {np.shape(level.alpha)}; got shape {np.shape(scale)}. For a scale per "
+                "sample stack tableaux (Tableau.stack), or vmap over the scale."
+            )
+        return scale * namespace(level.alpha, scale).ones_like(level.alpha)
+
+    def bind(self, level: Level, target: tuple[Any, Any]) -> _GuidedBound:
+        """As `ScoreFn.bind`, and the guidance scale of every row."""
+        return _GuidedBound(self.score_fn.bind(level, target), self._scales(level))
 
     def predict(self, x: Any, bound: _GuidedBound, cond: Mapping[str, Any] | None = None) -> Any:
         """Both predictions in one call of the network, on a batch twice as long."""
+        self._expect_conditions(cond)
+        if not callable(self.scale):
+            return self._both(x, bound, cond)
+        return jax.lax.cond(
+            jnp.all(bound.scale == 1),
+            lambda: self.score_fn.predict(x, bound.inner, cond),
+            lambda: self._both(x, bound, cond),
+        )
+
+    def _expect_conditions(self, cond: Mapping[str, Any] | None) -> None:
         if not cond:
             raise ValueError(
                 "guidance needs the condition it strengthens: pass `cond`, such as "
@@ -69,6 +105,7 @@ class Guided(Transform):
         if missing:
             raise ValueError(f"`cond` lacks {missing}, for which `null` says what no condition is.")
 
+    def _both(self, x: Any, bound: _GuidedBound, cond: Any) -> Any:
         # each sample beside itself, so that a batch spread over devices stays where it is
         def twice(leaf: Any) -> Any:
             return jnp.repeat(leaf, 2, axis=0)
@@ -99,7 +136,8 @@ def cfg(
     """Classifier-free guidance: T = T_free + scale (T_given - T_free).
 
     Affine, so it is the same in every prediction. Both halves are one call of the network on a
-    batch twice as long; `nfe_factor` is 2.
+    batch twice as long; `nfe_factor` is 2. Where a scale that is a function gives exactly 1, the
+    network is called on the batch as it is; `nfe(tableau)` of the result says what a run costs.
 
     Args:
       score_fn: a conditional network, with a batch axis.

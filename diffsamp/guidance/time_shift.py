@@ -20,7 +20,7 @@ from diffsamp._core.checks import expect_choice
 from diffsamp._core.numeric import as_float, working_dtype
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
-from diffsamp.score import ScoreFn
+from diffsamp.score import ScoreFn, ask
 
 __all__ = ["PUBLISHED", "TimeShifted", "time_shift"]
 
@@ -69,10 +69,27 @@ class TimeShifted(Transform):
     def bind(self, level: Level, target: tuple[Any, Any]) -> _ShiftedBound:
         """As `ScoreFn.bind`, with what the shift needs: the time, and whether it may be shifted."""
         per_row(level, "time_shift")
+        bound = self._bind(level, target)
+        first = bound.t < bound.t.max()  # never the first evaluation
+        return bound._replace(active=bound.active & first)
+
+    def _bind(self, level: Level, target: tuple[Any, Any]) -> _ShiftedBound:
         t, w0, w1 = as_float(level.t), *(as_float(w, level.t) for w in target)
         cutoff = self.process.t_clean + self.cutoff * (self.process.t_max - self.process.t_clean)
-        active = (t > cutoff) & (t < t.max())  # never the first evaluation
-        return _ShiftedBound(self.score_fn.bind(level, target), t, active, w0, w1)
+        return _ShiftedBound(self.score_fn.bind(level, target), t, t > cutoff, w0, w1)
+
+    def __call__(
+        self,
+        x: Any,
+        t: Any,
+        *,
+        prediction: str | None = None,
+        cond: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """As for a `ScoreFn`; every time above the cutoff is shifted, the largest too."""
+        one = _AtOneTime(self.score_fn, self.window, self.cutoff, self.data_variance, self.variant)
+        # a JAX array, since the shift is made in the program
+        return ask(one, x, jnp.asarray(t, jnp.result_type(float)), prediction, cond)
 
     def predict(self, x: Any, bound: _ShiftedBound, cond: Mapping[str, Any] | None = None) -> Any:
         """The prediction of the network asked at each sample's own time."""
@@ -107,6 +124,13 @@ class TimeShifted(Transform):
         nearest = jnp.argmin(jnp.abs(spread - variance[:, None]), axis=1)
         found = jnp.take_along_axis(candidates, nearest[:, None], axis=1)[:, 0]
         return jnp.where(bound.active, found, t)
+
+
+class _AtOneTime(TimeShifted):
+    """The same where there are no rows to follow."""
+
+    def bind(self, level: Level, target: tuple[Any, Any]) -> _ShiftedBound:
+        return self._bind(level, target)
 
 
 def time_shift(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from diffsamp._core.numeric import namespace
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
-from diffsamp.score import for_samples
+from diffsamp.score import ask, for_samples
+from diffsamp.tableau import Tableau
 
 __all__ = ["Transform", "per_row"]
 
@@ -35,9 +37,48 @@ class Transform:
         return self.score_fn.batched
 
     @property
+    def prediction(self) -> str:
+        """What the network inside emits, and what a call without another wish returns."""
+        return self.score_fn.prediction
+
+    @property
+    def sigma_data(self) -> float:
+        """The standard deviation of the data that "edm_f" means."""
+        return self.score_fn.sigma_data
+
+    @property
     def nfe_factor(self) -> int:
         """Network evaluations per call."""
         return self.score_fn.nfe_factor
+
+    def nfe(self, tableau: Tableau) -> int:
+        """Network evaluations of a run, per sample.
+
+        Args:
+          tableau: the sampler.
+        """
+        return tableau.nfe * self.nfe_factor
+
+    def __call__(
+        self,
+        x: Any,
+        t: Any,
+        *,
+        prediction: str | None = None,
+        cond: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The transformed prediction at state x and time t; as for a `ScoreFn`.
+
+        Args:
+          x: the state, (batch, ...) or a pytree of such.
+          t: the process's time, a scalar or one per sample, shape (batch,).
+          prediction: what to return, any of the six names. None: what the network inside emits.
+          cond: keyword arguments for the network.
+
+        Raises:
+          ValueError: as for a `ScoreFn`; or a transform that follows the rows of a tableau.
+        """
+        return ask(self, x, t, prediction, cond)
 
     def for_samples(self, numbers: Any) -> Any:
         """The same transform for a batch of a larger set, which matters if it draws random numbers.

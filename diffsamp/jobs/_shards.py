@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from diffsamp._core.files import read_json
 __all__ = [
     "Generated",
     "Shard",
+    "checksum",
     "differing",
     "file_name",
     "manifest_bytes",
@@ -29,7 +31,8 @@ __all__ = [
     "shard_bytes",
 ]
 
-_FORMAT, _VERSION = "diffsamp.generated", 2
+_FORMAT, _VERSION = "diffsamp.generated", 3
+_READABLE = (2, 3)  # version 2 had no checksums
 _FILE = re.compile(r"samples-\d{6,}\.(npz|safetensors)")
 
 
@@ -42,6 +45,7 @@ class Shard(NamedTuple):
       length: samples in it.
       size: of the file, in bytes.
       not_finite: samples in it with NaN or inf, before `finish`.
+      checksum: of its bytes; "" in a folder of before there were any.
     """
 
     file: str
@@ -49,6 +53,7 @@ class Shard(NamedTuple):
     length: int
     size: int
     not_finite: int
+    checksum: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,23 @@ class Generated:
         for shard in self.shards:
             yield _load(self.folder / shard.file)
 
+    def verify(self, *, remove: bool = False) -> tuple[Shard, ...]:
+        """Read every finished file and compare it with what was written.
+
+        Args:
+          remove: delete the files that fail, so that the next `generate` with the job's arguments
+            draws them again.
+
+        Returns:
+          The shards that fail: gone, cut short, with other bytes (a flipped one is enough), or, in
+          a folder without checksums, unreadable. Empty if all is well.
+        """
+        failed = tuple(shard for shard in self.shards if not _is_whole(self.folder, shard))
+        if remove:
+            for shard in failed:
+                (self.folder / shard.file).unlink(missing_ok=True)
+        return failed
+
     def load(self) -> dict[str, np.ndarray]:
         """All samples in memory, in order.
 
@@ -115,6 +137,22 @@ class Generated:
             )
         parts = list(self)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def checksum(content: bytes) -> str:
+    """Of a file's bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    try:
+        content = (folder / shard.file).read_bytes()
+        if shard.checksum:
+            return checksum(content) == shard.checksum
+        arrays = _load(folder / shard.file)
+    except (OSError, ValueError):
+        return False
+    return all(len(array) == shard.length for array in arrays.values())
 
 
 def file_name(first: int, batch: int, format: str) -> str:
@@ -220,14 +258,16 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Shard]]:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f"{path} is no manifest of `generate`.")
-    if data.get("version") != _VERSION:
+    if data.get("version") not in _READABLE:
         raise ValueError(
-            f"{path} has version {data.get('version')!r}; this diffsamp reads version {_VERSION}."
+            f"{path} has version {data.get('version')!r}; this diffsamp reads versions {_READABLE}."
         )
     try:
         settings, shards = data["settings"], [Shard(*row) for row in data["shards"]]
         whole = all(
-            _FILE.fullmatch(shard.file) and all(type(v) is int for v in shard[1:])
+            _FILE.fullmatch(shard.file)
+            and all(type(v) is int for v in shard[1:5])
+            and type(shard.checksum) is str
             for shard in shards
         )
         if not whole or type(settings["n"]) is not int or "labels" not in settings:

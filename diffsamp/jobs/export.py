@@ -64,7 +64,7 @@ class ExportedSampler:
         Args:
           key: a random key, or one per sample. Sample i is the one that `Sampler` gives for it.
           x_T: the start (batch, *shape); or the batch size, or that shape, to draw it from the
-            prior.
+            prior, scaled to where the tableau begins.
           cond: the arrays named by `cond`, each with the leading axis batch.
 
         Returns:
@@ -192,7 +192,8 @@ def export(
     process = sampler.score_fn.process
 
     def prior(keys: Any) -> Any:
-        return process.prior_sample(typed(keys), (keys.shape[0], *shape)).astype(dtype)
+        first = sampler.tableau.times[0]
+        return process.start_sample(typed(keys), (keys.shape[0], *shape), first).astype(dtype)
 
     keys = jax.ShapeDtypeStruct((batch, *width), jnp.uint32)
     arguments = (

@@ -28,6 +28,7 @@ from diffsamp._core.sharding import expect_sharding, on_mesh, put
 from diffsamp.jobs._shards import (
     Generated,
     Shard,
+    checksum,
     differing,
     file_name,
     manifest_bytes,
@@ -59,6 +60,7 @@ def generate(
     format: str = "npz",
     sharding: Any = None,
     processes: tuple[int, int] | None = None,
+    verify: bool = False,
     progress: Callable[[str, int, int], None] | bool = True,
 ) -> Generated:
     """Draw n samples and write them, a numbered file a batch.
@@ -75,7 +77,7 @@ def generate(
 
     Args:
       score_fn: the network, batched.
-      tableau: the sampler.
+      tableau: the sampler. Starts are drawn for its first time (`process.start_sample`).
       n: how many samples.
       out: folder, made if needed.
       key: a random key; sample i uses `fold_in(key, i)` for its start and its noise.
@@ -94,6 +96,8 @@ def generate(
       processes: (index, count): this process draws every count-th file; None: JAX's own, so that
         after `jax.distributed.initialize` each process takes its share. Each works on devices of
         its own; they meet in the folder. A job may go on with another count.
+      verify: read the files that are there already, and draw those again that are not as they were
+        written (`Generated.verify`); False: look at their sizes only.
       progress: True: a `diffsamp.ProgressBar`, where tqdm is installed; False: nothing; else
         called with ("generating", samples done, samples of this process), first with what was
         there.
@@ -148,6 +152,9 @@ def generate(
     found, done = scan(folder)
     if found is not None:
         _expect_same(folder, found, settings)
+    if verify:
+        failed = Generated(folder, n, done).verify()
+        done = tuple(shard for shard in done if shard not in failed)
     mine = range(index * batch, n, count * batch)
     kept = [s for s in done if s.length == min(batch, n - s.first)]  # of other processes, too
     have = {s.first for s in kept}
@@ -162,7 +169,7 @@ def generate(
         bad = size - int(np.count_nonzero(np.asarray(finite)[:size]))
         try:
             write_atomically(folder / name, content)
-            kept.append(Shard(name, first, size, len(content), bad))
+            kept.append(Shard(name, first, size, len(content), bad, checksum(content)))
             write_atomically(folder / f"manifest-{index}.json", manifest_bytes(settings, kept))
         except OSError as error:
             raise OSError(
@@ -183,12 +190,13 @@ def generate(
                 tell()
 
         tell()
+        begin = float(tableau.times[0])
         for first in mine:
             if first in have:
                 continue
             wait(1)  # one is being written while the next is sampled, and no more
             numbers = np.arange(first, first + batch)
-            x_T, keys = _starts(key, jnp.asarray(numbers), score_fn.process, shape=shape)
+            x_T, keys = _starts(key, jnp.asarray(numbers), score_fn.process, shape=shape, t=begin)
             x_T, keys, given = put((x_T, keys, conditions(first)), sharding)
             x = sample(for_samples(score_fn, numbers), tableau, x_T, key=keys, cond=given)
             finite = _finite(x)
@@ -198,12 +206,12 @@ def generate(
     return Generated(folder, n, scan(folder)[1])
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _starts(key, numbers, process, *, shape):
+@functools.partial(jax.jit, static_argnames=("shape", "t"))
+def _starts(key, numbers, process, *, shape, t):
     """The starts of some samples, and the keys of their noise."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
     pair = jax.vmap(jax.random.split)(keys)
-    return process.prior_sample(pair[:, 0], (numbers.shape[0], *shape)), pair[:, 1]
+    return process.start_sample(pair[:, 0], (numbers.shape[0], *shape), t), pair[:, 1]
 
 
 @jax.jit

@@ -39,7 +39,8 @@ class Sampler:
 
         Args:
           key: a random key, or one per sample; for the start, if it is drawn here, and the noise.
-          x_T: the start, or the shape (batch, ...) of one to draw from the process's prior.
+          x_T: the start, or the shape (batch, ...) of one to draw: the process's prior, scaled to
+            the level at which the tableau begins (`process.start_sample`).
           cond: keyword arguments for the network.
           checkpoint: as for `diffsamp.sample`.
 
@@ -52,7 +53,9 @@ class Sampler:
             split = jax.vmap(jax.random.split) if keys.ndim else jax.random.split
             pair = split(keys)
             key_prior, key = (pair[..., i] for i in (0, 1))
-            x_T = self.score_fn.process.prior_sample(jnp.reshape(key_prior, shape[:1]), shape)
+            first = self.tableau.times[0]
+            keys = jnp.reshape(key_prior, shape[:1])
+            x_T = self.score_fn.process.start_sample(keys, shape, first)
             x_T = x_T if self.score_fn.batched else x_T[0]
         return sample(self.score_fn, self.tableau, x_T, key=key, cond=cond, checkpoint=checkpoint)
 

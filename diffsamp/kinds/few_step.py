@@ -23,7 +23,7 @@ from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, to
 from diffsamp.guidance import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
-from diffsamp.score import ScoreFn
+from diffsamp.score import ScoreFn, ask
 from diffsamp.tableau import Tableau
 
 __all__ = ["Piecewise", "StepConditioned", "flow_map", "piecewise", "shortcut", "uniform_tableau"]
@@ -53,6 +53,26 @@ class StepConditioned(Transform):
         xp = namespace(t)
         clean = xp.zeros_like(t[-1:]) + as_float(self.process.t_clean, t)
         end = xp.concatenate([t[1:], clean])
+        return _StepBound(self.score_fn.bind(level, target), self._label(t, end))
+
+    def __call__(
+        self,
+        x: Any,
+        t: Any,
+        *,
+        prediction: str | None = None,
+        cond: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """As for a `ScoreFn`; the step is the one from t to the clean end."""
+        t = as_float(t)
+        label = jnp.asarray(self._label(t, as_float(self.process.t_clean, t)))
+        label = label.astype(jnp.result_type(label, jnp.float32))
+        if self.batched:
+            label = jnp.broadcast_to(label, jax.tree.leaves(x)[0].shape[:1])
+        return ask(self.score_fn, x, t, prediction, {**(cond or {}), self.name: label})
+
+    def _label(self, t: Any, end: Any) -> Any:
+        xp = namespace(t)
         if callable(self.label):
             label = self.label(t, end)
         elif self.label == "end":
@@ -60,7 +80,7 @@ class StepConditioned(Transform):
         else:
             length = (t - end) / as_float(self.process.t_max - self.process.t_clean, t)
             label = length if self.label == "length" else -xp.log2(length)
-        return _StepBound(self.score_fn.bind(level, target), label)
+        return label
 
     def predict(self, x: Any, bound: _StepBound, cond: Mapping[str, Any] | None = None) -> Any:
         """The network's prediction, given the step as one more condition."""

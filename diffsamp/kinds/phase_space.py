@@ -131,6 +131,22 @@ class PSLD(Process):
         noise = super().prior_sample(key, shape, dtype)
         return noise * width.reshape((1,) * (len(shape) - 1) + (2,))
 
+    def start_sample(
+        self, key: jax.Array, shape: tuple[int, ...], t: Any, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """The prior, for samplers that start at t_max: below it x and m are correlated.
+
+        Raises:
+          ValueError: t below t_max.
+        """
+        if is_concrete(t) and np.any(to_host(t) < self.t_max):
+            raise ValueError(
+                f"a phase-space sampler starts at t_max = {self.t_max:g}; this one starts at t = "
+                f"{float(np.min(to_host(t))):g}, where position and momentum are correlated. Pass "
+                "x_T of that level."
+            )
+        return self.prior_sample(key, shape, dtype)
+
 
 def psld(beta: float = 8.0, gamma: float = 0.01, nu: float = 4.01, kappa: float = 0.04) -> PSLD:
     """Phase-space Langevin diffusion with constant beta, t from 1 (noise) to 0 (data).

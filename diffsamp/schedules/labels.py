@@ -133,5 +133,14 @@ def ddim_uniform(process: Process, n: int) -> np.ndarray:
     """1 + i (T // n), reversed: ComfyUI's "ddim_uniform"; it starts well below the last label.
 
     Arguments and result as `trailing`.
+
+    Raises:
+      ValueError: the process is not a table, or so many labels that the last is beyond it.
     """
+    levels = _levels(process, n)
+    if 1 + (n - 1) * (levels // n) > levels - 1:
+        raise ValueError(
+            f"ddim_uniform counts its labels from 1 and has no room for `n` = {n} of {levels}; "
+            f"ask for at most {levels - 1}, or use leading or trailing."
+        )
     return leading(process, n, offset=1)

@@ -30,7 +30,7 @@ from diffsamp._core.files import read_json, write_atomically
 from diffsamp._core.sharding import on_mesh
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
-from diffsamp.search.compare import Comparison, Entry, compare
+from diffsamp.search.compare import Comparison, Entry, LeftOut, compare
 from diffsamp.search.distill import distill
 from diffsamp.search.dynamic import step_costs
 from diffsamp.search.evolve import evolve
@@ -195,10 +195,17 @@ def best(
                 for e, v in zip(entries, values, strict=True)
             ]
             kept[str(n)] = sorted(rows, key=lambda row: row[2][objective.name])
-        return {"entries": kept, "discarded": table.discarded, "compared": len(table.entries)}
+        return {
+            "entries": kept,
+            "discarded": table.discarded,
+            "compared": len(table.entries),
+            "left_out": [list(one) for one in table.left_out],
+        }
 
     screened = folder.stage("compare", screening)
     discarded = screened["discarded"]
+    # a folder of an earlier version does not say
+    left_out = [LeftOut(*one) for one in screened.get("left_out", [])]
     pools: dict[int, list[tuple[float, Tableau]]] = {}
     fixed: dict[int, Tableau] = {}
     tables: dict[int, Comparison] = {}
@@ -218,6 +225,7 @@ def best(
     def programming() -> dict[str, Any]:
         own = part(0, min(screen, fit))
         made: dict[str, Any] = {}
+        unfit: list[LeftOut] = []
         lost = 0
         costs = {
             kind: step_costs(
@@ -232,7 +240,11 @@ def best(
                 count = solvers.get(name).steps(n)
                 assert count is not None  # it met this budget before
                 times = costs[kind].schedule(count, weight=weight)
-                tableau = solvers.get(name)(score_fn.process, times)
+                try:
+                    tableau = solvers.get(name)(score_fn.process, times)
+                except ValueError as error:
+                    unfit.append(LeftOut(name, f"{kind} cost, weight {weight:g}", n, str(error)))
+                    continue
                 label = f"dynamic ({name}, {kind} cost, weight {weight:g})"
                 used.append((name, kind))
                 tableaux.append(dataclasses.replace(tableau, name=label))
@@ -243,11 +255,12 @@ def best(
                 for names, v, t in zip(used, values, tableaux, strict=True)
                 if math.isfinite(v["psnr"])
             ]
-        return {"entries": made, "discarded": lost}
+        return {"entries": made, "discarded": lost, "left_out": [list(one) for one in unfit]}
 
     if "dynamic" in stages and in_time():
         programmed = folder.stage("dynamic", programming)
         discarded += programmed["discarded"]
+        left_out += [LeftOut(*one) for one in programmed.get("left_out", [])]
         for n in budgets:
             entries = _entries(programmed["entries"][str(n)], n)
             pools[n] += [(e.scores[objective.name], e.tableau) for e in entries]
@@ -288,7 +301,7 @@ def best(
             pools[n], fixed[n], measure, (fit, stop, size), objective, settings,
             time.perf_counter() - began,
         )  # fmt: skip
-    return Front(plans, discarded, objective.name)
+    return Front(plans, discarded, objective.name, tuple(left_out))
 
 
 def _entries(rows: Sequence[Any], nfe: int) -> tuple[Entry, ...]:

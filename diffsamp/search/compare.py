@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from diffsamp.search.canonical import can_distill
 from diffsamp.search.objective import Progress, finite_psnr, make_reference, run_many
 from diffsamp.tableau import Tableau
 
-__all__ = ["Comparison", "Entry", "candidates", "compare"]
+__all__ = ["Comparison", "Entry", "LeftOut", "candidates", "compare"]
 
 # (samples, reference) -> a number
 Score = Callable[[Any, Any], float]
@@ -44,6 +44,15 @@ class Entry:
     scores: dict[str, float]
 
 
+class LeftOut(NamedTuple):
+    """A combination that could not be built, and why."""
+
+    solver: str
+    schedule: str
+    nfe: int
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """The result of `compare`.
@@ -51,10 +60,13 @@ class Comparison:
     Attributes:
       entries: one per solver, schedule and budget that the solver can meet exactly.
       reference: the samples compared with.
+      left_out: what could not be built, and why: a schedule that does not fit the budget, a solver
+        that does not fit the times.
     """
 
     entries: tuple[Entry, ...]
     reference: Any
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def discarded(self) -> int:
@@ -132,7 +144,14 @@ class Comparison:
             ).rstrip()
             for row in [head, *body]
         ]
-        return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+        lines_of_text = [text[0], "-" * len(text[0]), *text[1:]]
+        if self.left_out:
+            names = sorted({f"{one.solver} on {one.schedule}" for one in self.left_out})
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            lines_of_text.append(
+                f"left out, {len(self.left_out)} that cannot be built: {', '.join(names[:6])}{more}"
+            )
+        return "\n".join(lines_of_text)
 
 
 def compare(
@@ -178,11 +197,11 @@ def compare(
       progress: called with (what, done, total).
 
     Returns:
-      A `Comparison`.
+      A `Comparison`. What cannot be built is left out, counted and named there.
 
     Raises:
-      ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet, or
-        a reference that is not finite.
+      ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet,
+        nothing that can be built, or a reference that is not finite.
     """
     if score_fn.batched is False:
         raise ValueError("`compare` needs a network with a batch axis, ScoreFn(batched=True).")
@@ -199,13 +218,22 @@ def compare(
         raise ValueError("`nfe`, `solver` and `schedule` must each name at least one choice.")
 
     todo: list[tuple[str, str, Tableau]] = []
+    left_out: list[LeftOut] = []
     for s in chosen:
         for grid in grids:
             for budget in budgets:
                 steps = s.steps(budget)
-                if steps is not None:
-                    times = spacing[grid](process, steps)
-                    todo.append((s.name, grid, s(process, times)))
+                if steps is None:
+                    continue
+                try:
+                    todo.append((s.name, grid, s(process, spacing[grid](process, steps))))
+                except ValueError as error:
+                    left_out.append(LeftOut(s.name, grid, budget, str(error)))
+    if not todo and left_out:
+        raise ValueError(
+            f"none of the {len(left_out)} samplers can be built; {left_out[0].solver} on "
+            f"{left_out[0].schedule}: {left_out[0].reason}"
+        )
     if not todo:
         raise ValueError(
             f"none of {[s.name for s in chosen]} can make exactly {budgets} evaluations."
@@ -236,7 +264,7 @@ def compare(
         )
         if progress is not None:
             progress("comparing", done + 1, len(todo))
-    return Comparison(tuple(entries), reference)
+    return Comparison(tuple(entries), reference, tuple(left_out))
 
 
 def candidates(found: Comparison, nfe: int, *, most: int = 4) -> list[Tableau]:

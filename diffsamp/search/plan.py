@@ -182,11 +182,13 @@ class Front:
       plans: {nfe: plan}; every one makes exactly that many evaluations.
       discarded: candidates that gave NaN or inf on the way, over all stages.
       by: the score the plans were chosen by, smaller is better.
+      left_out: (solver, schedule, nfe, reason) of candidates that could not be built.
     """
 
     plans: Mapping[int, Plan]
     discarded: int
     by: str
+    left_out: tuple[tuple[str, str, int, str], ...] = ()
 
     def value(self, nfe: int) -> float:
         """The score of the plan of a budget, on the noise that decided between candidates."""

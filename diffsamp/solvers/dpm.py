@@ -115,7 +115,8 @@ def dpm_solver(
     points = builder.points
     n = len(points) - 1
     # a step out of alpha = 0 has infinite length in log-SNR, like a step to sigma = 0
-    ahead = 1 if points[0].alpha == 0 else 0
+    long = points[0].alpha == 0 or (prediction == "noise" and builder.is_long(*points[:2]))
+    ahead = 1 if long else 0
     orders = [1] * ahead
     if n > ahead:
         orders += step_orders(n - ahead, order, closed=points[-1].sigma == 0)
