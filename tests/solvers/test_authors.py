@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from cases import skewed_mixture, twin
+from scipy.integrate import quad
 
 import diffsamp as ds
 from diffsamp import schedules, solvers
@@ -124,3 +125,45 @@ def test_orders_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             call()
     assert solvers.dpm_solver(FLOW, flow, orders=[1, 2, 2, 1]).nfe == 6
+
+
+# -- DEIS ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [EDM, ds.processes.ve()], ids=["edm", "ve"])
+def test_tab_deis_on_edm_is_in_the_time_of_a_fitted_vp_process(process):
+    """int l_j(t) d rho by quadrature over t, for beta(t) linear, sigma_min at 1e-3, sigma_max at 1;
+    no two names of the registry are one solver there."""
+    low, high = (np.log1p(float(process.sigma(t)) ** 2) for t in (process.t_min, process.t_max))
+    slope = 2 * (low / 1e-3 - high) / (1e-3 - 1)
+    start = high - slope / 2
+    times = schedules.karras(process, 6, final="t_min")
+    sigma = np.asarray(process.sigma(times))
+    t = (np.sqrt(start**2 + 2 * slope * np.log1p(sigma**2)) - start) / slope
+    assert (t[0], t[-1]) == (pytest.approx(1.0), pytest.approx(1e-3, rel=1e-6))
+
+    def rho_dot(v):
+        grown = np.exp(slope * v**2 / 2 + start * v)
+        return (slope * v + start) * grown / (2 * np.sqrt(grown - 1))
+
+    tableau = solvers.deis(process, times, order=2)
+    for n in range(2, 6):
+        nodes = t[[n, n - 1, n - 2]]
+        for j in range(3):
+            others = np.delete(nodes, j)
+            want = quad(
+                lambda v, o=others, x=nodes[j]: rho_dot(v) * np.prod((v - o) / (x - o)),
+                t[n],
+                t[n + 1],
+                epsabs=1e-11,
+                epsrel=1e-10,
+            )[0]
+            np.testing.assert_allclose(tableau.b[n, j], want, rtol=1e-6, atol=1e-9)
+
+
+def test_no_two_deis_of_the_registry_are_one():
+    for process in (VP, EDM, ds.processes.ve(), FLOW):
+        times = schedules.karras(process, 12, final="t_min")
+        made = [s(process, times) for s in solvers.SOLVERS.values() if s.function is solvers.deis]
+        for one, two in itertools.combinations([t.unroll()[1][-1] for t in made], 2):
+            assert np.abs(one - two).max() > 1e-4 * np.abs(one).max()
