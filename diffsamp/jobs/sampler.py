@@ -68,7 +68,7 @@ def sampler(
     solver: str,
     *,
     nfe: int,
-    schedule: str = "logsnr",
+    schedule: str | None = None,
     final: str = "clean",
     **options: Any,
 ) -> Sampler:
@@ -85,7 +85,7 @@ def sampler(
       score_fn: the network.
       solver: a name of `ds.solvers.names()`, or what diffusers or k-diffusion call it.
       nfe: exactly how many network evaluations.
-      schedule: a name in `ds.schedules.NAMES`.
+      schedule: a name in `ds.schedules.NAMES`; None: the solver's own, log-SNR for most.
       final: "clean" or "t_min", where the schedule ends.
       **options: of the solver's function, such as order=2.
 
@@ -105,5 +105,5 @@ def sampler(
             f"{found.name} cannot make exactly {nfe} evaluations; the nearest it can are "
             f"{' and '.join(str(n) for n in sorted(near[:2]))}."
         )
-    times = schedules.get(schedule)(score_fn.process, steps, final=final)
+    times = schedules.get(schedule or found.schedule)(score_fn.process, steps, final=final)
     return Sampler(score_fn, found(score_fn.process, times, **options))

@@ -11,9 +11,10 @@ Grids that are uniform in a quantity which is finite at the clean end (t, or a p
 through to it; grids in log-SNR, sigma^(1/rho) or the angle put n points from t_max to t_min and add
 it, which is EDM's convention (Karras et al. 2022, eq. 5).
 
-`grids` and `warped` have the laws, `labels` the integer grids of discrete processes, `published`
-what others found for one model. `diffsamp.search` optimises schedules for yours. User arrays are as
-good as these: solvers take any decreasing times and use them verbatim.
+`grids` and `warped` have the laws, `stages` the grid of DPM-Solver's single steps, `labels` the
+integer grids of discrete processes, `published` what others found for one model. `diffsamp.search`
+optimises schedules for yours. User arrays are as good as these: solvers take any decreasing times
+and use them verbatim.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from diffsamp.schedules.labels import (
     trailing,
 )
 from diffsamp.schedules.published import PUBLISHED, published, resample
+from diffsamp.schedules.stages import dpm_fast
 from diffsamp.schedules.warped import (
     beta,
     cosine,
@@ -61,6 +63,7 @@ __all__ = [
     "beta",
     "cosine",
     "ddim_uniform",
+    "dpm_fast",
     "exponential",
     "flow_shift",
     "get",
@@ -107,12 +110,15 @@ _LABELS: dict[str, Callable[..., np.ndarray]] = {
 _SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     **_GRIDS,
     "exponential": exponential,
+    "dpm_fast": dpm_fast,
+    "dpm_fast_2s": functools.partial(dpm_fast, order=2),
     **_LABELS,
     **{name: functools.partial(published, name=name) for name in PUBLISHED},
 }
 
 GRIDS = tuple(_GRIDS)
-"""Laws, for any process ("exponential" is another name of "logsnr")."""
+"""Laws, for any process. ("exponential" is another name of "logsnr"; "dpm_fast" and "dpm_fast_2s",
+the grids of DPM-Solver's single-step methods, are for them alone.)"""
 LABELS = tuple(_LABELS)
 """Integer grids, for discrete processes."""
 NAMES = tuple(_SCHEDULES)

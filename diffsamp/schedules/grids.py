@@ -173,7 +173,7 @@ def logsnr(
     Returns:
       float64 times, shape (n + 1,), decreasing.
     """
-    t_max = _finite_start(process, t_max)
+    t_max = finite_start(process, t_max)
     return _spaced(process, n, t_max, t_min, final, process.log_snr, process.time)
 
 
@@ -193,7 +193,7 @@ def karras(
     """
     if not 0 < rho < np.inf:
         raise ValueError(f"`rho` must be positive and finite; got {rho}.")
-    t_max = _finite_start(process, t_max)
+    t_max = finite_start(process, t_max)
 
     def to_grid(t: np.ndarray) -> np.ndarray:
         return np.exp(-process.log_snr(t) / rho)
@@ -208,7 +208,7 @@ def karras(
 _SMALLEST_LOG_SNR = -5.1
 
 
-def _finite_start(process: Process, t_max: float | None) -> float | None:
+def finite_start(process: Process, t_max: float | None) -> float | None:
     if t_max is None and is_concrete(process) and np.isneginf(process.log_snr(process.t_max)):
         return float(process.time(_SMALLEST_LOG_SNR))
     return t_max

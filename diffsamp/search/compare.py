@@ -183,7 +183,7 @@ def compare(
       solver: registry names; None: all deterministic ones, and the stochastic ones if `key` is
         given.
       schedule: schedule names, or {name: function (process, n) -> times}, such as an optimised
-        one; None: all that fit the process, `schedules.names(process)`.
+        one; None: all that fit the process, `schedules.names(process)`, and a solver's own.
       key: random key for stochastic solvers.
       cond: keyword arguments for the network, every array with the leading axis n.
       reference: samples to compare with, shaped like x_T, or the tableau that makes them; None:
@@ -220,13 +220,15 @@ def compare(
     todo: list[tuple[str, str, Tableau]] = []
     left_out: list[LeftOut] = []
     for s in chosen:
-        for grid in grids:
+        own = () if schedule is not None or s.schedule in grids else (s.schedule,)
+        for grid in (*grids, *own):
             for budget in budgets:
                 steps = s.steps(budget)
                 if steps is None:
                     continue
                 try:
-                    todo.append((s.name, grid, s(process, spacing[grid](process, steps))))
+                    times = spacing.get(grid, schedules.get(s.schedule))(process, steps)
+                    todo.append((s.name, grid, s(process, times)))
                 except ValueError as error:
                     left_out.append(LeftOut(s.name, grid, budget, str(error)))
     if not todo and left_out:

@@ -102,6 +102,8 @@ class Solver:
       stochastic: whether it draws noise.
       extra: evaluations that the start takes beyond `stages` a step.
       least: the smallest number of steps.
+      schedule: a name in `diffsamp.schedules.NAMES`: the grid that its authors made for it, where
+        it needs one of its own, else log-SNR.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Solver:
     stochastic: bool = False
     extra: int = 0
     least: int = 1
+    schedule: str = "logsnr"
 
     def __call__(self, process: Process, times: Any, **options: Any) -> Tableau:
         """The tableau on these times; `options` override the solver's own.
@@ -232,7 +235,14 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver("unipc3_bh1", unipc, {"order": 3, "variant": "bh1"}, 4, "arXiv:2302.04867", ("uni_pc",)),
     Solver("unipc4", unipc, {"order": 4}, 5, "arXiv:2302.04867, alg. 1"),
     Solver("unip3", unipc, {"order": 3, "corrector": False}, 3, "arXiv:2302.04867, alg. 2"),
-    Solver("dpm_solver_2s", dpm_solver, {"order": 2}, 2, "arXiv:2206.00927, alg. 1"),
+    Solver(
+        "dpm_solver_2s",
+        dpm_solver,
+        {"order": 2},
+        2,
+        "arXiv:2206.00927, alg. 1",
+        schedule="dpm_fast_2s",
+    ),
     Solver(
         "dpm_solver_3s",
         dpm_solver,
@@ -240,11 +250,24 @@ SOLVERS: dict[str, Solver] = _listed(
         3,
         "arXiv:2206.00927, alg. 2",
         ("DPMSolverSinglestepScheduler", "dpm_fast"),
+        schedule="dpm_fast",
     ),
     Solver(
-        "dpmpp_2s", dpm_solver, {"order": 2, "prediction": "data"}, 2, "arXiv:2211.01095, alg. 1"
+        "dpmpp_2s",
+        dpm_solver,
+        {"order": 2, "prediction": "data"},
+        2,
+        "arXiv:2211.01095, alg. 1",
+        schedule="dpm_fast_2s",
     ),
-    Solver("dpmpp_3s", dpm_solver, {"order": 3, "prediction": "data"}, 3, "arXiv:2211.01095"),
+    Solver(
+        "dpmpp_3s",
+        dpm_solver,
+        {"order": 3, "prediction": "data"},
+        3,
+        "arXiv:2211.01095",
+        schedule="dpm_fast",
+    ),
     Solver("res_2s", exponential_rk, {"stages": 2}, 2, "arXiv:2308.02157", stages=2),
     Solver("res_3s", exponential_rk, {"stages": 3}, 3, "arXiv:2308.02157", stages=3),
     Solver("dpm2", dpm2, {}, 2, "arXiv:2206.00927", ("KDPM2DiscreteScheduler", "dpm_2"), stages=2),

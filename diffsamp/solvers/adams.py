@@ -10,6 +10,7 @@ with E interpolated over the last evaluations in the variable that names the met
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from diffsamp.solvers._charts import Chart
 from diffsamp.solvers._weights import adams_weights
 from diffsamp.tableau import Tableau
 
-__all__ = ["accelerated_ddim", "deis", "ipndm", "pndm"]
+__all__ = ["accelerated_ddim", "deis", "diffusion_time", "ipndm", "pndm"]
 
 _ADAMS = {
     1: (1.0,),
@@ -55,9 +56,14 @@ def deis(
 
     `order` is the paper's: the degree of the polynomial. Order r uses r + 1 evaluations and
     converges at order r + 1 (from a cold start, at order 2). Order 0 is DDIM. "t" is the paper's
-    tAB-DEIS; "rho" its rhoAB-DEIS, which equals LMS of k-diffusion and the variable-step iPNDM;
-    "log_rho" is what diffusers calls DEIS, and at order 1 DPM-Solver's noise-form 2M (heun). The
-    weights are integrated to float64 accuracy; the authors' code has them to about 1e-4.
+    tAB-DEIS, in the process's time, or where alpha is constant (EDM, VE), whose times are rho and
+    log rho, in that of the variance-preserving process fitted to the noise levels at t_min and
+    t_max, as its published results on EDM's models are made; "rho" its rhoAB-DEIS, which equals LMS
+    of k-diffusion and the variable-step iPNDM; "log_rho" is what diffusers calls DEIS, and at order
+    1 DPM-Solver's noise-form 2M (heun). The weights are integrated to float64 accuracy; the
+    authors' code has them to about 1e-4. (diff-sampler's "ipndm_v" is "rho" with a parenthesis
+    misplaced from order 3 on: on levels 10, 6, 3 and then 1 its weights are 1.802, -1.153, .351 for
+    1.540, -.694, .155, and its samples up to .42 away.)
 
     Args:
       process: the noise process.
@@ -78,24 +84,44 @@ def deis(
     expect_int(order, "order", 0, 3)
     expect_choice(variable, "variable", ("t", "rho", "log_rho"))
 
-    def node(point: Point) -> float:
-        return {"t": point.t, "rho": point.rho, "log_rho": -point.log_snr}[variable]
-
-    functions = {
-        "t": lambda log_rho: process.time(-log_rho),
+    function = {
+        "t": diffusion_time(process) if variable == "t" else None,
         "rho": None,
         "log_rho": lambda log_rho: log_rho,
-    }
+    }[variable]
 
     def weights(history: list[Answer], to: Point) -> np.ndarray:
         if to.sigma == 0 and variable != "rho":
             history = history[:1]
-        nodes = [node(a.point) for a in history]
-        return adams_weights(nodes, history[0].point.rho, to.rho, functions[variable])
+        rho = np.array([a.point.rho for a in history])
+        nodes = list(rho if function is None else function(np.log(rho)))
+        return adams_weights(nodes, history[0].point.rho, to.rho, function)
 
     name = f"deis_{ {'t': 'tab', 'rho': 'rhoab', 'log_rho': 'logrhoab'}[variable] }{order}"
     source = "arXiv:2204.13902"
     return _adams(process, times, order + 1, weights, name, source, lower_order_final)
+
+
+def diffusion_time(process: Process) -> Callable[[np.ndarray], np.ndarray]:
+    """The t of tAB-DEIS as a function of log rho.
+
+    The process's own; where alpha is constant, and the process's time is rho (EDM) or log rho (VE),
+    that of the linear variance-preserving process with log(1 + rho^2) = t^2 b / 2 + t a which has
+    the process's largest rho at t = 1 and its smallest at t = 1e-3.
+    """
+    ends = process.log_snr(np.array([process.t_min, process.t_max]))
+    if process.alpha(process.t_max) != process.alpha(process.t_min):
+        return lambda log_rho: np.asarray(process.time(-log_rho))
+    low, high = np.logaddexp(0, -2 * ends)
+    start = max(1e-3, low / high)  # later where the levels rise more slowly than any such process's
+    b = 2 * (high - low / start) / (1 - start)
+    a = high - b / 2
+
+    def time(log_rho: np.ndarray) -> np.ndarray:
+        grown = np.logaddexp(0, 2 * log_rho)
+        return 2 * grown / (np.sqrt(a * a + 2 * b * grown) + a)
+
+    return time
 
 
 def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:

@@ -11,12 +11,14 @@ with the derivatives estimated from stages inside the step. The two forms are mi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
+from diffsamp.schedules.stages import expect_orders, step_orders
 from diffsamp.solvers._builder import (
     DATA,
     NOISE,
@@ -31,7 +33,7 @@ from diffsamp.solvers._charts import Chart, runge_kutta_step
 from diffsamp.solvers._weights import phis
 from diffsamp.tableau import Tableau
 
-__all__ = ["dpm_solver", "exponential_rk", "step_orders"]
+__all__ = ["dpm_solver", "exponential_rk"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +56,12 @@ class _Form:
         return phis(h if self.prediction == "data" else -h)
 
 
-def step_orders(n: int, order: int, *, closed: bool) -> list[int]:
-    """Orders of the steps that make exactly n evaluations, most of them of the given order.
-
-    The authors' rule for order 3 is 3, .., 3 and then 2, 1 or 1 or 2, for n mod 3 = 0, 1, 2; for
-    order 2 it is 2, .., 2 or 2, .., 2, 1.
-
-    Args:
-      n: evaluations.
-      order: 1, 2 or 3.
-      closed: whether the last step goes to sigma = 0, and so must be of order 1.
-    """
-    if closed and n > 1:
-        return [*step_orders(n - 1, order, closed=False), 1]
-    if order == 1 or n < 2:
-        return [1] * n
-    if order == 2:
-        return [2] * (n // 2) + [1] * (n % 2)
-    if n % 3 == 0:
-        return [3] * (n // 3 - 1) + [2, 1]
-    return [3] * (n // 3) + [n % 3]
-
-
 def dpm_solver(
     process: Process,
     times: Any,
     *,
     order: int = 3,
+    orders: Sequence[int] | None = None,
     prediction: str = "noise",
     variant: str = "dpmsolver",
 ) -> Tableau:
@@ -89,12 +70,16 @@ def dpm_solver(
     The times are those of *all* evaluations: consecutive intervals are grouped into steps of the
     order's number of stages, whose inner times are where the stages lie. So any n evaluations are
     met exactly, with the authors' rule for the orders of the steps (`step_orders`), and user times
-    are used verbatim. Order 1 is DDIM. Orders 2 and 3 converge as named.
+    are used verbatim. Order 1 is DDIM. Orders 2 and 3 converge as named. The authors' own times in
+    log-SNR, which make all steps equally long whatever their order, are `schedules.dpm_fast`.
 
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times of the n evaluations and of the sample.
       order: 1, 2 or 3.
+      orders: the orders of the steps, one after another, in place of the rule; they must add up to
+        n ([3, 3, 3] is the authors' "singlestep_fixed" of 9 evaluations). A step to sigma = 0 or
+        from alpha = 0 is of order 1.
       prediction: "noise" is DPM-Solver, "data" DPM-Solver++. From alpha = 0 the first step is of
         order 1, where the noise form is infinite.
       variant: "dpmsolver" or "taylor", how the second-order term is weighted.
@@ -103,7 +88,7 @@ def dpm_solver(
       A deterministic tableau of n evaluations.
 
     Raises:
-      ValueError: times not sorted, another order, form or variant.
+      ValueError: times not sorted, another order, form or variant, `orders` that do not fit.
 
     Reference: Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2; arXiv:2211.01095, algorithm 1.
     """
@@ -115,11 +100,26 @@ def dpm_solver(
     points = builder.points
     n = len(points) - 1
     # a step out of alpha = 0 has infinite length in log-SNR, like a step to sigma = 0
-    long = points[0].alpha == 0 or (prediction == "noise" and builder.is_long(*points[:2]))
+    long = points[0].alpha == 0 or (
+        prediction == "noise" and orders is None and builder.is_long(*points[:2])
+    )
     ahead = 1 if long else 0
-    orders = [1] * ahead
-    if n > ahead:
-        orders += step_orders(n - ahead, order, closed=points[-1].sigma == 0)
+    closed = points[-1].sigma == 0
+    if orders is None:
+        orders = [1] * ahead
+        if n > ahead:
+            orders += step_orders(n - ahead, order, closed=closed)
+        name = f"{order}s"
+    else:
+        orders = expect_orders(orders, n)
+        name = "s({})".format(",".join(map(str, orders)))
+        if (ahead and orders[0] != 1) or (closed and orders[-1] != 1):
+            where = "first" if ahead and orders[0] != 1 else "last"
+            raise ValueError(
+                f"the {where} of `orders` must be 1 here: a step "
+                f"{'from alpha = 0' if where == 'first' else 'to sigma = 0'} is infinitely long in "
+                f"log-SNR; got {orders}."
+            )
     x, at = builder.start, 0
     for stages in orders:
         inner, t = points[at : at + stages], points[at + stages]
@@ -131,7 +131,7 @@ def dpm_solver(
         # a step too long for noise form is made in data form, of the same order
         own = _Form("data") if prediction == "noise" and builder.is_long(inner[0], t) else form
         x = _step(builder, own, start, inner[1:], t, variant)
-    name = f"dpm_solver{'++' if prediction == 'data' else ''}_{order}s"
+    name = f"dpm_solver{'++' if prediction == 'data' else ''}_{name}"
     return builder.finish(x, points[-1], name=name, source="arXiv:2206.00927, algorithms 1, 2")
 
 

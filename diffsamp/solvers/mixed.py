@@ -29,6 +29,7 @@ from diffsamp.solvers._builder import (
     transfer,
 )
 from diffsamp.solvers._weights import adams_weights, exponential_weights
+from diffsamp.solvers.adams import diffusion_time
 from diffsamp.tableau import Tableau
 
 __all__ = ["MixedStep", "mixed"]
@@ -47,7 +48,7 @@ class MixedStep:
     Attributes:
       basis: what is interpolated, and in what: "data" the data prediction in log-SNR (as
         DPM-Solver++, UniPC); the noise prediction in log-SNR ("noise": DPM-Solver), in "rho" or in
-        "t" (DEIS), or in "adams" the step number (iPNDM).
+        "t" (DEIS; which t, `deis` says), or in "adams" the step number (iPNDM).
       order: points used, 1 to 4; fewer while there are fewer.
       stages: 1, or 2: a second evaluation at the middle of the step in log-SNR.
       corrector: redo the step once the network has answered at its end (UniC), at no evaluation.
@@ -147,8 +148,9 @@ def _step(
             if basis == "noise":
                 weights = adams_weights([-a.point.log_snr for a in used], s.rho, t.rho, _itself)
             elif basis == "t":
-                at = [a.point.t for a in used]
-                weights = adams_weights(at, s.rho, t.rho, lambda v: np.asarray(process.time(-v)))
+                time = diffusion_time(process)
+                at = list(time(np.array([-a.point.log_snr for a in used])))
+                weights = adams_weights(at, s.rho, t.rho, time)
             else:
                 weights = adams_weights([a.point.rho for a in used], s.rho, t.rho)
     plain = np.zeros(len(used))

@@ -11,9 +11,9 @@ from cases import all_processes, skewed_mixture, twin
 
 import diffsamp as ds
 from diffsamp import schedules, solvers
+from diffsamp.schedules.stages import step_orders
 from diffsamp.search import canonical
 from diffsamp.solvers._weights import adams_weights, exponential_weights
-from diffsamp.solvers.dpm import step_orders
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 PROCESSES = {k: v for k, v in all_processes().items() if k not in ("flow", "vp_zero_snr")}

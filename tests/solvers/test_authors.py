@@ -1,0 +1,169 @@
+"""Against the authors' code, step by step as it runs: their loops written in NumPy, float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+from cases import skewed_mixture, twin
+from scipy.integrate import quad
+
+import diffsamp as ds
+from diffsamp import schedules, solvers
+
+VP, EDM, FLOW = ds.processes.vp_linear(), ds.processes.edm(), ds.processes.flow()
+X = np.linspace(-2, 2, 7)[:, None]
+EXACT = {"rtol": 0, "atol": 1e-11}
+
+
+def perfect(process, x, t):
+    """(data, noise) of the perfect network for the skewed mixture."""
+    return skewed_mixture().posterior(x, float(process.alpha(t)), float(process.sigma(t)))
+
+
+def run(tableau, x=X):
+    return twin(tableau, skewed_mixture().posterior, x)
+
+
+# -- DPM-Solver, single-step -----------------------------------------------------------------------
+
+
+def single_step(process, x, lam_s, lam_t, order, form):
+    """Their update of order 1, 2, 3 with stages that part the step evenly in log-SNR."""
+    h = lam_t - lam_s
+    sign, kind = (-1, 0) if form == "data" else (1, 1)
+
+    def scales(lam):
+        t = process.time(lam)
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        return (sigma, alpha) if form == "data" else (alpha, sigma)
+
+    def said(x, lam):
+        return perfect(process, x, process.time(lam))[kind]
+
+    first = said(x, lam_s)
+
+    def start(lam):  # what the stages and the end begin with: the step of order 1
+        kept, other = scales(lam)
+        return kept / scales(lam_s)[0] * x - other * np.expm1(sign * (lam - lam_s)) * first
+
+    if order == 1:
+        return start(lam_t)
+    lam_1 = lam_s + h / order
+    second = said(start(lam_1), lam_1)
+    other = scales(lam_t)[1]
+    if order == 2:
+        return start(lam_t) - other * np.expm1(sign * h) * (second - first)
+    lam_2 = lam_s + 2 * h / 3
+    bend = np.expm1(sign * 2 * h / 3) / (2 * h / 3) - sign
+    third = said(start(lam_2) - sign * 2 * scales(lam_2)[1] * bend * (second - first), lam_2)
+    return start(lam_t) - sign * 1.5 * other * (np.expm1(sign * h) / h - sign) * (third - first)
+
+
+@pytest.mark.parametrize("form", ["noise", "data"])
+def test_dpm_solver_fast_and_fixed_on_the_authors_grid(form):
+    """K outer steps uniform in log-SNR, whatever their orders; `steps // order` of one order."""
+    for process, order, n in itertools.product((VP, EDM), (2, 3), range(1, 13)):
+        rule = {
+            2: [2] * (n // 2) + [1] * (n % 2),
+            3: [[3] * (n // 3 - 1) + [2, 1], [3] * (n // 3) + [1], [3] * (n // 3) + [2]][n % 3],
+        }[order]
+        fixed = [order] * (n // order) if n % order == 0 else None
+        for orders, given in ((rule, None), (fixed, fixed)):
+            if orders is None:
+                continue
+            lam = np.linspace(*process.log_snr(np.array([process.t_max, process.t_min])),
+                              len(orders) + 1)  # fmt: skip
+            x = want = X * float(process.prior_std)
+            for k, (s, t) in zip(orders, itertools.pairwise(lam), strict=True):
+                want = single_step(process, want, s, t, k, form)
+            grid = {"order": order, "orders": given, "final": "t_min"}
+            times = schedules.dpm_fast(process, n, **grid)
+            tableau = solvers.dpm_solver(process, times, order=order, orders=given, prediction=form)
+            assert tableau.nfe == n
+            np.testing.assert_allclose(run(tableau, x), want, rtol=1e-8, atol=1e-8)
+            # denoise_to_zero: the same steps, one evaluation more
+            closed = schedules.dpm_fast(process, n + 1, order=order, orders=given and [*given, 1])
+            np.testing.assert_array_equal(closed[:-1], times)
+            assert closed[-1] == process.t_clean
+
+
+def test_dpm_fast_is_the_registrys_grid_and_beats_log_snr():
+    """The errors of the two grids, noise form, ending at t_min; theirs is lower at 8 and 12."""
+    truth = skewed_mixture().ode_solution(X, VP, 1.0, 1e-3)
+    for n in (8, 12):
+        errors = [
+            np.sqrt(np.mean((run(solvers.dpm_solver(VP, grid(VP, n, final="t_min"))) - truth) ** 2))
+            for grid in (schedules.dpm_fast, schedules.logsnr)
+        ]
+        assert errors[0] < errors[1]
+    network = skewed_mixture().score_fn(VP)
+    for name, order in (("dpm_solver_2s", 2), ("dpm_solver_3s", 3), ("dpmpp_2s", 2),
+                        ("dpmpp_3s", 3)):  # fmt: skip
+        for n in (1, 7, 9):
+            tableau = ds.sampler(network, name, nfe=n).tableau
+            assert tableau.nfe == n
+            want = schedules.dpm_fast(VP, n, order=order)
+            np.testing.assert_allclose(tableau.times, want, rtol=1e-12)
+    named = ds.sampler(network, "dpmpp_3s", nfe=7, schedule="logsnr").tableau
+    np.testing.assert_array_equal(named.times, schedules.logsnr(VP, 7))
+    assert ds.sampler(network, "unipc3", nfe=7).tableau.times[1] == schedules.logsnr(VP, 7)[1]
+
+
+def test_orders_that_do_not_fit_are_refused():
+    open_times, flow = schedules.logsnr(VP, 6, final="t_min"), schedules.uniform(FLOW, 6)
+    for call, message in (
+        (lambda: solvers.dpm_solver(VP, open_times, orders=[3, 2]), "must add up to the number of"),
+        (lambda: solvers.dpm_solver(VP, open_times, orders=[4, 2]), "must be from 1 to 3; got 4"),
+        (lambda: solvers.dpm_solver(FLOW, flow, orders=[2, 3, 1]), "the first of `orders` must be"),
+        (
+            lambda: solvers.dpm_solver(FLOW, flow, orders=[1, 3, 2]),
+            "the last of `orders` must be 1",
+        ),
+        (lambda: schedules.dpm_fast(VP, 6, orders=[3, 3]), 'Add a 1, or use final="t_min"'),
+        (lambda: schedules.dpm_fast(VP, 6, orders=[3, 3, 1]), "which make 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert solvers.dpm_solver(FLOW, flow, orders=[1, 2, 2, 1]).nfe == 6
+
+
+# -- DEIS ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [EDM, ds.processes.ve()], ids=["edm", "ve"])
+def test_tab_deis_on_edm_is_in_the_time_of_a_fitted_vp_process(process):
+    """int l_j(t) d rho by quadrature over t, for beta(t) linear, sigma_min at 1e-3, sigma_max at 1;
+    no two names of the registry are one solver there."""
+    low, high = (np.log1p(float(process.sigma(t)) ** 2) for t in (process.t_min, process.t_max))
+    slope = 2 * (low / 1e-3 - high) / (1e-3 - 1)
+    start = high - slope / 2
+    times = schedules.karras(process, 6, final="t_min")
+    sigma = np.asarray(process.sigma(times))
+    t = (np.sqrt(start**2 + 2 * slope * np.log1p(sigma**2)) - start) / slope
+    assert (t[0], t[-1]) == (pytest.approx(1.0), pytest.approx(1e-3, rel=1e-6))
+
+    def rho_dot(v):
+        grown = np.exp(slope * v**2 / 2 + start * v)
+        return (slope * v + start) * grown / (2 * np.sqrt(grown - 1))
+
+    tableau = solvers.deis(process, times, order=2)
+    for n in range(2, 6):
+        nodes = t[[n, n - 1, n - 2]]
+        for j in range(3):
+            others = np.delete(nodes, j)
+            want = quad(
+                lambda v, o=others, x=nodes[j]: rho_dot(v) * np.prod((v - o) / (x - o)),
+                t[n],
+                t[n + 1],
+                epsabs=1e-11,
+                epsrel=1e-10,
+            )[0]
+            np.testing.assert_allclose(tableau.b[n, j], want, rtol=1e-6, atol=1e-9)
+
+
+def test_no_two_deis_of_the_registry_are_one():
+    for process in (VP, EDM, ds.processes.ve(), FLOW):
+        times = schedules.karras(process, 12, final="t_min")
+        made = [s(process, times) for s in solvers.SOLVERS.values() if s.function is solvers.deis]
+        for one, two in itertools.combinations([t.unroll()[1][-1] for t in made], 2):
+            assert np.abs(one - two).max() > 1e-4 * np.abs(one).max()
