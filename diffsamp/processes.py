@@ -31,7 +31,7 @@ import numpy as np
 
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
-from diffsamp._core.numeric import as_float, namespace, silence
+from diffsamp._core.numeric import as_float, is_concrete, namespace, silence
 
 __all__ = [
     "EDM",
@@ -44,6 +44,7 @@ __all__ = [
     "VPLinear",
     "beta_table",
     "edm",
+    "expect_process",
     "flow",
     "pfgmpp",
     "reversed_flow_apply",
@@ -175,6 +176,85 @@ class Process(abc.ABC):
         x = self.prior_sample(key, shape, dtype)
         ratio = jnp.asarray(self.sigma(t) / self.sigma(self.t_max), dtype)
         return x * ratio.reshape(ratio.shape + (1,) * (x.ndim - ratio.ndim if ratio.ndim else 0))
+
+
+def expect_process(process: Any) -> None:
+    """Raise unless it is a noise process that can be sampled; one of the user's own is tried once.
+
+    What a subclass of `Process` must give: `alpha`, `sigma` and `time` for NumPy and JAX arrays, of
+    the shape of t; alpha = 1 and sigma = 0 at t_clean exactly; log-SNR that falls to t_max, with
+    `time` its inverse; and at t_max an alpha that is exactly 0 or at least 1e-9 sigma.
+
+    Raises:
+      TypeError: no `Process`.
+      ValueError: what the process gives, where, and what is wanted.
+    """
+    if not isinstance(process, Process):
+        raise TypeError(
+            "`process` must be a diffsamp process, such as diffsamp.processes.vp_linear(), or a "
+            f"subclass of Process; got {type(process).__name__}."
+        )
+    kind = type(process)
+    if kind.__module__.partition(".")[0] == "diffsamp" or not is_concrete(process):
+        return
+    leaves = jax.tree.leaves(process)
+    own = any(leaf is process for leaf in leaves)  # no pytree: known by itself
+    key = (kind, id(process) if own else tuple(np.asarray(leaf).tobytes() for leaf in leaves))
+    if key not in _TRIED:
+        _try(process)
+        _TRIED.add(key)
+
+
+_TRIED: set[Any] = set()
+
+
+@silence
+def _try(process: Process) -> None:
+    name = type(process).__name__
+    clean, t_max = float(process.t_clean), float(process.t_max)
+    t = clean + (t_max - clean) * np.linspace(0, 1, 33)
+    arrays: dict[str, Any] = {"NumPy": t, "JAX": jnp.asarray(t[1:-1], jnp.float32)}
+    for where, times in arrays.items():
+        for method in ("alpha", "sigma", "log_snr"):
+            try:
+                found: Any = getattr(process, method)(times)
+                shape = np.shape(found)
+            except Exception as error:
+                raise ValueError(f"{name}.{method} fails on a {where} array: {error}") from error
+            if shape != np.shape(times):
+                raise ValueError(
+                    f"{name}.{method} must give the shape of t; for {np.shape(times)} it gave "
+                    f"{shape}, on a {where} array."
+                )
+    alpha, sigma = (np.asarray(f(t), np.float64) for f in (process.alpha, process.sigma))
+    if alpha[0] != 1 or sigma[0] != 0:
+        raise ValueError(
+            f"at t_clean = {clean:g} {name} must have alpha = 1 and sigma = 0 exactly; it has "
+            f"{alpha[0]:.17g} and {sigma[0]:.17g}. Write them so that they are, or set t_clean."
+        )
+    if not (np.all(np.isfinite(alpha)) and np.all(alpha >= 0) and np.all(sigma[1:] > 0)):
+        raise ValueError(f"{name} must have alpha >= 0 and sigma > 0 for t_clean < t <= t_max.")
+    if 0 < alpha[-1] < 1e-9 * sigma[-1]:
+        raise ValueError(
+            f"{name} has alpha(t_max) = {alpha[-1]:.3g}: rounding, neither 0 nor a signal. It must "
+            "be exactly 0, xp.where(t >= t_max, 0.0, ..), or at least 1e-9 sigma: end at a smaller "
+            "t_max."
+        )
+    snr = np.log(alpha) - np.log(sigma)
+    if not np.all(np.diff(snr) < 0):
+        bad = int(np.argmax(~(np.diff(snr) < 0)))
+        raise ValueError(
+            f"{name}'s log-SNR must fall with t; between t = {t[bad]:g} and {t[bad + 1]:g} it goes "
+            f"from {snr[bad]:g} to {snr[bad + 1]:g}."
+        )
+    inner = slice(1, -1)
+    back = np.asarray(process.time(snr[inner]), np.float64)
+    if back.shape != t[inner].shape or not np.allclose(back, t[inner], atol=1e-6 * (t_max - clean)):
+        worst = int(np.argmax(np.abs(back - t[inner]))) if back.shape == t[inner].shape else 0
+        raise ValueError(
+            f"{name}.time must be the inverse of log_snr: for t = {t[inner][worst]:g} it gives "
+            f"{back.reshape(-1)[worst]:g}."
+        )
 
 
 class _VariancePreserving(Process):

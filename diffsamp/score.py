@@ -32,7 +32,7 @@ from diffsamp._core.numeric import (
     working_dtype,
 )
 from diffsamp.predictions import Level
-from diffsamp.processes import Process
+from diffsamp.processes import Process, expect_process
 from diffsamp.tableau import Tableau
 
 __all__ = ["Bound", "ScoreFn", "ask", "expect_score_fn", "for_samples", "scale_rows"]
@@ -181,11 +181,7 @@ class ScoreFn:
             raise TypeError(f"`apply` must be a function; got {type(self.apply).__name__}.")
         name = predictions.canonical_name(self.prediction)
         object.__setattr__(self, "prediction", name)
-        if not isinstance(self.process, Process):
-            raise TypeError(
-                "`process` must be a diffsamp process, such as diffsamp.processes.vp_linear(); got "
-                f"{type(self.process).__name__}."
-            )
+        expect_process(self.process)
         if not (np.isfinite(self.sigma_data) and self.sigma_data > 0):
             raise ValueError(
                 f"`sigma_data` must be a positive, finite number; got {self.sigma_data!r}."

@@ -443,3 +443,56 @@ def test_a_table_is_taken_for_what_it_is():
     for words, given in wrong.items():
         with pytest.raises(ValueError, match=words):
             processes.vp_discrete(**given)
+
+
+class Own(processes.Process):
+    """A user's process, alpha = cos(pi t / 2), with what may be wrong in one."""
+
+    def __init__(self, last=0.0, inverse=1.0, clean=1.0):
+        self.last, self.inverse, self.clean = last, inverse, clean
+
+    def alpha(self, t):
+        xp = np if isinstance(t, float | np.ndarray) else jnp
+        return self.clean * xp.where(t >= 1, self.last, xp.cos(t * (np.pi / 2)))
+
+    def sigma(self, t):
+        xp = np if isinstance(t, float | np.ndarray) else jnp
+        return xp.sin(t * (np.pi / 2))
+
+    def alpha_dot(self, t):
+        return -np.pi / 2 * self.sigma(t)
+
+    def sigma_dot(self, t):
+        return np.pi / 2 * self.alpha(t)
+
+    def time(self, log_snr):
+        xp = np if isinstance(log_snr, float | np.ndarray) else jnp
+        return self.inverse * 2 / np.pi * xp.arctan(xp.exp(-log_snr))
+
+    t_max, t_min = 1.0, 1e-3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({}, None),
+        ({"last": 6e-17}, "alpha\\(t_max\\) = 6e-17: rounding, neither 0 nor a signal"),
+        ({"inverse": 1.01}, "time must be the inverse of log_snr"),
+        ({"clean": 0.999}, "at t_clean = 0 Own must have alpha = 1"),
+        ({"last": 0.5}, "log-SNR must fall with t"),
+    ],
+)
+def test_a_process_of_ones_own_is_tried_once(wrong, words):
+    process = Own(**wrong)
+
+    def use():
+        ds.solvers.unipc(process, ds.schedules.uniform(process, 4))
+        ds.ScoreFn(lambda p, x, t: x, {}, process)
+
+    if words is None:
+        use()
+        return
+    with pytest.raises(ValueError, match=words):
+        use()
+    with pytest.raises(ValueError, match=words):
+        ds.ScoreFn(lambda p, x, t: x, {}, process)

@@ -158,7 +158,9 @@ def sliced_wasserstein(x: Any, reference: Any, key: Any, *, projections: int = 2
     """
     expect_int(projections, "projections", at_least=1)
     sets = _sets(1, x=x, reference=reference)
-    directions = np.asarray(jax.random.normal(key, (sets[0].shape[1], projections)), np.float64)
+    # float32 draws whatever the default, and a copy: NumPy's view of a JAX array is read-only
+    drawn = jax.random.normal(key, (sets[0].shape[1], projections), jnp.float32)
+    directions = np.array(drawn, np.float64)
     directions /= np.linalg.norm(directions, axis=0)
     # compare quantile functions on a common grid of midpoints
     count = max(len(sets[0]), len(sets[1]))

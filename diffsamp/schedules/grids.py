@@ -42,6 +42,28 @@ def checked_ends(
     return first, last, n if final == "clean" else n + 1
 
 
+def with_end(process: Process, times: np.ndarray, final: str) -> np.ndarray:
+    """Times of evaluations, and the end.
+
+    Args:
+      process: the noise process.
+      times: (n,) of the evaluations.
+      final: "clean" or "t_min".
+
+    Raises:
+      ValueError: evaluations that go down to t_min already, with final="t_min".
+    """
+    expect_choice(final, "final", ("clean", "t_min"))
+    if final == "clean":
+        return expect_times(np.append(times, process.t_clean))
+    if times[-1] <= process.t_min:
+        raise ValueError(
+            f"the last evaluation of this grid is at t = {times[-1]:g}, not above t_min = "
+            f'{process.t_min:g}: it cannot end there. Use final="clean", or a grid such as karras.'
+        )
+    return expect_times(np.append(times, process.t_min))
+
+
 def _spaced(
     process: Process,
     n: int,

@@ -20,6 +20,7 @@ import numpy as np
 
 from diffsamp._core.checks import expect_int, expect_times
 from diffsamp.processes import Process
+from diffsamp.schedules.grids import with_end
 
 __all__ = ["ddim_uniform", "leading", "linspace", "rounded", "sgm_uniform", "simple", "trailing"]
 
@@ -28,15 +29,16 @@ def _levels(process: Process, n: int) -> int:
     """T of a discrete process, with n checked against it."""
     if process.t_clean >= 0:
         raise ValueError(
-            f"only a discrete process has integer labels; got {type(process).__name__}."
+            f"only a discrete process has integer labels; got {type(process).__name__}. Use a grid "
+            "of times such as uniform, logsnr or karras, or processes.vp_discrete."
         )
     levels = round(process.t_max) + 1
     expect_int(n, "n", at_least=1, at_most=levels)
     return levels
 
 
-def _finish(process: Process, labels: Any) -> np.ndarray:
-    return expect_times(np.append(np.asarray(labels, np.float64), process.t_clean))
+def _finish(process: Process, labels: Any, final: str) -> np.ndarray:
+    return with_end(process, np.asarray(labels, np.float64), final)
 
 
 def rounded(process: Process, times: Any) -> np.ndarray:
@@ -49,7 +51,7 @@ def rounded(process: Process, times: Any) -> np.ndarray:
     return expect_times(np.round(np.asarray(times, np.float64)))
 
 
-def trailing(process: Process, n: int) -> np.ndarray:
+def trailing(process: Process, n: int, *, final: str = "clean") -> np.ndarray:
     """round(T - i T / n) - 1: from the last label in equal strides.
 
     Lin et al. 2023 (arXiv:2305.08891, table 2), who found it the only one of the three that starts
@@ -58,24 +60,28 @@ def trailing(process: Process, n: int) -> np.ndarray:
     Args:
       process: a discrete process.
       n: number of labels, at most T.
+      final: "clean", or "t_min" to end at label 0 where the last label is above it.
 
     Returns:
-      float64 labels and the clean end, shape (n + 1,), decreasing.
+      float64 labels and the end, shape (n + 1,), decreasing.
 
     Raises:
       ValueError: the process is not a table.
     """
     levels = _levels(process, n)
-    return _finish(process, np.round(levels - np.arange(n) * (levels / n)) - 1)
+    return _finish(process, np.round(levels - np.arange(n) * (levels / n)) - 1, final)
 
 
-def leading(process: Process, n: int, *, offset: int = 0, points: int | None = None) -> np.ndarray:
+def leading(
+    process: Process, n: int, *, offset: int = 0, points: int | None = None, final: str = "clean"
+) -> np.ndarray:
     """offset + i (T // n), reversed: DDIM's and DDPM's in diffusers; offset 1 for Stable Diffusion.
 
     Args:
       process: a discrete process.
       n: number of labels, at most T.
       offset: added to every label.
+      final: as for `trailing`.
       points: space this many and keep the n noisiest; None: n.
 
     Returns:
@@ -89,15 +95,18 @@ def leading(process: Process, n: int, *, offset: int = 0, points: int | None = N
     labels = (np.arange(points) * (levels // points))[::-1][:n] + offset
     if labels[0] > levels - 1 or labels[-1] < 0:
         raise ValueError(f"`offset` = {offset} puts labels outside 0 .. {levels - 1}.")
-    return _finish(process, labels)
+    return _finish(process, labels, final)
 
 
-def linspace(process: Process, n: int, *, points: int | None = None) -> np.ndarray:
+def linspace(
+    process: Process, n: int, *, points: int | None = None, final: str = "clean"
+) -> np.ndarray:
     """round(linspace(0, T - 1, n)), reversed: both ends included; ComfyUI's `normal`, unrounded.
 
     Args:
       process: a discrete process.
       n: number of labels, at most T; a single one is T - 1.
+      final: as for `trailing`.
       points: space this many and keep the n noisiest; None: n.
 
     Returns:
@@ -110,26 +119,26 @@ def linspace(process: Process, n: int, *, points: int | None = None) -> np.ndarr
     points = n if points is None else expect_int(points, "points", at_least=n, at_most=levels)
     # counted up, so that ties round as elsewhere
     labels = np.round(np.linspace(0, levels - 1, points))[::-1][:n]
-    return _finish(process, labels if points > 1 else [levels - 1])
+    return _finish(process, labels if points > 1 else [levels - 1], final)
 
 
-def sgm_uniform(process: Process, n: int) -> np.ndarray:
+def sgm_uniform(process: Process, n: int, *, final: str = "clean") -> np.ndarray:
     """linspace(T - 1, 0, n + 1) without its last: ComfyUI's and Stability's "sgm_uniform".
 
     Real labels, as there: round them with `rounded` if the network needs it. Arguments and result
     as `trailing`.
     """
     levels = _levels(process, n)
-    return _finish(process, np.linspace(levels - 1, 0, n + 1)[:-1])
+    return _finish(process, np.linspace(levels - 1, 0, n + 1)[:-1], final)
 
 
-def simple(process: Process, n: int) -> np.ndarray:
+def simple(process: Process, n: int, *, final: str = "clean") -> np.ndarray:
     """T - 1 - floor(i T / n): ComfyUI's "simple". Arguments and result as `trailing`."""
     levels = _levels(process, n)
-    return _finish(process, levels - 1 - np.floor(np.arange(n) * (levels / n)))
+    return _finish(process, levels - 1 - np.floor(np.arange(n) * (levels / n)), final)
 
 
-def ddim_uniform(process: Process, n: int) -> np.ndarray:
+def ddim_uniform(process: Process, n: int, *, final: str = "clean") -> np.ndarray:
     """1 + i (T // n), reversed: ComfyUI's "ddim_uniform"; it starts well below the last label.
 
     Arguments and result as `trailing`.
@@ -143,4 +152,4 @@ def ddim_uniform(process: Process, n: int) -> np.ndarray:
             f"ddim_uniform counts its labels from 1 and has no room for `n` = {n} of {levels}; "
             f"ask for at most {levels - 1}, or use leading or trailing."
         )
-    return leading(process, n, offset=1)
+    return leading(process, n, offset=1, final=final)

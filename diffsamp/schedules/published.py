@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffsamp._core.checks import expect_choice, expect_int, expect_times
+from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
+from diffsamp.schedules.grids import with_end
 
 __all__ = ["PUBLISHED", "published", "resample"]
 
@@ -62,16 +63,17 @@ def resample(values: np.ndarray, n: int) -> np.ndarray:
     return result
 
 
-def published(process: Process, n: int, *, name: str) -> np.ndarray:
+def published(process: Process, n: int, *, name: str, final: str = "clean") -> np.ndarray:
     """A published schedule: of n steps if there is one, else resampled from the next longer.
 
     Args:
       process: a process whose range of sigma / alpha holds the table's.
       n: number of evaluations of a one-evaluation method, at least 1.
       name: a key of `PUBLISHED`.
+      final: "clean", as the tables end, or "t_min".
 
     Returns:
-      float64 times, shape (n + 1,), decreasing, the last at the clean end.
+      float64 times, shape (n + 1,), decreasing.
 
     Raises:
       ValueError: an unknown name, or noise levels outside the process's range.
@@ -88,9 +90,10 @@ def published(process: Process, n: int, *, name: str) -> np.ndarray:
     if rho[0] > highest or (n > 1 and rho[-2] < lowest * (1 - 1e-3)):
         raise ValueError(
             f"schedule {name!r} covers sigma / alpha from {rho[0]:.4g} to {rho[-2]:.4g}; the "
-            f"process has {highest:.4g} to {lowest:.4g}."
+            f"process has {highest:.4g} to {lowest:.4g}. It was made for {PUBLISHED[name][0]}; use "
+            "a grid such as karras or logsnr here."
         )
     times = np.asarray(process.time(-np.log(rho[:-1])), np.float64)
     if rho[0] == highest:
         times[0] = process.t_max
-    return expect_times(np.append(times, process.t_clean))
+    return with_end(process, times, final)

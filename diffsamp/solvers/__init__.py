@@ -12,7 +12,7 @@ from typing import Any
 
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
-from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm, pndm
+from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm
 from diffsamp.solvers.consistency import CONSISTENCY_INDICES, consistency
 from diffsamp.solvers.ddim import accelerated_ddpm, conjugate_ddim, ddim, ddpm
 from diffsamp.solvers.dpm import dpm_solver, exponential_rk
@@ -23,6 +23,7 @@ from diffsamp.solvers.interpolant import interpolant
 from diffsamp.solvers.invertible import bdia, belm
 from diffsamp.solvers.mixed import MixedStep, mixed
 from diffsamp.solvers.momentum import ghvb, heavy_ball
+from diffsamp.solvers.pndm import pndm
 from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
 from diffsamp.solvers.restart import RestartInterval, restart
 from diffsamp.solvers.sde import er_sde, sa_solver
@@ -197,7 +198,7 @@ SOLVERS: dict[str, Solver] = _listed(
         {"order": 3, "variable": "rho"},
         4,
         "arXiv:2204.13902",
-        ("lms", "ipndm_v"),
+        ("lms",),
     ),
     Solver(
         "deis_logrhoab1",
@@ -249,7 +250,7 @@ SOLVERS: dict[str, Solver] = _listed(
         {"order": 3},
         3,
         "arXiv:2206.00927, alg. 2",
-        ("DPMSolverSinglestepScheduler", "dpm_fast"),
+        ("dpm_fast",),
         schedule="dpm_fast",
     ),
     Solver(
@@ -258,6 +259,7 @@ SOLVERS: dict[str, Solver] = _listed(
         {"order": 2, "prediction": "data"},
         2,
         "arXiv:2211.01095, alg. 1",
+        ("DPMSolverSinglestepScheduler",),
         schedule="dpm_fast_2s",
     ),
     Solver(

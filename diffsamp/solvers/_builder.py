@@ -19,7 +19,7 @@ import numpy as np
 
 from diffsamp._core.checks import expect_times
 from diffsamp._core.numeric import is_concrete
-from diffsamp.processes import Process
+from diffsamp.processes import Process, expect_process
 from diffsamp.tableau import Tableau
 
 __all__ = [
@@ -110,11 +110,7 @@ class Builder:
     """
 
     def __init__(self, process: Process, times: Any, target: tuple[float, float] = DATA) -> None:
-        if not isinstance(process, Process):
-            raise TypeError(
-                f"`process` must be a diffsamp process; got {type(process).__name__}. Solvers "
-                "take (process, times, **options)."
-            )
+        expect_process(process)
         if not is_concrete(process):
             raise TypeError("solvers are host functions: build the tableau outside `jit`.")
         times = expect_times(times, may_rise=True)
