@@ -137,7 +137,7 @@ class Builder:
         self.start = self.symbol(0)
         self._targets: dict[int, tuple[float, float]] = {}  # rows that evaluate
         self._noises = 0
-        # what every state is in terms of u_0 (or the last noisy state) and the answers; see `_reduce`
+        # what every state is in terms of u_0 (or of the last noise) and the answers; see `_reduce`
         self._expanded = [self.start]
 
     def unit_time(self, t: Any) -> Any:
