@@ -10,7 +10,7 @@ PEERS_ALONE := k-diffusion==0.1.1.post1
 # what the leg with 64-bit arrays leaves out: other programs, and the slowest of what the rest touches
 X64    := test_benchmarks.py test_readme.py test_notebooks.py test_cli.py test_docs.py \
           test_adaptive.py test_parallel.py search/test_best.py search/test_distill.py \
-          solvers/test_order.py
+          solvers/test_order.py search/test_evolve.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-x64 test-peers mutations lint format types bench bench-peers train-digits clean

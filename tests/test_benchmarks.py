@@ -59,6 +59,7 @@ def test_search(tmp_path):
     assert {row[0] for row in rows} >= {"karras", "Align Your Steps", "distill: times only"}
 
 
+@pytest.mark.long
 def test_overhead(tmp_path):
     out = tmp_path / "overhead.md"
     run("overhead.py", "--networks", "1", "--seconds", "1", "--solvers", "ddim", "unipc3", "ddpm",

@@ -19,7 +19,11 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [PAGES[0], *(pytest.param(page, marks=pytest.mark.long) for page in PAGES[1:])],
+    ids=lambda p: p.name,
+)
 def test_python_snippets_run(page, tmp_path, monkeypatch):
     """In order, in one namespace, as a reader would paste them; in a user's default settings."""
     monkeypatch.chdir(tmp_path)
