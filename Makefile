@@ -7,11 +7,16 @@ PIP    := $(BIN)/pip --disable-pip-version-check -q
 PEERS  := torch==2.13.0 diffusers==0.42.1 torchsde torchdiffeq
 PEERS_ALONE := k-diffusion==0.1.1.post1
 
+# what the leg with 64-bit arrays leaves out: other programs, and the slowest of what the rest touches
+X64    := test_benchmarks.py test_readme.py test_notebooks.py test_cli.py test_docs.py \
+          test_adaptive.py test_parallel.py search/test_best.py search/test_distill.py \
+          solvers/test_order.py search/test_evolve.py
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers lint format types bench bench-peers train-digits clean
+.PHONY: help demo test test-all test-x64 test-peers mutations lint format types bench bench-peers train-digits clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/demo.stamp: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,8 +31,17 @@ $(VENV)/dev.stamp: pyproject.toml
 demo: $(VENV)/demo.stamp  ## sample the bundled network, compare solvers, search (results in out/)
 	$(BIN)/diffsamp demo
 
-test: lint types  ## lint, types and all tests
+test: lint types  ## lint, types and the tests, in ten minutes
 	$(BIN)/python -m pytest -q -n 2
+
+test-all: test  ## and the long matrices
+	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers'
+
+test-x64: $(VENV)/dev.stamp  ## the tests of every module with 64-bit arrays
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=--ignore=tests/%)
+
+mutations: $(VENV)/dev.stamp  ## which faults the tests catch (table in benchmarks/results/mutations.md)
+	$(BIN)/python benchmarks/mutations.py
 
 lint: $(VENV)/dev.stamp  ## ruff
 	$(BIN)/ruff check .

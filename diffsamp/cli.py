@@ -22,12 +22,9 @@ __all__ = ["build_parser", "main"]
 
 _DEMO_SOLVERS = (
     "ddim",
-    "heun",
     "dpmpp_2m",
-    "dpmpp_3m",
     "deis_tab3",
     "ipndm3",
-    "ipndm4",
     "unipc2",
     "unipc3",
 )
@@ -89,7 +86,7 @@ def demo(arguments: argparse.Namespace) -> int:
     starts = ds.search.candidates(table, nfe, most=2)
     names = " or ".join(tableau.name for tableau in starts)
     print(f"\nSearching for {nfe} evaluations, from {names} ...")
-    x_fit, cond_fit = start(key_fit, 512)
+    x_fit, cond_fit = start(key_fit, 256)
     plan = ds.search.distill(
         score_fn,
         x_fit,
@@ -296,8 +293,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--out", default="out", help="folder for the results (default: out)")
     one.add_argument("--nfe", type=int, default=6, choices=_DEMO_BUDGETS, help="budget searched")
     one.add_argument("--seed", type=int, default=0, help="seed of all noise")
-    one.add_argument("--samples", type=int, default=1024, help="samples behind the table")
-    one.add_argument("--steps", type=int, default=300, help="gradient steps of the search")
+    one.add_argument("--samples", type=int, default=512, help="samples behind the table")
+    one.add_argument("--steps", type=int, default=120, help="gradient steps of the search")
     one.set_defaults(function=demo)
     two = commands.add_parser("list", help="the solvers there are")
     two.set_defaults(function=list_solvers)

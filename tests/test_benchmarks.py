@@ -17,7 +17,7 @@ def python(*words):
     """What a run of Python prints; it finds the benchmarks' modules."""
     path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, check=False, timeout=600,
+        [sys.executable, *words], capture_output=True, text=True, check=False, timeout=3600,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -38,6 +38,7 @@ def tables(path):
     ]
 
 
+@pytest.mark.long
 def test_search(tmp_path):
     out = tmp_path / "search.md"
     run(
@@ -58,6 +59,7 @@ def test_search(tmp_path):
     assert {row[0] for row in rows} >= {"karras", "Align Your Steps", "distill: times only"}
 
 
+@pytest.mark.long
 def test_overhead(tmp_path):
     out = tmp_path / "overhead.md"
     run("overhead.py", "--networks", "1", "--seconds", "1", "--solvers", "ddim", "unipc3", "ddpm",
@@ -91,6 +93,7 @@ def test_every_family_is_measured():
     assert modules == {solvers.get(n).function.__module__ for n in solvers.names()}
 
 
+@pytest.mark.long
 def test_compilation(tmp_path):
     out = tmp_path / "compilation.md"
     run("compilation.py", "--networks", "0", "--growth", "5", "--runs", "1", "--out", str(out))
@@ -101,6 +104,7 @@ def test_compilation(tmp_path):
     assert {here[1], by_hand[1]} == {"`ds.sample`", "a loop under one jit"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="binds processes to cores on Linux")
 def test_scaling(tmp_path):
     out = tmp_path / "scaling.md"
@@ -161,6 +165,7 @@ def test_the_plans_that_the_search_found_load():
         assert plan.tableau.nfe == plan.nfe == int(path.stem.split("-")[1])
 
 
+@pytest.mark.long
 def test_the_second_network_is_there():
     """Its weights are small and sample something of the data's range."""
     weights = ROOT / "benchmarks" / "weights"

@@ -30,6 +30,18 @@ def test_demo_writes_what_it_says(tmp_path, capsys):
         assert len(content) > 5000
 
 
+def test_a_bar_is_a_line_every_ten_percent_where_there_is_no_terminal(capsys):
+    bar = ds.ProgressBar()
+    for what, total in (("many", 300), ("few", 3)):
+        for done in range(1, total + 1):
+            bar(what, done, total)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("%")[0].split() for line in lines] == [
+        *(["many:", str(percent)] for percent in range(0, 101, 10)),
+        *(["few:", str(percent)] for percent in (33, 67, 100)),
+    ]
+
+
 def test_list_names_every_solver(capsys):
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()

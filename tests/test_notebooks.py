@@ -15,6 +15,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
@@ -25,7 +26,7 @@ def test_notebook_runs(path, tmp_path):
         warnings.simplefilter("ignore")
         client = NotebookClient(
             notebook,
-            timeout=300,
+            timeout=3600,
             kernel_name="python3",
             resources={"metadata": {"path": str(tmp_path)}},
         )

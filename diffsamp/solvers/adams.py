@@ -28,7 +28,7 @@ from diffsamp.solvers._builder import (
 from diffsamp.solvers._weights import adams_weights
 from diffsamp.tableau import Tableau
 
-__all__ = ["accelerated_ddim", "deis", "diffusion_time", "ipndm", "pndm"]
+__all__ = ["accelerated_ddim", "deis", "diffusion_time", "ipndm"]
 
 FIXED = {
     1: (1.0,),

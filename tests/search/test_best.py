@@ -170,7 +170,7 @@ def test_killed_in_every_stage_and_resumed(front, tmp_path):
     def run(when, count=1):
         return subprocess.run(
             [sys.executable, "-c", SCRIPT, str(tmp_path), when, str(count), json.dumps(SMALL)],
-            capture_output=True, text=True, check=False, timeout=300,
+            capture_output=True, text=True, check=False, timeout=3600,
         )  # fmt: skip
 
     state = tmp_path / "state"
@@ -294,6 +294,22 @@ MESH = textwrap.dedent(
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text, collective
 
+    options = dict(nfe=[4], solver=["ddim", "dpmpp_2m"], schedule=["logsnr"], batch=16)
+    one = search.compare(score_fn, x_T, **options)
+    many = search.compare(score_fn, x_T, sharding=spread, population=2, **options)
+    for entry, other in zip(one.entries, many.entries, strict=True):
+        assert abs(entry.psnr - other.psnr) < 0.05, (entry.psnr, other.psnr)
+    try:
+        search.run(score_fn, tableau, x_T, batch=12, sharding=spread)
+    except ValueError as error:
+        assert "`batch` = 12 must divide among the 8 devices" in str(error), error
+    else:
+        raise AssertionError("a batch that does not divide was taken")
+    """
+)
+
+BEST = textwrap.dedent(
+    """
     options = dict(nfe=(2, 3), solver=("ddim", "dpmpp_2m", "ipndm3"), schedule=("karras", "logsnr"),
                    population=4, rounds=1, steps=10, batch=16, screen=16, held_out=29,
                    key=jax.random.key(1))
@@ -304,21 +320,24 @@ MESH = textwrap.dedent(
         for other in (many, together):
             held, want = (f.plans[n].psnr["held_out"]["found"] for f in (other, one))
             assert abs(held - want) < 0.3, (n, held, want)
-    try:
-        search.run(score_fn, tableau, x_T, batch=12, sharding=spread)
-    except ValueError as error:
-        assert "`batch` = 12 must divide among the 8 devices" in str(error), error
-    else:
-        raise AssertionError("a batch that does not divide was taken")
-    print("ok")
     """
 )
 
 
-def test_on_eight_devices():
-    """Samples, and candidates with them, over a mesh: the same results."""
+def on_eight_devices(script):
     done = subprocess.run(
-        [sys.executable, "-c", MESH], capture_output=True, text=True, check=False, timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-c", script + "print('ok')"], capture_output=True, text=True, check=False,
+        timeout=3600, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.stdout.strip() == "ok", done.stderr[-3000:]
+
+
+def test_on_eight_devices():
+    """Samples, and candidates with them, over a mesh: the same results."""
+    on_eight_devices(MESH)
+
+
+@pytest.mark.long
+def test_best_on_eight_devices():
+    """A whole search over a mesh, candidates one by one and together."""
+    on_eight_devices(MESH + BEST)

@@ -1,0 +1,296 @@
+"""Which faults the default tests catch: each is put into a copy of the library, and tests are run.
+
+A row of the table is one change of one line. The tests beside it run until the first one fails.
+A change that no test notices is a hole in the suite; the script then ends with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("diffsamp", "tests", "benchmarks", "docs", "README.md", "pyproject.toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands once in `path`, becomes `new`; `tests` are to fail."""
+
+    what: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+SAMPLING = "diffsamp/sampling.py"
+EXECUTOR = ("tests/test_sampling.py",)
+SEARCH = ("tests/search/test_evolve.py", "tests/search/test_best.py")
+
+MUTATIONS = [
+    Mutation(
+        "executor: coefficients x 1.01",
+        SAMPLING,
+        "weights = jnp.asarray(weights, dtype)\n",
+        "weights = 1.01 * jnp.asarray(weights, dtype)\n",
+        EXECUTOR,
+    ),
+    Mutation(
+        "executor: noise dropped",
+        SAMPLING,
+        "v + scale_rows(row.c, v) * z.astype(v.dtype)",
+        "v + 0 * z.astype(v.dtype)",
+        EXECUTOR,
+    ),
+    Mutation(
+        "executor: noise x 1.05",
+        SAMPLING,
+        "v + scale_rows(row.c, v) * z",
+        "v + 1.05 * scale_rows(row.c, v) * z",
+        EXECUTOR,
+    ),
+    Mutation(
+        "executor: ring order reversed",
+        SAMPLING,
+        "(row - xp.arange(size)[None]) % size",
+        "(row + xp.arange(size)[None]) % size",
+        EXECUTOR,
+    ),
+    Mutation(
+        "executor: padding ignored",
+        SAMPLING,
+        "lax.cond(jnp.any(row.evaluates), call, nothing)",
+        "call()",
+        EXECUTOR,
+    ),
+    Mutation(
+        "executor: a finished sample sees the network",
+        SAMPLING,
+        "if row.evaluates.ndim == 0:",
+        "if True:",
+        (*EXECUTOR, "tests/search/test_compare.py"),
+    ),
+    Mutation(
+        "executor: condition dropped",
+        SAMPLING,
+        "score_fn.predict(x, row.bound, cond)",
+        "score_fn.predict(x, row.bound, None)",
+        EXECUTOR,
+    ),
+    Mutation(
+        "executor: one key for all rows",
+        SAMPLING,
+        "random.normal_like(state.keys, n, x)",
+        "random.normal_like(state.keys, 0 * n, x)",
+        EXECUTOR,
+    ),
+    Mutation(
+        "executor: a missing key passes in silence",
+        SAMPLING,
+        "spoiled = jnp.any(rows.c != 0)",
+        "spoiled = jnp.any(rows.c != rows.c)",
+        EXECUTOR,
+    ),
+    Mutation(
+        "builder: conversion to data with the wrong sign",
+        "diffsamp/solvers/_builder.py",
+        "w1 * current - point.sigma * said",
+        "w1 * current + point.sigma * said",
+        ("tests/test_tableau.py", "tests/test_contract.py"),
+    ),
+    Mutation(
+        "builder: noise x 1.05",
+        "diffsamp/solvers/_builder.py",
+        'Combination({("z", self._noises): 1.0})',
+        'Combination({("z", self._noises): 1.05})',
+        ("tests/test_tableau.py", "tests/test_contract.py"),
+    ),
+    Mutation(
+        "builder: levels of rows off by 1 %",
+        "diffsamp/solvers/_builder.py",
+        "float(self.process.sigma(t)),",
+        "1.01 * float(self.process.sigma(t)),",
+        ("tests/test_tableau.py", "tests/test_contract.py"),
+    ),
+    Mutation(
+        "guidance x 1.01",
+        "diffsamp/guidance/linear.py",
+        "scale_rows(bound.scale, free) *",
+        "1.01 * scale_rows(bound.scale, free) *",
+        ("tests/test_guidance.py",),
+    ),
+    Mutation(
+        "thresholding: not scaled back",
+        "diffsamp/guidance/data.py",
+        "jnp.clip(data, -size, size) * (high / size)",
+        "jnp.clip(data, -size, size)",
+        ("tests/test_guidance.py",),
+    ),
+    Mutation(
+        "thresholding: state's share x 1.01",
+        "diffsamp/guidance/data.py",
+        "value = scale_rows(bound.on_state",
+        "value = 1.01 * scale_rows(bound.on_state",
+        ("tests/test_guidance.py",),
+    ),
+    Mutation(
+        "learned range: noise repeated in every batch",
+        "diffsamp/guidance/learned_range.py",
+        "return dataclasses.replace(self, key=keys)",
+        "return self",
+        ("tests/test_generate.py",),
+    ),
+    Mutation(
+        "learned range: half of the share",
+        "diffsamp/guidance/learned_range.py",
+        "(v.astype(working_dtype(m.dtype)) + 1) / 2",
+        "(v.astype(working_dtype(m.dtype)) + 1) / 4",
+        ("tests/test_guidance.py",),
+    ),
+    Mutation(
+        "metrics: error x 1.01",
+        "diffsamp/evaluation/metrics.py",
+        "return jnp.mean(jnp.square(x - reference)",
+        "return 1.01 * jnp.mean(jnp.square(x - reference)",
+        ("tests/test_metrics.py",),
+    ),
+    Mutation(
+        "objective: without its logarithm",
+        "diffsamp/search/objective.py",
+        "return _log(metrics.mean_squared_error(x, reference))",
+        "return metrics.mean_squared_error(x, reference)",
+        ("tests/search/test_distill.py", *SEARCH),
+    ),
+    Mutation(
+        "compare: samples of another tableau",
+        "diffsamp/search/objective.py",
+        "for place, i in enumerate(group):",
+        "for place, i in enumerate(group[::-1]):",
+        ("tests/search/test_compare.py",),
+    ),
+    Mutation(
+        "distill: times do not move",
+        "diffsamp/search/_gradient.py",
+        "value + scale[name] * moved[name] if name in moved",
+        'value + scale[name] * moved[name] if name in moved and name != "log_snr"',
+        ("tests/search/test_distill.py",),
+    ),
+    Mutation(
+        "distill: relaxed starts leave their ball",
+        "diffsamp/search/_gradient.py",
+        "jnp.minimum(1, largest / norm(away))",
+        "jnp.minimum(2, largest / norm(away))",
+        ("tests/search/test_distill.py",),
+    ),
+    Mutation(
+        "evolve: state of another network",
+        "diffsamp/search/evolve.py",
+        '"network": state and fingerprint(score_fn)',
+        '"network": None',
+        ("tests/search/test_evolve.py",),
+    ),
+    Mutation(
+        "evolve: the predictor ranks backwards",
+        "diffsamp/search/evolve.py",
+        "net.apply(params, better) - net.apply(params, worse)",
+        "net.apply(params, worse) - net.apply(params, better)",
+        ("tests/search/test_evolve.py",),
+    ),
+    Mutation(
+        "best: state of another network",
+        "diffsamp/search/best.py",
+        'job["network"] = fingerprint(score_fn)',
+        'job["network"] = None',
+        ("tests/search/test_best.py",),
+    ),
+    Mutation(
+        "generate: network not compared",
+        "diffsamp/jobs/generate.py",
+        '"network": fingerprint(score_fn)',
+        '"network": None',
+        ("tests/test_generate.py",),
+    ),
+    Mutation(
+        "generate: tableau not compared",
+        "diffsamp/jobs/generate.py",
+        '"tableau": digest(tableau)',
+        '"tableau": None',
+        ("tests/test_generate.py",),
+    ),
+    Mutation(
+        "export: weights in another order",
+        "diffsamp/jobs/export.py",
+        "for i, leaf in enumerate(weights)\n",
+        "for i, leaf in enumerate(weights[::-1])\n",
+        ("tests/test_export.py",),
+    ),
+    Mutation(
+        "export: condition dropped",
+        "diffsamp/jobs/export.py",
+        "cond=cond or None)\n",
+        "cond=None)\n",
+        ("tests/test_export.py",),
+    ),
+]
+
+
+def apply(mutation: Mutation, folder: Path) -> None:
+    """Write the fault into the copy; it must still fit the code."""
+    path = folder / mutation.path
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.what}: {mutation.old!r} is not once in {mutation.path}.")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+
+
+def caught_by(mutation: Mutation) -> str | None:
+    """The first test that fails, in a copy of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in PARTS:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, folder / part)
+        apply(mutation, folder)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", "--tb=no",
+             *mutation.tests],
+            cwd=folder, capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1) or (done.returncode and failed is None):
+        raise RuntimeError(f"{mutation.what}: pytest said {done.stdout[-2000:]}{done.stderr}")
+    return failed[1] if failed else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="those whose description holds this")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "mutations.md"))
+    arguments = parser.parse_args()
+    rows, missed = [], 0
+    for mutation in MUTATIONS:
+        if arguments.only not in mutation.what:
+            continue
+        began = time.perf_counter()
+        test = caught_by(mutation)
+        missed += test is None
+        rows.append(f"| {mutation.what} | {f'`{test}`' if test else '**missed**'} |")
+        print(rows[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
+        head = "# Faults and the test that catches each\n\nMade by `make mutations`.\n\n"
+        table = "| fault | first test that fails |\n|---|---|\n" + "\n".join(rows) + "\n"
+        Path(arguments.out).write_text(head + table, encoding="utf-8")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
