@@ -470,10 +470,15 @@ def test_jax_distributed(whole, tmp_path):
         for i in (0, 1)
     ]  # fmt: skip
     said = []
-    for process in started:
-        out, err = process.communicate(timeout=3600)
-        assert out.strip().endswith("ok"), err[-3000:]
-        said.append(out.splitlines()[-2])
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=3600)
+            assert out.strip().endswith("ok"), err[-3000:]
+            said.append(out.splitlines()[-2])
+    finally:  # one that waits for a process that failed would stay, and warn when it is collected
+        for process in started:
+            process.kill()
+            process.communicate()
     assert said[0] == said[1]
     assert said[0].startswith("[")
     made = ds.Generated.open(tmp_path)
