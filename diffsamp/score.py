@@ -280,7 +280,8 @@ class ScoreFn:
         if self.scale_input:
             inputs = jax.tree.map(lambda leaf: scale_rows(bound.scale, leaf) * leaf, inputs)
         inputs = jax.tree.map(lambda i, leaf: i.astype(self.dtype or leaf.dtype), inputs, x)
-        label = jnp.asarray(bound.label, working_dtype(jnp.result_type(bound.label)))
+        # in the state's own precision: a float64 time would make a float32 network a float64 one
+        label = jnp.asarray(bound.label, jax.tree.leaves(state)[0].dtype)
         if label.shape not in ((), () if batch is None else (batch,)):
             raise ValueError(
                 "the time must be a scalar"

@@ -227,8 +227,10 @@ class Tableau:
                 w0, w1 = self.target[n]
                 out_data[n] = w0
                 if w1 != 0:
-                    # eps as the network would infer it: (u - alpha x_0) / sigma
-                    out_noise[n] = w1 * noise[n] / self.sigma[n]
+                    # eps as the network would infer it: (u - alpha x_0) / sigma; at sigma = 0 it
+                    # is the one before
+                    k = n - int(np.argmax(self.sigma[n::-1] > 0))
+                    out_noise[n] = w1 * noise[k] / self.sigma[k]
             for i in range(min(self.p, n + 1)):
                 data[n + 1] += self.a[n, i] * data[n - i]
                 noise[n + 1] += self.a[n, i] * noise[n - i]
@@ -364,6 +366,11 @@ class Tableau:
             w_0, w_1 = self.target[n] if prediction == "data" and self.evaluates[n] else (1.0, 0.0)
             outputs[n, 1 + n] = w_0
             if w_1 != 0:
+                if self.sigma[n] == 0:
+                    raise ValueError(
+                        f"row {n} of tableau {self.name!r} asks the network at sigma = 0, where "
+                        "its answer does not follow from a data prediction."
+                    )
                 outputs[n] += w_1 / self.sigma[n] * full[n]
                 outputs[n, 1 + n] -= w_1 * self.alpha[n] / self.sigma[n]
             for i in range(min(self.p, n + 1)):

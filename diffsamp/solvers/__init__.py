@@ -143,6 +143,11 @@ def _listed(*solvers: Solver) -> dict[str, Solver]:
     return {solver.name: solver for solver in solvers}
 
 
+def _euler_end(**options: Any) -> dict[str, Any]:
+    """What the registry counts on: one evaluation for the step to sigma = 0."""
+    return {**options, "clean_end": "euler"}
+
+
 SOLVERS: dict[str, Solver] = _listed(
     Solver("ddim", ddim, {}, 1, "arXiv:2010.02502, eq. 12", ("DDIMScheduler", "ddim")),
     Solver(
@@ -165,7 +170,7 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver(
         "heun",
         heun,
-        {},
+        _euler_end(),
         2,
         "arXiv:2206.00364, alg. 1",
         ("HeunDiscreteScheduler", "heun"),
@@ -273,10 +278,17 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver("res_2s", exponential_rk, {"stages": 2}, 2, "arXiv:2308.02157", stages=2),
     Solver("res_3s", exponential_rk, {"stages": 3}, 3, "arXiv:2308.02157", stages=3),
     Solver("dpm2", dpm2, {}, 2, "arXiv:2206.00927", ("KDPM2DiscreteScheduler", "dpm_2"), stages=2),
-    Solver("rho_midpoint2", runge_kutta, {"method": "midpoint2"}, 2, "arXiv:2204.13902", stages=2),
-    Solver("rho_kutta3", runge_kutta, {"method": "kutta3"}, 3, "arXiv:2204.13902", stages=3),
-    Solver("rho_heun3", runge_kutta, {"method": "heun3"}, 3, "arXiv:2204.13902", stages=3),
-    Solver("rho_rk4", runge_kutta, {"method": "rk4"}, 4, "arXiv:2204.13902", stages=4),
+    Solver(
+        "rho_midpoint2",
+        runge_kutta,
+        _euler_end(method="midpoint2"),
+        2,
+        "arXiv:2204.13902",
+        stages=2,
+    ),
+    Solver("rho_kutta3", runge_kutta, _euler_end(method="kutta3"), 3, "arXiv:2204.13902", stages=3),
+    Solver("rho_heun3", runge_kutta, _euler_end(method="heun3"), 3, "arXiv:2204.13902", stages=3),
+    Solver("rho_rk4", runge_kutta, _euler_end(method="rk4"), 4, "arXiv:2204.13902", stages=4),
     Solver("ghvb1.8", ghvb, {"order": 2, "beta": 0.8}, 2, "arXiv:2307.11118"),
     Solver("ghvb2.8", ghvb, {"order": 3, "beta": 0.8}, 3, "arXiv:2307.11118"),
     Solver("ghvb3.8", ghvb, {"order": 4, "beta": 0.8}, 4, "arXiv:2307.11118"),

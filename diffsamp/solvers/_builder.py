@@ -216,12 +216,12 @@ class Builder:
         The answer is recorded as the `target` prediction, except where that one does not
         determine the data (noise at alpha = 0): there it is recorded as data.
         """
-        if point.sigma == 0:
+        target = self.target if target is None else target
+        if point.sigma == 0 and target != FLOW:  # which a velocity network determines there, too
             raise ValueError(
                 f"the network would be evaluated at t = {point.t:g}, where sigma = 0. Falling "
                 "times may end there; rising ones start later, at the process's t_min."
             )
-        target = self.target if target is None else target
         reduced = target == NOISE and self.grows
         if reduced or (point.alpha == 0 and target == NOISE):
             target = DATA

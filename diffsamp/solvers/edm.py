@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffsamp._core.checks import expect_choice
-from diffsamp.processes import Process
+from diffsamp.processes import Flow, Process
 from diffsamp.solvers._builder import (
     NOISE,
     Builder,
@@ -73,21 +73,27 @@ def heun(
     times: Any,
     *,
     coordinates: str | None = None,
+    clean_end: str | None = None,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     noise_scale: float = 1.0,
 ) -> Tableau:
-    """Heun's method (EDM): order 2, two evaluations a step, one on a step to sigma = 0.
+    """Heun's method (EDM): order 2, two evaluations a step.
 
-    So n steps cost 2 n - 1 evaluations when the times end at the clean end, else 2 n. In "edm"
-    coordinates it equals the rho-2Heun method of DEIS; for flow models the "flow" ones are usual.
+    A step to sigma = 0 takes one (`clean_end`): n steps then cost 2 n - 1 evaluations when the
+    times end at the clean end, else 2 n. In "edm" coordinates it equals the rho-2Heun method of
+    DEIS; for flow models the "flow" ones are usual.
 
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
       coordinates: "edm" or "flow"; None: "flow" for the flow process and for times that start at
         alpha = 0, else "edm".
+      clean_end: the step to sigma = 0. "euler": one evaluation, at its start, as EDM's. "full": all
+        stages, the last at t = 0, which keeps the order; for a velocity network on the flow
+        process, which is defined there (one of data or noise says nothing of the velocity at sigma
+        = 0, and is refused where it is sampled). None: "full" on the flow process, else "euler".
       churn: EDM's S_churn, at least 0; 0 is deterministic.
       churn_min: EDM's S_min, a value of sigma / alpha.
       churn_max: EDM's S_max. Churned levels are also kept at or below t_max.
@@ -104,17 +110,29 @@ def heun(
     """
     churning = _Churn(churn, churn_min, churn_max, noise_scale)
     return _runge_kutta(
-        process, times, "heun2", coordinates, churning, "heun", "arXiv:2206.00364, algorithm 1"
+        process,
+        times,
+        "heun2",
+        coordinates,
+        clean_end,
+        churning,
+        "heun",
+        "arXiv:2206.00364, algorithm 1",
     )
 
 
 def runge_kutta(
-    process: Process, times: Any, *, method: str = "rk4", coordinates: str | None = None
+    process: Process,
+    times: Any,
+    *,
+    method: str = "rk4",
+    coordinates: str | None = None,
+    clean_end: str | None = None,
 ) -> Tableau:
     """Explicit Runge-Kutta methods on the ODE without its linear part: DEIS's rhoRK.
 
-    One row per stage. A step to sigma = 0 takes one evaluation (Euler), so that n steps of s stages
-    cost s (n - 1) + 1 when the times end at the clean end, else s n.
+    One row per stage: n steps of s stages cost s n evaluations, or s (n - 1) + 1 where the step to
+    sigma = 0 takes one (`clean_end`).
 
     Args:
       process: the noise process.
@@ -122,6 +140,7 @@ def runge_kutta(
       method: "heun2", "midpoint2", "ralston2" (order 2), "kutta3", "heun3", "ralston3", "ssprk3"
         (order 3) or "rk4" (order 4).
       coordinates: as for `heun`.
+      clean_end: as for `heun`.
 
     Returns:
       A deterministic tableau.
@@ -135,7 +154,14 @@ def runge_kutta(
     expect_choice(method, "method", tuple(BUTCHER))
     still = _Churn(0.0, 0.0, math.inf, 1.0)
     return _runge_kutta(
-        process, times, method, coordinates, still, f"rho_{method}", "arXiv:2204.13902"
+        process,
+        times,
+        method,
+        coordinates,
+        clean_end,
+        still,
+        f"rho_{method}",
+        "arXiv:2204.13902",
     )
 
 
@@ -178,17 +204,19 @@ def _runge_kutta(
     times: Any,
     method: str,
     coordinates: str | None,
+    clean_end: str | None,
     churning: _Churn,
     name: str,
     source: str,
 ) -> Tableau:
     builder = Builder(process, times)
     chart = Chart.choose(builder, coordinates)
+    full = _expect_clean_end(clean_end, process, chart) == "full"
     x = builder.start
     for s, t in zip(builder.points, builder.points[1:], strict=False):
         x, s = churning.lift(builder, x, s)
         first = builder.evaluate(x, s)
-        if t.sigma == 0:
+        if t.sigma == 0 and not full:
             x = transfer(first, t)
             continue
         x = runge_kutta_step(builder, chart, first, t, method)
@@ -199,6 +227,20 @@ def _runge_kutta(
         source=source,
         check=churning.check,
     )
+
+
+def _expect_clean_end(clean_end: str | None, process: Process, chart: Chart) -> str:
+    flows = isinstance(process, Flow) and chart.name == "flow"
+    if clean_end is None:
+        return "full" if flows else "euler"
+    expect_choice(clean_end, "clean_end", ("euler", "full"))
+    if clean_end == "full" and not flows:
+        raise ValueError(
+            'clean_end="full" is for the flow process in flow coordinates, whose velocity is '
+            f"defined at sigma = 0; got {type(process).__name__} in {chart.name!r} coordinates. "
+            'Use clean_end="euler".'
+        )
+    return clean_end
 
 
 class _Churn:
