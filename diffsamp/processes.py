@@ -39,6 +39,7 @@ __all__ = [
     "VE",
     "Flow",
     "Process",
+    "Trig",
     "VPCosine",
     "VPDiscrete",
     "VPLinear",
@@ -48,6 +49,7 @@ __all__ = [
     "flow",
     "pfgmpp",
     "reversed_flow_apply",
+    "trig",
     "ve",
     "vp_cosine",
     "vp_discrete",
@@ -647,6 +649,61 @@ class Flow(Process):
     def t_min(self) -> float:
         return 1e-3
 
+@_pytree
+class Trig(Process):
+    """alpha = cos(angle), sigma = sigma_data sin(angle), the angle (pi / 2) t / end for t in [0, end].
+
+    v-diffusion (Salimans & Ho 2022, arXiv:2202.00512), the GVP interpolant of SiT (arXiv:2401.08740)
+    and TrigFlow (Lu & Song 2024, arXiv:2410.11081). With `end` = pi / 2 the time is the angle and
+    the velocity dx/dt = sigma_data cos(t) eps - sin(t) x_0 is TrigFlow's, in units of its data;
+    with `sigma_data` = 1 that is "v", whatever `end` is.
+
+    At t = end alpha is exactly 0 and the log-SNR is -inf, as for `Flow`.
+    """
+
+    sigma_data: float
+    end: float
+
+    def _angles(self, t: Array) -> tuple[Array, Array, Array]:
+        """(angle, its complement, d angle / dt); the complement is exactly 0 at t = end."""
+        t = as_float(t, self.end)
+        end = as_float(self.end, t)
+        rate = math.pi / 2 / end
+        return t * rate, (end - t) * rate, rate * namespace(t).ones_like(t)
+
+    def alpha(self, t: Array) -> Array:
+        return namespace(t, self.end).sin(self._angles(t)[1])
+
+    def sigma(self, t: Array) -> Array:
+        angle = self._angles(t)[0]
+        return as_float(self.sigma_data, angle) * namespace(angle).sin(angle)
+
+    def alpha_dot(self, t: Array) -> Array:
+        angle, _, rate = self._angles(t)
+        return -rate * namespace(angle).sin(angle)
+
+    def sigma_dot(self, t: Array) -> Array:
+        _, complement, rate = self._angles(t)
+        return as_float(self.sigma_data, rate) * rate * namespace(rate).sin(complement)
+
+    @silence
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.end)
+        xp = namespace(log_snr)
+        shifted = log_snr + xp.log(as_float(self.sigma_data, log_snr))
+        # the tangent or the cotangent, whichever is below 1
+        small = xp.exp(-xp.abs(shifted))
+        angle = xp.where(shifted > 0, xp.arctan(small), math.pi / 2 - xp.arctan(small))
+        return angle * (as_float(self.end, log_snr) / (math.pi / 2))
+
+    @property
+    def t_max(self) -> float:
+        return self.end
+
+    @property
+    def t_min(self) -> float:
+        return 1e-3 * self.end
+
 
 def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> VPLinear:
     """The linear-beta variance-preserving process of ScoreSDE; t in [0, 1]."""
@@ -851,6 +908,20 @@ def flow(shift: float = 1.0) -> Flow:
     """The straight flow-matching path; t falls from 1 (noise) to 0 (data)."""
     _positive(shift=shift)
     return Flow(float(shift))
+
+
+def trig(sigma_data: float = 1.0, *, end: float = 1.0) -> Trig:
+    """alpha = cos, sigma = sin: v-diffusion, SiT's GVP path, TrigFlow; see `Trig`.
+
+    Args:
+      sigma_data: standard deviation of the data in the units of x; sigma(end) is as large.
+      end: the time of pure noise: 1, or pi / 2 for networks whose time is the angle (TrigFlow).
+
+    Raises:
+      ValueError: a number that is not positive.
+    """
+    _positive(sigma_data=sigma_data, end=end)
+    return Trig(float(sigma_data), float(end))
 
 
 def reversed_flow_apply(apply: Any) -> Any:

@@ -123,6 +123,7 @@ def all_processes() -> dict[str, processes.Process]:
         "edm": processes.edm(),
         "flow": processes.flow(),
         "flow_shift": processes.flow(shift=3.0),
+        "trig": processes.trig(0.5, end=np.pi / 2),
     }
 
 

@@ -10,7 +10,7 @@ import diffsamp as ds
 from diffsamp import schedules, solvers
 
 PROCESSES = all_processes()
-BELM_FAILS = ("vp_zero_snr", "flow", "flow_shift")  # from alpha = 0 its second row is DDIM's
+BELM_FAILS = ("vp_zero_snr", "flow", "flow_shift", "trig")  # from alpha = 0 its second row is DDIM's
 
 
 def rms(x):

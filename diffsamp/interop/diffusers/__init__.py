@@ -1,0 +1,402 @@
+"""Read a diffusers `scheduler_config.json` as process, prediction, times and solver.
+
+What the scheduler does is written out in this library's terms; the tests compare it with diffusers
+0.42.1. docs/diffusers.md lists every class. Where diffusers is off, on purpose not followed:
+
+- DDIMScheduler steps from t to t - T // n whatever its spacing. Where that is not the next time it
+  evaluates ("linspace", or "trailing" when n does not divide T) it integrates over another interval
+  and may end at a level that is not clean. Here a step ends where the next one begins, and the
+  linspace grid at the clean end; `solver(process, times, compatible=True)` does as diffusers does.
+  PNDMScheduler likewise, on grids other than "leading".
+- "trailing" gives one timestep too many, labelled -1, for 62 of the n up to 1000 (61 the first), by
+  rounding. Here n are n.
+- With sigmas of their own (Karras, flow, ..) the multistep schedulers round the network's label, or
+  cut it off, to an integer, though not the sigma. Here the network gets the sigma's real label.
+- Karras, exponential or beta sigmas that end at "sigma_min" (DEIS: always) repeat the last one, an
+  evaluation for a step of size zero. That is refused; of the EDM classes, whose published configs
+  do so, it is left out: n - 1 evaluations, the same sample.
+- UniPC "bh1" gives NaN in a step to sigma = 0. Here that step is the data prediction.
+- DDPMScheduler with "fixed_large" adds noise in its last step too, unless that starts at t = 0.
+- Classes that hold x / alpha (Euler, Heun, LMS, KDPM2, DPMSolverSDE, CosineDPM) start, with
+  "linspace" and "trailing", at sigma_max N(0, I), which is alpha sigma_max = 0.9977 times our
+  x_T ~ N(0, I) on Stable Diffusion's table: 2.3e-3. With "sigma_min" at the end they return x / alpha
+  where ours is x, 4.3e-4 apart (alpha = 0.99957 there). Divide by `tableau.alpha[-1]` for theirs.
+- DPMSolverSDE and the stage of its step draw from one Brownian path there, independently here.
+- SCM's pipelines start at 1.5708, which is beyond pi / 2 by 3.7e-6: here at pi / 2.
+
+Reproduced, though not what it seems: the third order of DPMSolverMultistepScheduler (half of a
+coefficient, `compatible` in `solvers.dpmpp`), the second stage of DPMSolverSinglestep's; DEIS, which
+interpolates in log rho; the `shift` of FlowMatchEulerDiscreteScheduler, applied to its smallest
+sigma twice; Euler's, Heun's and the LMS scheduler's sigmas, linear between table entries, whose
+label here is that of the log-SNR; IPNDM, whose first step takes the data to be 0; DDIMInverse, which
+asks the network where a step ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp import processes
+from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.files import read_json
+from diffsamp._core.numeric import namespace
+from diffsamp.interop.diffusers import fields, grids
+from diffsamp.interop.diffusers.classes import solver_of
+from diffsamp.predictions import Level, canonical_name
+from diffsamp.processes import Process
+from diffsamp.score import ScoreFn
+from diffsamp.tableau import Tableau
+
+__all__ = ["DiffusersSampler", "from_diffusers"]
+
+
+class _Four(NamedTuple):
+    process: Process
+    prediction: str
+    times: Callable[..., np.ndarray]
+    solver: Callable[..., Tableau]
+
+
+class DiffusersSampler(_Four):
+    """What a diffusers scheduler amounts to: a tuple of four.
+
+    Attributes:
+      process: the noise process; a discrete one's time is the training timestep, -1 is clean.
+      prediction: what the network predicts, a name for `ScoreFn`.
+      times: n -> (n + 1,) times; n is diffusers' `num_inference_steps`.
+      solver: (process, times) -> Tableau.
+      network: options of `ScoreFn` that make it give the network what the pipeline does: its time
+        as label, EDM's `sigma_data`.
+      negated: whether the network returns minus the prediction (see `score_fn`).
+    """
+
+    network: Mapping[str, Any]
+    negated: bool
+
+    def __new__(
+        cls,
+        process: Process,
+        prediction: str,
+        times: Callable[..., np.ndarray],
+        solver: Callable[..., Tableau],
+        network: Mapping[str, Any] | None = None,
+        negated: bool = False,
+    ) -> DiffusersSampler:
+        self = super().__new__(cls, process, prediction, times, solver)
+        self.network, self.negated = dict(network or {}), negated
+        return self
+
+    def score_fn(self, apply: Callable[..., Any], params: Any, **options: Any) -> ScoreFn:
+        """The network, called as diffusers' pipeline calls it.
+
+        Args:
+          apply: `apply(params, x, t, **cond)` with the pipeline's x and timestep.
+          params: the network's pytree.
+          **options: further options of `ScoreFn`.
+        """
+        if self.negated:
+            apply = _Negated(apply)
+        return ScoreFn(
+            apply, params, self.process, prediction=self.prediction, **{**self.network, **options}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Negated:
+    """A network that returns minus another's output; equal for one `apply`, so compiled once."""
+
+    apply: Callable[..., Any]
+
+    def __call__(self, params: Any, x: Any, t: Any, **cond: Any) -> Any:
+        return jax.tree.map(jnp.negative, self.apply(params, x, t, **cond))
+
+
+# Time inputs as module functions: a ScoreFn compares them by identity.
+def _thousandths(level: Level) -> Any:
+    """CMStochasticIterative: 250 log sigma."""
+    return 250 * namespace(level.sigma).log(level.sigma)
+
+
+def _angle(level: Level) -> Any:
+    """CosineDPM on an EDM network: 2 / pi arctan sigma."""
+    return namespace(level.sigma).arctan(level.sigma) * (2 / math.pi)
+
+
+def _from_noise(level: Level) -> Any:
+    """Flow models whose time is 0 at the noise, 1 at the data."""
+    return 1 - level.t
+
+
+def _from_noise_1000(level: Level) -> Any:
+    return 1000 * (1 - level.t)
+
+
+def _wuerstchen_label(level: Level) -> Any:
+    """Its first level is clamped to alpha^2 = 1e-4, and still called 1."""
+    xp = namespace(level.t)
+    return xp.where(level.alpha**2 < 1.0001e-4, xp.ones_like(level.t), level.t)
+
+
+def from_diffusers(
+    config: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    ignore: Iterable[str] = (),
+    pipeline: str | None = None,
+) -> DiffusersSampler:
+    """Process, prediction, times and solver of a diffusers scheduler.
+
+    docs/diffusers.md lists the classes that are read (36 of diffusers 0.42) and why the others are
+    not. As in diffusers, most can sample a network that came with another's config: change
+    `_class_name`. Fields that say what the network is are kept then, or the class refused: a flow
+    model's `shift` becomes DPM-Solver's `flow_shift` and does not make it a noise model.
+
+    The network's time input is in `sampler.network`, and `sampler.score_fn(apply, params)` makes
+    the ScoreFn: flow models take 1000 t (`time="label"`), EDM's log(sigma) / 4.
+
+    What `times(n)` gives is the scheduler's grid, `set_timesteps(n)`. Many pipelines of flow models
+    pass sigmas of their own: Flux, Qwen-Image, LTX, Chroma and Lumina 2 take 1, .., 1/n, so that
+    FLUX.1-schnell with n = 4 is 1, .75, .5, .25, 0 and not the scheduler's 1, .667, .334, .001, 0.
+    Say which pipeline it is to get that one's grid; a folder with the pipeline's `model_index.json`
+    says it by itself.
+
+    Example:
+      >>> import diffsamp as ds
+      >>> sampler = ds.from_diffusers({"_class_name": "UniPCMultistepScheduler"})
+      >>> sampler.solver(sampler.process, sampler.times(8)).nfe
+      8
+      >>> schnell = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
+      >>> ds.from_diffusers(schnell, pipeline="FluxPipeline").times(4).tolist()
+      [1.0, 0.75, 0.5, 0.25, 0.0]
+
+    Args:
+      config: the dict, or the path of a `scheduler_config.json`, of the folder that holds it, or of
+        a pipeline's folder (with `model_index.json` and `scheduler/`).
+      ignore: names of fields whose effect is to be left out knowingly, such as ("clip_sample",),
+        which is on by default in DDIMScheduler and DDPMScheduler.
+      pipeline: the pipeline's class, such as "FluxPipeline"; None: that of the folder, if any.
+
+    Returns:
+      A `DiffusersSampler`. Its `times(n)` also takes `sigmas` or `timesteps`: n of one's own, after
+      which the grid ends where the class's does (clean, but for DEIS, SASolver, TCD, "sigma_min"
+      and DDIM with 'set_alpha_to_one' False), or n + 1 that hold the end. Sigmas are sigma / alpha,
+      for flow models sigma before the config's shift. With dynamic shifting (any flow class) it
+      takes `mu`, or the `image_seq_len` or `image_size` (height, width[, frames]) from which mu is
+      computed: by the line of Flux, or `mu_rule` "empirical" (Flux 2) or "sqrt" (CogView 4), the
+      pipeline's by default. LCM and TCD take `original_inference_steps`.
+      `solver` takes `eta` for DDIM and TCD.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a class or a field's value that is not reproduced; the message names it.
+    """
+    if not isinstance(config, Mapping):
+        config, found = _load(config)
+        pipeline = pipeline or found
+    name = str(config.get("_class_name")).removesuffix("Scheduler")
+    if name in fields.REFUSED:
+        why, way = fields.REFUSED[name]
+        raise ValueError(f"{name}Scheduler is not read: {why}. Use {way}.")
+    if name not in fields.CLASSES:
+        raise ValueError(
+            f"`_class_name` must be one of {'Scheduler, '.join(fields.CLASSES)}Scheduler; got "
+            f"{config.get('_class_name')!r}. The network can be sampled with those of its kind: "
+            'pass {**config, "_class_name": ...}.'
+        )
+    config = fields.translated(name, config)
+    values = fields.read_values(name, config, {ignore} if isinstance(ignore, str) else set(ignore))
+    return _MAKERS.get(name, _MAKERS[fields.family(name)])(name, values, pipeline)
+
+
+def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
+    """(config, the pipeline's class if its folder says it)."""
+    file = Path(path)
+    pipeline = None
+    if file.is_dir():
+        if not (file / "scheduler_config.json").exists() and (file / "scheduler").is_dir():
+            file = file / "scheduler"
+        file = file / "scheduler_config.json"
+    index = file.parent.parent / "model_index.json"
+    if file.parent.name == "scheduler" and index.is_file():
+        pipeline = str(read_json(index).get("_class_name"))
+        try:
+            grids.find_pipeline(pipeline)
+        except ValueError:
+            pipeline = None
+    data = read_json(file)
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a JSON object; got {type(data).__name__}.")
+    return data, pipeline
+
+
+def _flow(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+    found = None if pipeline is None else grids.find_pipeline(pipeline)
+    levels, network = values.get("num_train_timesteps", 1000), {"time": "label"}
+    reverse = bool(values.get("invert_sigmas")) or name == "MiniMaxH3"
+    options: dict[str, Any] = dict(network)
+    if reverse:
+        options = {"time": _from_noise if name == "MiniMaxH3" else _from_noise_1000}
+    if levels != 1000:
+        raise ValueError(
+            f"{name}: 'num_train_timesteps' = {levels}: flow models with other than 1000 are not "
+            "read, since their label is not 1000 t."
+        )
+    return DiffusersSampler(
+        processes.flow(),
+        "velocity",
+        partial(grids.flow_times, name, {"grid": "", **values}, found),
+        solver_of(name, values),
+        options,
+        negated=reverse,
+    )
+
+
+def _table(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+    if fields.on_flow(values):
+        return _flow(name, values, pipeline)
+    prediction = canonical_name(values["prediction_type"])
+    continuous = values.get("timestep_type") == "continuous" and prediction == "v"
+    if name == "EulerDiscrete" and continuous:
+        process: Process = processes.trig()
+        times = partial(grids.continuous_times, values, process)
+        network = {"time": "c_noise"}
+        return DiffusersSampler(process, "v", times, solver_of(name, values), network)
+    floor = "final_sigmas_type" in values or name in grids.REAL
+    process = grids.discrete(values, floor)
+    make = grids.lcm_times if name in ("LCM", "TCD") else grids.table_times
+    if name in ("DDIMInverse", "DPMSolverMultistepInverse"):
+        make = _rising_times
+    if name == "UnCLIP":
+        make = _unclip_times
+    return DiffusersSampler(
+        process, prediction, partial(make, name, values, process), solver_of(name, values)
+    )
+
+
+def _unclip_times(name: str, values: Mapping[str, Any], process: Process, n: int) -> np.ndarray:
+    if expect_int(n, "n", at_least=1) == 1:
+        raise ValueError("UnCLIPScheduler spaces its timesteps by n - 1: take n of 2 or more.")
+    return grids.table_times(name, values, process, n)
+
+
+def _rising_times(name: str, values: Mapping[str, Any], process: Process, n: int) -> np.ndarray:
+    """Times from the data to the noise."""
+    expect_int(n, "n", at_least=1)
+    if name == "DDIMInverse":
+        plain = {**values, "set_alpha_to_one": True}
+        falling = grids.table_times("DDIM", plain, process, n)
+        start = process.t_clean if values["set_alpha_to_one"] else 0.0
+        return expect_times(np.append(start, falling[-2::-1]), may_rise=True)
+    kept = int(np.sum(process.log_snrs >= values["lambda_min_clipped"]))
+    levels, spacing = values["num_train_timesteps"], values["timestep_spacing"]
+    if spacing == "linspace":
+        steps = np.round(np.linspace(0, kept - 1, n + 1))[:-1]
+    elif spacing == "leading":
+        steps = np.arange(n) * (kept // (n + 1)) + float(values["steps_offset"])
+    else:
+        steps = np.round(np.arange(kept, 0, -levels / n)[:n])[::-1] - 1
+    if steps[-1] >= kept - 1:
+        raise ValueError(
+            f"{name} evaluates last at the noisiest level and ends there, a step of size zero; "
+            "take 'timestep_spacing' = 'linspace' or 'leading'."
+        )
+    return expect_times(np.append(steps, kept - 1), may_rise=True)
+
+
+def _edm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+    network: dict[str, Any] = {"sigma_data": float(values["sigma_data"])}
+    cosine = name == "CosineDPMSolverMultistep"
+    if name == "SCM":
+        process: Process = processes.trig(network["sigma_data"], end=math.pi / 2)
+        return DiffusersSampler(
+            process, "velocity", partial(_scm_times, process), solver_of(name, values)
+        )
+    if values.get("prediction_type") == "v_prediction":  # sigma_data is 1: the angle is the time
+        process = processes.trig()
+        network = {"time": "t" if cosine else "c_noise"}
+        prediction = "v"
+    else:
+        process = processes.edm(values["sigma_min"], values["sigma_max"])
+        prediction = "edm_f" if values.get("prediction_type") != "sample" else "data"
+        network["scale_input"] = True
+        network["time"] = _angle if cosine else "c_noise"
+    times: Callable[..., np.ndarray] = partial(grids.edm_times, name, values, process)
+    if name == "CMStochasticIterative":
+        network["time"], times = _thousandths, partial(_consistency_times, values, process)
+    return DiffusersSampler(process, prediction, times, solver_of(name, values), network)
+
+
+def _consistency_times(
+    values: Mapping[str, Any], process: Process, n: int | None = None, *, timesteps: Any = None
+) -> np.ndarray:
+    """Levels `timesteps` (indices from the clean end) of a Karras grid, and then the data."""
+    levels = values["num_train_timesteps"]
+    if timesteps is None:
+        n = expect_int(n, "n", at_least=1, at_most=levels)
+        timesteps = (np.arange(n) * (levels // n))[::-1]
+    index = np.asarray(timesteps, np.float64)[::-1]  # counted from the noise
+    ramp, rho = index / (levels - 1), values["rho"]
+    high, low = (values[key] ** (1 / rho) for key in ("sigma_max", "sigma_min"))
+    return expect_times(np.append((high + ramp * (low - high)) ** rho, 0.0))
+
+
+def _scm_times(
+    process: Process,
+    n: int | None = None,
+    *,
+    timesteps: Any = None,
+    max_timesteps: float = math.pi / 2,
+    intermediate_timesteps: float = 1.3,
+) -> np.ndarray:
+    """n angles and 0; for n = 2 the second is `intermediate_timesteps`."""
+    if timesteps is not None:
+        given = np.asarray(timesteps, np.float64)
+        given = given if given[-1] == 0 else np.append(given, 0.0)
+        return expect_times(np.minimum(given, process.t_max), "timesteps")
+    n = expect_int(n, "n", at_least=1)
+    first = min(max_timesteps, process.t_max)
+    if n == 2:
+        return expect_times([first, intermediate_timesteps, 0.0])
+    return expect_times(np.linspace(first, 0, n + 1))
+
+
+def _ipndm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+    process = processes.trig()
+
+    def times(n: int) -> np.ndarray:
+        share = np.linspace(1, 0, expect_int(n, "n", at_least=1) + 1)
+        return expect_times(np.arcsin(np.sin(share * math.pi / 2) ** 2) * 2 / math.pi)
+
+    return DiffusersSampler(process, "v", times, solver_of(name, values))
+
+
+def _wuerstchen(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+    process = processes.vp_cosine(values["s"])
+
+    def times(n: int | None = None, *, timesteps: Any = None) -> np.ndarray:
+        t = timesteps
+        if t is None:
+            t = np.linspace(1, 0, expect_int(n, "n", at_least=1) + 1)
+        square = np.clip(process.alpha(np.asarray(t, np.float64)) ** 2, 1e-4, 0.9999)
+        return expect_times(process.time((np.log(square) - np.log1p(-square)) / 2))
+
+    network = {"time": _wuerstchen_label}
+    return DiffusersSampler(process, "noise", times, solver_of(name, values), network)
+
+
+_MAKERS: dict[str, Callable[[str, dict[str, Any], str | None], DiffusersSampler]] = {
+    "flow": _flow,
+    "table": _table,
+    "edm": _edm,
+    "IPNDM": _ipndm,
+    "DDPMWuerstchen": _wuerstchen,
+}
