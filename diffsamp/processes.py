@@ -139,28 +139,26 @@ class Process(abc.ABC):
         """
         return self.sigma(self.t_max)
 
-    def prior_sample(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> jax.Array:
+    def prior_sample(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
         """Draw x_T ~ N(0, prior_std^2 I).
 
         Args:
           key: one key, or one key per sample. Sample i depends on its own key (or on `key` and i)
             only, never on how many others are drawn.
           shape: (batch, ...).
-          dtype: floating dtype of the result.
+          dtype: floating dtype of the result; `float` is JAX's default one.
 
         Returns:
           An array of `shape`.
         """
         if np.ndim(shape) != 1 or len(shape) < 1:
             raise ValueError(f"`shape` must have a leading batch axis; got {shape!r}.")
-        keys = random.sample_keys(key, shape[0])
+        keys, dtype = random.sample_keys(key, shape[0]), jax.dtypes.canonicalize_dtype(dtype)
         noise = jax.vmap(lambda k: jax.random.normal(k, tuple(shape[1:]), dtype))(keys)
         return noise * jnp.asarray(self.prior_std, dtype)
 
     def start_sample(
-        self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: Any = jnp.float32
+        self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: Any = float
     ) -> jax.Array:
         """Draw the start of a sampler whose first time is t: the prior, scaled to sigma(t).
 
@@ -173,8 +171,9 @@ class Process(abc.ABC):
           key: as for `prior_sample`.
           shape: (batch, ...).
           t: the first time of the sampler, () or (batch,).
-          dtype: floating dtype of the result.
+          dtype: floating dtype of the result; `float` is JAX's default one.
         """
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
         x = self.prior_sample(key, shape, dtype)
         ratio = jnp.asarray(self.sigma(t) / self.sigma(self.t_max), dtype)
         return x * ratio.reshape(ratio.shape + (1,) * (x.ndim - ratio.ndim if ratio.ndim else 0))
@@ -578,9 +577,7 @@ class PFGMPP(EDM):
 
     dimension: float
 
-    def prior_sample(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> jax.Array:
+    def prior_sample(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
         """Draw x_T = R u, u uniform on the sphere, R^2 / r_max^2 = B / (1 - B), B ~ Beta.
 
         B ~ Beta(N / 2, dimension / 2) for N elements a sample, so that E |x|^2 / N = sigma_max^2
@@ -588,7 +585,7 @@ class PFGMPP(EDM):
         """
         if np.ndim(shape) != 1 or len(shape) < 1:
             raise ValueError(f"`shape` must have a leading batch axis; got {shape!r}.")
-        keys = random.sample_keys(key, shape[0])
+        keys, dtype = random.sample_keys(key, shape[0]), jax.dtypes.canonicalize_dtype(dtype)
         size = math.prod(shape[1:])
         radius = as_float(self.sigma_max) * namespace(self.dimension).sqrt(self.dimension)
 
@@ -649,14 +646,15 @@ class Flow(Process):
     def t_min(self) -> float:
         return 1e-3
 
+
 @_pytree
 class Trig(Process):
-    """alpha = cos(angle), sigma = sigma_data sin(angle), the angle (pi / 2) t / end for t in [0, end].
+    """alpha = cos(angle), sigma = sigma_data sin(angle), angle = (pi / 2) t / end, t in [0, end].
 
-    v-diffusion (Salimans & Ho 2022, arXiv:2202.00512), the GVP interpolant of SiT (arXiv:2401.08740)
-    and TrigFlow (Lu & Song 2024, arXiv:2410.11081). With `end` = pi / 2 the time is the angle and
-    the velocity dx/dt = sigma_data cos(t) eps - sin(t) x_0 is TrigFlow's, in units of its data;
-    with `sigma_data` = 1 that is "v", whatever `end` is.
+    v-diffusion (Salimans & Ho 2022, arXiv:2202.00512), the GVP interpolant of SiT
+    (arXiv:2401.08740) and TrigFlow (Lu & Song 2024, arXiv:2410.11081). With `end` = pi / 2 the
+    time is the angle and the velocity dx/dt = sigma_data cos(t) eps - sin(t) x_0 is TrigFlow's, in
+    units of its data; with `sigma_data` = 1 that is "v", whatever `end` is.
 
     At t = end alpha is exactly 0 and the log-SNR is -inf, as for `Flow`.
     """

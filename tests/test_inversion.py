@@ -10,7 +10,7 @@ import diffsamp as ds
 from diffsamp import schedules, solvers
 
 PROCESSES = all_processes()
-BELM_FAILS = ("vp_zero_snr", "flow", "flow_shift", "trig")  # from alpha = 0 its second row is DDIM's
+BELM_FAILS = ("vp_zero_snr", "flow", "flow_shift")  # from alpha = 0 its second row is DDIM's
 
 
 def rms(x):
@@ -29,7 +29,8 @@ def test_round_trip_is_exact_to_rounding_in_float32(name, schedule, steps):
     score_fn, x_0 = skewed_mixture().score_fn(process), data()
     times = schedules.get(schedule)(process, steps, final="t_min")
     tableaux = [solvers.bdia(process, times, gamma=gamma) for gamma in (1.0, 0.98)]
-    if name not in BELM_FAILS or schedule != "uniform":
+    # backwards on trig's grids in log-SNR it multiplies rounding by 1e8, and says so
+    if name != "trig" and (name not in BELM_FAILS or schedule != "uniform"):
         tableaux.append(solvers.belm(process, times))
     for tableau in tableaux:
         noise = ds.inversion.encode(score_fn, tableau, x_0)

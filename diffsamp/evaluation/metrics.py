@@ -31,7 +31,9 @@ def mean_squared_error(x: Any, reference: Any) -> jax.Array:
 
     In float32 at least: differences of integers (8-bit images) would wrap around.
     """
-    x, reference = (v.astype(working_dtype(v.dtype)) for v in map(jnp.asarray, (x, reference)))
+    x, reference = map(jnp.asarray, (x, reference))
+    wide = jnp.promote_types(working_dtype(x.dtype), working_dtype(reference.dtype))
+    x, reference = x.astype(wide), reference.astype(wide)
     if x.shape != reference.shape or x.ndim < 1:
         raise ValueError(
             "`x` and `reference` must have one shape, (batch, ...); got "

@@ -119,20 +119,19 @@ class PSLD(Process):
     def prior_std(self) -> float:
         return 1.0
 
-    def prior_sample(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> jax.Array:
+    def prior_sample(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
         """Draw (x, m) ~ N(0, diag(1, M)); `shape` ends in 2. Else as for any process."""
         if np.ndim(shape) != 1 or len(shape) < 2 or shape[-1] != 2:
             raise ValueError(
                 f"`shape` must be (batch, .., 2), with x and m on the last axis; got {shape}."
             )
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
         width = jnp.sqrt(jnp.asarray([1.0, self.mass], dtype))
         noise = super().prior_sample(key, shape, dtype)
         return noise * width.reshape((1,) * (len(shape) - 1) + (2,))
 
     def start_sample(
-        self, key: jax.Array, shape: tuple[int, ...], t: Any, dtype: Any = jnp.float32
+        self, key: jax.Array, shape: tuple[int, ...], t: Any, dtype: Any = float
     ) -> jax.Array:
         """The prior, for samplers that start at t_max: below it x and m are correlated.
 

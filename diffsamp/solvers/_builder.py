@@ -109,7 +109,23 @@ class Builder:
       start: the combination u_0 = x_T.
     """
 
-    def __init__(self, process: Process, times: Any, target: tuple[float, float] = DATA) -> None:
+    def __init__(
+        self,
+        process: Process,
+        times: Any,
+        target: tuple[float, float] = DATA,
+        *,
+        reduce: bool = True,
+    ) -> None:
+        """Start at the first time.
+
+        Args:
+          process: the noise process.
+          times: (n + 1,), falling or rising.
+          target: the prediction that rows ask for.
+          reduce: write rows in data predictions where noise form would spoil them (`grows`); False
+            for methods whose rows must stay as they are written, to be inverted.
+        """
         expect_process(process)
         if not is_concrete(process):
             raise TypeError("solvers are host functions: build the tableau outside `jit`.")
@@ -121,7 +137,7 @@ class Builder:
                 f"{type(process).__name__}; got {times[0]:g} .. {times[-1]:g}."
             )
         self.process = process
-        self.target = target
+        self.target, self._reduces = target, reduce
         self.points = [self.point(t) for t in times]
         if self.rising and self.points[-1].alpha == 0:
             raise ValueError(
@@ -163,7 +179,7 @@ class Builder:
         Rows that ask for the noise are then written in data predictions, which is the same method
         with other numbers; see `_reduce`.
         """
-        return self._growth > _GROWTH
+        return self._reduces and self._growth > _GROWTH
 
     @staticmethod
     def is_long(s: Point, t: Point) -> bool:

@@ -36,7 +36,7 @@ def bdia(process: Process, times: Any, *, gamma: float = 1.0) -> Tableau:
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"`gamma` must lie in [0, 1]; got {gamma}.")
-    builder = Builder(process, times, NOISE)
+    builder = Builder(process, times, NOISE, reduce=False)
     points = builder.points
     x = builder.start
     for n in range(len(points) - 1):
@@ -69,7 +69,7 @@ def belm(process: Process, times: Any) -> Tableau:
 
     Reference: Wang et al. 2024, arXiv:2410.07273.
     """
-    builder = Builder(process, times, NOISE)
+    builder = Builder(process, times, NOISE, reduce=False)
     points = builder.points
     x = builder.start
     for n in range(len(points) - 1):

@@ -19,17 +19,17 @@ What the scheduler does is written out in this library's terms; the tests compar
 - DDPMScheduler with "fixed_large" adds noise in its last step too, unless that starts at t = 0.
 - Classes that hold x / alpha (Euler, Heun, LMS, KDPM2, DPMSolverSDE, CosineDPM) start, with
   "linspace" and "trailing", at sigma_max N(0, I), which is alpha sigma_max = 0.9977 times our
-  x_T ~ N(0, I) on Stable Diffusion's table: 2.3e-3. With "sigma_min" at the end they return x / alpha
-  where ours is x, 4.3e-4 apart (alpha = 0.99957 there). Divide by `tableau.alpha[-1]` for theirs.
+  x_T ~ N(0, I) on Stable Diffusion's table: 2.3e-3. With "sigma_min" at the end they return
+  x / alpha where ours is x, 4.3e-4 apart (alpha = 0.99957 there): divide by `tableau.alpha[-1]`.
 - DPMSolverSDE and the stage of its step draw from one Brownian path there, independently here.
 - SCM's pipelines start at 1.5708, which is beyond pi / 2 by 3.7e-6: here at pi / 2.
 
 Reproduced, though not what it seems: the third order of DPMSolverMultistepScheduler (half of a
-coefficient, `compatible` in `solvers.dpmpp`), the second stage of DPMSolverSinglestep's; DEIS, which
-interpolates in log rho; the `shift` of FlowMatchEulerDiscreteScheduler, applied to its smallest
-sigma twice; Euler's, Heun's and the LMS scheduler's sigmas, linear between table entries, whose
-label here is that of the log-SNR; IPNDM, whose first step takes the data to be 0; DDIMInverse, which
-asks the network where a step ends.
+coefficient, `compatible` in `solvers.dpmpp`), the second stage of DPMSolverSinglestep's; DEIS,
+which interpolates in log rho; the `shift` of FlowMatchEulerDiscreteScheduler, applied to its
+smallest sigma twice; Euler's, Heun's and the LMS scheduler's sigmas, linear between table entries,
+whose label here is that of the log-SNR; IPNDM, whose first step takes the data to be 0; DDIMInverse,
+which asks the network where a step ends.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ from diffsamp import processes
 from diffsamp._core.checks import expect_int, expect_times
 from diffsamp._core.files import read_json
 from diffsamp._core.numeric import namespace
-from diffsamp.interop.diffusers import fields, grids
-from diffsamp.interop.diffusers.classes import solver_of
+from diffsamp.interop.diffusers import _fields as fields
+from diffsamp.interop.diffusers import _grids as grids
+from diffsamp.interop.diffusers._classes import solver_of
+from diffsamp.interop.diffusers._pipelines import find_pipeline
 from diffsamp.predictions import Level, canonical_name
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
@@ -214,7 +216,8 @@ def from_diffusers(
         )
     config = fields.translated(name, config)
     values = fields.read_values(name, config, {ignore} if isinstance(ignore, str) else set(ignore))
-    return _MAKERS.get(name, _MAKERS[fields.family(name)])(name, values, pipeline)
+    make = _MAKERS.get(name) or _MAKERS[fields.family(name)]
+    return make(name, values, pipeline)
 
 
 def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
@@ -229,7 +232,7 @@ def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
     if file.parent.name == "scheduler" and index.is_file():
         pipeline = str(read_json(index).get("_class_name"))
         try:
-            grids.find_pipeline(pipeline)
+            find_pipeline(pipeline)
         except ValueError:
             pipeline = None
     data = read_json(file)
@@ -239,7 +242,7 @@ def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
 
 
 def _flow(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
-    found = None if pipeline is None else grids.find_pipeline(pipeline)
+    found = None if pipeline is None else find_pipeline(pipeline)
     levels, network = values.get("num_train_timesteps", 1000), {"time": "label"}
     reverse = bool(values.get("invert_sigmas")) or name == "MiniMaxH3"
     options: dict[str, Any] = dict(network)
@@ -272,7 +275,9 @@ def _table(name: str, values: dict[str, Any], pipeline: str | None) -> Diffusers
         return DiffusersSampler(process, "v", times, solver_of(name, values), network)
     floor = "final_sigmas_type" in values or name in grids.REAL
     process = grids.discrete(values, floor)
-    make = grids.lcm_times if name in ("LCM", "TCD") else grids.table_times
+    make: Callable[..., np.ndarray] = grids.table_times
+    if name in ("LCM", "TCD"):
+        make = grids.lcm_times
     if name in ("DDIMInverse", "DPMSolverMultistepInverse"):
         make = _rising_times
     if name == "UnCLIP":
@@ -288,7 +293,9 @@ def _unclip_times(name: str, values: Mapping[str, Any], process: Process, n: int
     return grids.table_times(name, values, process, n)
 
 
-def _rising_times(name: str, values: Mapping[str, Any], process: Process, n: int) -> np.ndarray:
+def _rising_times(
+    name: str, values: Mapping[str, Any], process: processes.VPDiscrete, n: int
+) -> np.ndarray:
     """Times from the data to the noise."""
     expect_int(n, "n", at_least=1)
     if name == "DDIMInverse":
@@ -298,6 +305,7 @@ def _rising_times(name: str, values: Mapping[str, Any], process: Process, n: int
         return expect_times(np.append(start, falling[-2::-1]), may_rise=True)
     kept = int(np.sum(process.log_snrs >= values["lambda_min_clipped"]))
     levels, spacing = values["num_train_timesteps"], values["timestep_spacing"]
+    steps: np.ndarray
     if spacing == "linspace":
         steps = np.round(np.linspace(0, kept - 1, n + 1))[:-1]
     elif spacing == "leading":

@@ -52,10 +52,11 @@ _DDIM = (f"{_TABLE} rescale_betas_zero_snr set_alpha_to_one", "thresholding clip
          {"timestep_spacing": "leading", "clip_sample": True})
 _DDPM = (f"{_TABLE} rescale_betas_zero_snr variance_type", "thresholding clip_sample",
          {"timestep_spacing": "leading", "clip_sample": True, "variance_type": "fixed_small"})
-_DPM = (f"{_MULTISTEP} {_FINAL} algorithm_type solver_type euler_at_final use_lu_lambdas "
-        f"lambda_min_clipped {_DYNAMIC}", "thresholding variance_type", {})
+_Class = tuple[str, str, dict[str, Any]]
+_DPM: _Class = (f"{_MULTISTEP} {_FINAL} algorithm_type solver_type euler_at_final use_lu_lambdas "
+                f"lambda_min_clipped {_DYNAMIC}", "thresholding variance_type", {})
 # fields used here, fields of which only the value in DEFAULTS is reproduced, defaults of its own
-CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
+CLASSES: dict[str, _Class] = {
     "DDIM": _DDIM,
     "DDIMParallel": _DDIM,
     "DDIMInverse": (_DDIM[0], "clip_sample", _DDIM[2]),
@@ -215,8 +216,15 @@ REFUSED: dict[str, tuple[str, str]] = {
                    "ds.processes.vp_linear() with ds.solvers.ddpm"),
 }
 # fmt: on
-_OF_FLOW = ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-_OF_FLOW += ("invert_sigmas", "stochastic_sampling")
+_OF_FLOW = (
+    "shift",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
 _OF_EDM = ("sigma_data", "rho", "sigma_schedule")
 _OF_TABLE = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 _SEVERAL = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")
@@ -342,15 +350,20 @@ def _expect_consistent(name: str, values: dict[str, Any]) -> None:
         raise ValueError(f"{name} with both {' and '.join(map(repr, grids))} is not reproduced.")
     high, final = values.get("solver_order", 1), values.get("final_sigmas_type")
     algorithm = values.get("algorithm_type", "")
-    if algorithm.startswith("sde-dpmsolver") and high > 2:
-        if name != "DPMSolverSinglestep" or values["solver_type"] == "heun":
-            raise ValueError(f"{name}: {algorithm!r} with 'solver_order' = {high} is inconsistent.")
+    singles = name == "DPMSolverSinglestep" and values.get("solver_type") != "heun"
+    if algorithm.startswith("sde-dpmsolver") and high > 2 and not singles:
+        raise ValueError(f"{name}: {algorithm!r} with 'solver_order' = {high} is inconsistent.")
     if algorithm in ("dpmsolver", "sde-dpmsolver") and final == "zero":
         raise ValueError(
             f"{name}: 'algorithm_type' = {algorithm!r} is not finite at sigma = 0: give it "
             "'final_sigmas_type' = 'sigma_min'."
         )
-    if name == "UniPCMultistep" and high > 1 and final == "zero" and not values["lower_order_final"]:
+    if (
+        name == "UniPCMultistep"
+        and high > 1
+        and final == "zero"
+        and not values["lower_order_final"]
+    ):
         raise ValueError(f"{name}: 'lower_order_final' = False is not finite at sigma = 0.")
     flow = on_flow(values)
     if "use_flow_sigmas" in values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,7 +78,7 @@ def ddim_forward(process: Process, times: Any, *, prediction: str) -> Tableau:
     """DDIMInverseScheduler: up to the noise, the network asked at the time where a step ends."""
     builder = Builder(process, times, NOISE)
     x, points = builder.start, builder.points
-    for s, t in zip(points, points[1:], strict=False):
+    for s, t in itertools.pairwise(points):
         # the state lives at s, so what the network says at t is taken as an answer at s
         answer = builder.evaluate(x, t, target=_own_target(prediction, t))
         said = Combination({("m", builder.rows): 1.0})
@@ -137,7 +138,7 @@ def adams_prk(process: Process, times: Any, *, prediction: str, skip_prk: bool) 
         return (t.alpha / s.alpha) * x + (t.sigma - t.alpha / s.alpha * s.sigma) * noise
 
     x, history, exact = builder.start, list[Combination](), True
-    for k, (s, t) in enumerate(zip(points, points[1:], strict=False)):
+    for k, (s, t) in enumerate(itertools.pairwise(points)):
         state, said = ask(x, s)
         history = [said, *history[:3]]
         if skip_prk and k == 0 and steps > 1:
@@ -153,7 +154,9 @@ def adams_prk(process: Process, times: Any, *, prediction: str, skip_prk: bool) 
             _, second = ask(move(state, said, s, first_end), middle)
             _, third = ask(move(state, second, s, middle), middle)
             _, fourth = ask(move(state, third, s, t), t)
-            x = move(state, total([1 / 6, 1 / 3, 1 / 3, 1 / 6], [said, second, third, fourth]), s, t)
+            x = move(
+                state, total([1 / 6, 1 / 3, 1 / 3, 1 / 6], [said, second, third, fourth]), s, t
+            )
         else:
             x = move(state, total(_ADAMS[len(history) - 1], history), s, t)
     return builder.finish(
@@ -173,7 +176,7 @@ def ipndm(process: Process, times: Any) -> Tableau:
     builder = Builder(process, times, NOISE)
     points = builder.points
     x, history, blind = builder.start, list[Combination](), False
-    for s, t in zip(points, points[1:], strict=False):
+    for s, t in itertools.pairwise(points):
         answer = builder.evaluate(x, s)
         if s.alpha == 0:
             history, blind = [answer.state / s.sigma], True
@@ -234,7 +237,7 @@ def dpm_multistep(
     builder = Builder(process, times, NOISE)
     points = builder.points
     x, past = builder.start, list[Answer]()
-    for n, (s, t) in enumerate(zip(points, points[1:], strict=False)):
+    for n, (s, t) in enumerate(itertools.pairwise(points)):
         past = [builder.evaluate(x, s), *past[:2]]
         said, at = [a.noise for a in past], [a.point.log_snr for a in past]
         order, h = min(orders[n], len(past)), t.log_snr - s.log_snr
@@ -268,7 +271,7 @@ def dpm_singlestep(
     builder = Builder(process, times, DATA if data else NOISE)
     points = builder.points
     x, stages = builder.start, list[Answer]()
-    for n, (s, t) in enumerate(zip(points, points[1:], strict=False)):
+    for n, (s, t) in enumerate(itertools.pairwise(points)):
         answer = builder.evaluate(x, s)
         stages = [answer] if orders[n] == 1 else [*stages, answer]
         start = stages[0]
@@ -323,7 +326,7 @@ def sa(
 
     x, history = builder.start, list[Answer]()
     used, made, rate, correct = list[Answer](), np.zeros(0), 1.0, 0
-    for n, (s, t) in enumerate(zip(points, points[1:], strict=False)):
+    for n, (s, t) in enumerate(itertools.pairwise(points)):
         answer = builder.evaluate(x, s)
         x = answer.state
         if n > 0:
@@ -364,7 +367,7 @@ def jumps(
     """
     builder = Builder(process, times)
     x, points = builder.start, builder.points
-    for n, (s, t) in enumerate(zip(points, points[1:], strict=False)):
+    for n, (s, t) in enumerate(itertools.pairwise(points)):
         answer = builder.evaluate(x, s)
         skip, out = boundary(s)
         x = out * answer.data + skip * answer.state
@@ -385,7 +388,7 @@ def tcd(process: Process, times: Any, *, eta: float = 0.3) -> Tableau:
         raise ValueError(f"`eta` must lie in [0, 1]; got {eta}.")
     builder = Builder(process, times)
     x, points = builder.start, builder.points
-    for n, (s, t) in enumerate(zip(points, points[1:], strict=False)):
+    for n, (s, t) in enumerate(itertools.pairwise(points)):
         answer = builder.evaluate(x, s)
         if n == len(points) - 2 or t.sigma == 0 or eta == 0:
             x = transfer(answer, t)
@@ -402,10 +405,10 @@ def tcd(process: Process, times: Any, *, eta: float = 0.3) -> Tableau:
 def ancestral_flow(
     process: Process, times: Any, *, eta: float = 1.0, noise_scale: float = 1.0
 ) -> Tableau:
-    """LTXEulerAncestralRFScheduler: Euler down to sigma' (1 + (sigma' / sigma - 1) eta), then noise."""
+    """LTXEulerAncestralRFScheduler: Euler to sigma' (1 + (sigma' / sigma - 1) eta), then noise."""
     builder = Builder(process, times)
     x, points = builder.start, builder.points
-    for s, t in zip(points, points[1:], strict=False):
+    for s, t in itertools.pairwise(points):
         answer = builder.evaluate(x, s)
         if t.sigma == 0:
             x = transfer(answer, t)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from diffsamp import solvers
-from diffsamp.interop.diffusers import steps
+from diffsamp.interop.diffusers import _steps as steps
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Point
 from diffsamp.tableau import Tableau
@@ -189,9 +189,7 @@ def _consistency(name: str, values: Values) -> MakeTableau:
         skip = data**2 / ((s.sigma - low) ** 2 + data**2)
         return skip - out * data**2 / (s.sigma**2 + data**2), out
 
-    return partial(
-        steps.jumps, boundary=boundary, floor=low, noise_scale=float(values["s_noise"])
-    )
+    return partial(steps.jumps, boundary=boundary, floor=low, noise_scale=float(values["s_noise"]))
 
 
 def _cog_dpm(name: str, values: Values) -> MakeTableau:
@@ -249,7 +247,7 @@ _SOLVERS: dict[str, Callable[[str, Values], MakeTableau]] = {
     "DEISMultistep": _deis,
     "SASolver": _sa,
     "FlowMatchEulerDiscrete": _flow_match,
-    "FlowMatchHeunDiscrete": _same(solvers.heun, coordinates="flow"),
+    "FlowMatchHeunDiscrete": _same(solvers.heun, coordinates="flow", clean_end="euler"),
     "FlowMatchLCM": _same(solvers.consistency, rho_min=0.0),
     "LTXEulerAncestralRF": _ltx,
     "MiniMaxH3": _same(solvers.ddim),
