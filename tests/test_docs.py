@@ -13,6 +13,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 GUIDES = (
     "README.md",
     "choosing.md",
+    "diffusers.md",
     "performance.md",
     "scaling.md",
     "schedules.md",

@@ -253,3 +253,9 @@ def test_ignored_fields_and_bad_files(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
         ds.from_diffusers(path)
+
+
+def test_every_class_is_on_the_page():
+    page = (Path(__file__).parent.parent / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    for name in (*fields.CLASSES, *fields.REFUSED):
+        assert f"| `{name}Scheduler` |" in page, name

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from diffsamp._core.checks import expect_choice
 from diffsamp.processes import Flow, Process
 from diffsamp.solvers._builder import (
     NOISE,
     Builder,
-    Combination,
-    Point,
     transfer,
 )
 from diffsamp.solvers._charts import BUTCHER, Chart, runge_kutta_step
+from diffsamp.solvers._churn import Churn
 from diffsamp.tableau import Tableau
 
 __all__ = ["dpm2", "euler", "heun", "runge_kutta"]
@@ -53,7 +50,7 @@ def euler(
 
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
     """
-    churning = _Churn(churn, churn_min, churn_max, noise_scale)
+    churning = Churn(churn, churn_min, churn_max, noise_scale)
     builder = Builder(process, times, NOISE)
     x = builder.start
     for s, t in zip(builder.points, builder.points[1:], strict=False):
@@ -108,7 +105,7 @@ def heun(
 
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2.
     """
-    churning = _Churn(churn, churn_min, churn_max, noise_scale)
+    churning = Churn(churn, churn_min, churn_max, noise_scale)
     return _runge_kutta(
         process,
         times,
@@ -152,7 +149,7 @@ def runge_kutta(
     Reference: Zhang & Chen 2023, arXiv:2204.13902.
     """
     expect_choice(method, "method", tuple(BUTCHER))
-    still = _Churn(0.0, 0.0, math.inf, 1.0)
+    still = Churn(0.0, 0.0, math.inf, 1.0)
     return _runge_kutta(
         process,
         times,
@@ -205,7 +202,7 @@ def _runge_kutta(
     method: str,
     coordinates: str | None,
     clean_end: str | None,
-    churning: _Churn,
+    churning: Churn,
     name: str,
     source: str,
 ) -> Tableau:
@@ -241,34 +238,3 @@ def _expect_clean_end(clean_end: str | None, process: Process, chart: Chart) -> 
             'Use clean_end="euler".'
         )
     return clean_end
-
-
-class _Churn:
-    """EDM's temporary raise of the noise level before an evaluation."""
-
-    def __init__(self, churn: float, low: float, high: float, noise_scale: float) -> None:
-        if not (churn >= 0 and noise_scale >= 0):
-            raise ValueError(
-                f"`churn` and `noise_scale` must not be negative; got {churn}, {noise_scale}."
-            )
-        self.churn, self.low, self.high, self.noise_scale = churn, low, high, noise_scale
-        # noise of another scale changes the variance on purpose
-        self.check = "full" if churn == 0 or noise_scale == 1 else "mean"
-
-    def label(self, name: str) -> str:
-        return f"{name}(churn={self.churn:g})" if self.churn > 0 else name
-
-    def lift(self, builder: Builder, x: Combination, s: Point) -> tuple[Combination, Point]:
-        """The state and point at which the network is asked."""
-        if self.churn > 0:
-            builder.expect_falling("churn")
-        gamma = min(self.churn / (len(builder.points) - 1), math.sqrt(2) - 1)
-        if gamma == 0 or s.alpha == 0 or not self.low <= s.rho <= self.high:
-            return x, s
-        top = builder.point(builder.process.t_max)
-        rho = min(s.rho * (1 + gamma), top.rho)
-        if not rho > s.rho:
-            return x, s
-        lifted = builder.point_at(-np.log(rho))
-        added = math.sqrt(max(lifted.rho**2 - s.rho**2, 0.0)) * self.noise_scale
-        return lifted.alpha * (x / s.alpha + added * builder.fresh_noise()), lifted

@@ -28,8 +28,8 @@ Reproduced, though not what it seems: the third order of DPMSolverMultistepSched
 coefficient, `compatible` in `solvers.dpmpp`), the second stage of DPMSolverSinglestep's; DEIS,
 which interpolates in log rho; the `shift` of FlowMatchEulerDiscreteScheduler, applied to its
 smallest sigma twice; Euler's, Heun's and the LMS scheduler's sigmas, linear between table entries,
-whose label here is that of the log-SNR; IPNDM, whose first step takes the data to be 0; DDIMInverse,
-which asks the network where a step ends.
+whose label here is that of the log-SNR; IPNDM, whose first step takes the data to be 0;
+DDIMInverse, which asks the network where a step ends.
 """
 
 from __future__ import annotations
