@@ -7,10 +7,10 @@ PIP    := $(BIN)/pip --disable-pip-version-check -q
 PEERS  := torch==2.13.0 diffusers==0.42.1 torchsde torchdiffeq
 PEERS_ALONE := k-diffusion==0.1.1.post1
 
-# what the leg with 64-bit arrays leaves out: other programs, and the slowest of what the rest touches
-X64    := test_benchmarks.py test_readme.py test_notebooks.py test_cli.py test_docs.py \
-          test_adaptive.py test_parallel.py search/test_best.py search/test_distill.py \
-          solvers/test_order.py search/test_evolve.py
+# the leg with 64-bit arrays: modules that touch every part but the gradient searches
+X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py test_calls.py \
+          test_few_step.py test_starts.py test_targets.py test_phase_space.py test_generate.py \
+          test_bridges.py solvers/test_clean_end.py solvers/test_large_rho.py search/test_compare.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-x64 test-peers mutations lint format types bench bench-peers train-digits clean
@@ -37,8 +37,8 @@ test: lint types  ## lint, types and the tests, in ten minutes
 test-all: test  ## and the long matrices
 	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers'
 
-test-x64: $(VENV)/dev.stamp  ## the tests of every module with 64-bit arrays
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=--ignore=tests/%)
+test-x64: $(VENV)/dev.stamp  ## tests of most modules with 64-bit arrays
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=tests/%)
 
 mutations: $(VENV)/dev.stamp  ## which faults the tests catch (table in benchmarks/results/mutations.md)
 	$(BIN)/python benchmarks/mutations.py
