@@ -167,3 +167,87 @@ def test_no_two_deis_of_the_registry_are_one():
         made = [s(process, times) for s in solvers.SOLVERS.values() if s.function is solvers.deis]
         for one, two in itertools.combinations([t.unroll()[1][-1] for t in made], 2):
             assert np.abs(one - two).max() > 1e-4 * np.abs(one).max()
+
+
+# -- DPM-Solver-v3 ---------------------------------------------------------------------------------
+
+
+def v3_as_published(x, lam, order, p_pseudo, corrector, c_pseudo, lower, l, s, b):  # noqa: E741
+    """Their loop with l, s, b as functions, the integrals by dense trapezoids from lambda_T."""
+    fine = np.linspace(lam[0], lam[-1], 240001)
+    index = np.rint((lam - lam[0]) / (fine[1] - fine[0])).astype(int)
+    times = VP.time(lam)
+    alpha, sigma = VP.alpha(times), VP.sigma(times)
+
+    def antiderivative(values):
+        return np.append(0.0, np.cumsum((values[1:] + values[:-1]) / 2)) * (fine[1] - fine[0])
+
+    L, S = antiderivative(l(fine)), antiderivative(s(fine))
+    I, B = antiderivative(np.exp(L + S)), antiderivative(np.exp(-S) * b(fine))  # noqa: E741
+    C = antiderivative(np.exp(L + S) * B)
+
+    def update(x_s, nodes, known, i_t, pseudo):
+        """nodes: step numbers, the first where the step starts; known: {number: (x, eps)}."""
+        i = index[nodes[0]]
+        g = []
+        for k in nodes:
+            x_k, eps = known[k]
+            f = (sigma[k] * eps - l(lam[k]) * x_k) / alpha[k]
+            j = index[k]
+            g.append(np.exp(S[i] - S[j]) * f - np.exp(S[i]) * (B[j] - B[i]))
+        t, at = index[i_t], lam[nodes]
+        constant = C[t] - C[i] - B[i] * (I[t] - I[i])
+        out = alpha[i_t] / alpha[nodes[0]] * np.exp(L[i] - L[t]) * x_s
+        out = out - alpha[i_t] * np.exp(-L[t] - S[i]) * (I[t] - I[i]) * g[0]
+        out = out - alpha[i_t] * np.exp(-L[t]) * constant
+        if pseudo:
+            table, derivatives = [g], []
+            for k in range(1, len(g)):
+                table.append([
+                    (table[-1][j] - table[-1][j + 1]) / (at[j] - at[j + k])
+                    for j in range(len(g) - k)
+                ])  # fmt: skip
+                derivatives.append(table[-1][0])
+        else:
+            powers = np.array([(at[1:] - at[0]) ** k for k in range(1, len(g))]).T
+            rest = np.array([v - g[0] for v in g[1:]]).reshape(len(g) - 1, x_s.size)
+            solved = np.linalg.solve(powers, rest) if len(g) > 1 else rest
+            derivatives = [row.reshape(x_s.shape) for row in solved]
+        span = slice(i, t + 1)
+        for k, derivative in enumerate(derivatives, 1):
+            integrand = np.exp((L + S)[span] - (L + S)[i]) * (fine[span] - fine[i]) ** k
+            weight = np.trapezoid(integrand, fine[span])
+            out = out - alpha[i_t] * np.exp(L[i] - L[t]) * weight * derivative
+        return out
+
+    known, steps, before = {}, len(lam) - 1, 0
+    for n in range(steps):
+        known[n] = (x, perfect(VP, x, times[n])[1])
+        now = before + c_pseudo
+        if corrector and now > 1:
+            nodes = [n - 1, n, *range(n - 2, -1, -1)][:now]
+            new = update(known[n - 1][0], nodes, known, n, c_pseudo)
+            kept = sigma[n] * known[n][1] - l(lam[n]) * known[n][0]
+            known[n] = (new, (kept + l(lam[n]) * new) / sigma[n])
+        before = min(n + 1, order)
+        if lower:
+            before = min(before, steps - n)
+        x = update(known[n][0], list(range(n, n - before, -1)), known, n + 1, p_pseudo)
+    return x
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_dpm_solver_v3_in_the_authors_modes(biased):
+    levels = np.linspace(-5, 3.75, 400)
+    l = lambda v: 0.6 + 0.3 * np.sin(v)  # noqa: E731, E741
+    s = lambda v: -0.3 + 0.2 * np.cos(v)  # noqa: E731
+    b = lambda v: biased * (0.4 + 0.3 * np.sin(2 * v))  # noqa: E731
+    known = solvers.ModelStatistics(levels, l(levels), s(levels), b(levels))
+    lam = np.linspace(-4.5, 3.5, 9)
+    modes = {False: (False, False), "lower": (True, False), "pseudo": (True, True)}
+    for order, pseudo, mode in itertools.product((2, 3), (False, True), modes):
+        tableau = solvers.dpm_solver_v3(
+            VP, VP.time(lam), statistics=known, order=order, pseudo=pseudo, corrector=mode
+        )
+        want = v3_as_published(X, lam, order, pseudo, *modes[mode], True, l, s, b)
+        np.testing.assert_allclose(run(tableau), want, rtol=0, atol=2e-5)
