@@ -251,3 +251,80 @@ def test_dpm_solver_v3_in_the_authors_modes(biased):
         )
         want = v3_as_published(X, lam, order, pseudo, *modes[mode], True, l, s, b)
         np.testing.assert_allclose(run(tableau), want, rtol=0, atol=2e-5)
+
+
+# -- GHVB, the analytic first step -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+def test_ghvb_with_fixed_weights_is_the_authors(order):
+    """v_n = (1 - b) v_{n-1} + b E_n from v_0 = E_0, stepped with their mixer / b."""
+    for process, beta in itertools.product((VP, EDM), (0.3, 0.8, 1.0)):
+        times = schedules.karras(process, 12, final="t_min")
+        mixers = [
+            [beta],
+            np.array([2 + beta, -(2 - beta)]) / 2,
+            np.array([18 + 5 * beta, -24 + 8 * beta, 6 - beta]) / 12,
+            np.array([46 + 9 * beta, -78 + 19 * beta, 42 - 5 * beta, -10 + beta]) / 24,
+            np.array([1650 + 251 * beta, -3420 + 646 * beta, 2880 - 264 * beta, -1380 + 106 * beta,
+                      270 - 19 * beta]) / 720,
+        ]  # fmt: skip
+        start = x = X * float(process.prior_std)
+        velocities = []
+        for s, t in itertools.pairwise(times):
+            noise = perfect(process, x, s)[1]
+            velocities.insert(0, (1 - beta) * (velocities or [noise])[0] + beta * noise)
+            mixer = mixers[min(order, len(velocities)) - 1]
+            mean = sum(d * v for d, v in zip(mixer, velocities, strict=False)) / beta
+            rho_s, rho_t = np.exp(-process.log_snr(np.array([s, t])))
+            x = process.alpha(t) * (x / process.alpha(s) + (rho_t - rho_s) * mean)
+        tableau = solvers.ghvb(process, times, order=order, beta=beta, variable_step=False)
+        assert (tableau.p, tableau.q) <= (2, order)
+        np.testing.assert_allclose(run(tableau, start), x, rtol=1e-9, atol=1e-9)
+
+
+def test_analytic_first_step_of_every_solver():
+    """The same run in which the first answer is the noise x / sqrt(alpha^2 + sigma^2)."""
+    target = skewed_mixture()
+    for process in (VP, ds.processes.ve(), EDM, FLOW):
+        for solver in solvers.SOLVERS.values():
+            steps = next(n for n in map(solver.steps, (13, 14, 15, 16)) if n)
+            if solver.stochastic:
+                continue
+            whole = solver(process, schedules.uniform(process, steps))
+            tableau = solvers.analytic_first_step(whole)
+            assert tableau.nfe == whole.nfe - 1
+            assert tableau.rows == whole.rows
+            calls = []
+
+            def posterior(x, alpha, sigma, calls=calls):
+                calls.append(alpha)
+                if len(calls) > 1:
+                    return target.posterior(x, alpha, sigma)
+                m = np.sqrt(alpha**2 + sigma**2)
+                data = np.zeros_like(x) if alpha == 0 else (x - sigma * x / m) / alpha
+                return data, x / m
+
+            x = X * float(process.prior_std)
+            want = twin(whole, posterior, x)
+            scale = max(1.0, np.abs(whole.unroll()[1]).max())
+            np.testing.assert_allclose(run(tableau, x), want, rtol=0, atol=1e-9 * scale)
+    with pytest.raises(ValueError, match="leaves nothing to ask of 'ddim'"):
+        solvers.analytic_first_step(solvers.ddim(VP, [1.0, 0.0]))
+
+
+def test_analytic_first_step_in_the_executor_and_with_noise():
+    """Counted, in one program with others; an EDM Heun step as diff-sampler runs it."""
+    times = schedules.karras(EDM, 4)
+    tableau = solvers.analytic_first_step(solvers.heun(EDM, times))
+    x = start = X * 80.0
+    for n, (s, t) in enumerate(itertools.pairwise(times)):
+        d = x / np.sqrt(1 + s**2) if n == 0 else perfect(EDM, x, s)[1]
+        end = x + (t - s) * d
+        x = end if t == 0 else x + (t - s) / 2 * (d + perfect(EDM, end, t)[1])
+    np.testing.assert_allclose(run(tableau, start), x, rtol=0, atol=1e-10)
+    got = ds.sample(skewed_mixture().score_fn(EDM), tableau, np.float32(start))
+    np.testing.assert_allclose(got, x, atol=2e-4)
+    noisy = solvers.ddpm(VP, schedules.logsnr(VP, 5))
+    assert solvers.analytic_first_step(noisy).nfe == 4
+    np.testing.assert_array_equal(solvers.analytic_first_step(noisy).c, noisy.c)
