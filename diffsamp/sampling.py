@@ -7,7 +7,7 @@ It equals this program, in which u and m are the lists of all states and outputs
         m.append(predict(u[n], n) if evaluates[n] else 0)
         u.append(sum(a[n, i] * u[n - i] for i in range(p))
                  + sum(b[n, j] * m[n - j] for j in range(q))
-                 + c[n] * noise(n))
+                 + c[n] * noise(n) + d[n])
     return u[N]
 
 Only the last p states and q outputs are kept, in ring buffers, so that a dense tableau (q = N)
@@ -74,6 +74,7 @@ class _Row(NamedTuple):
     c: Any
     evaluates: Any
     bound: Any
+    d: Any = None
 
 
 def sample(
@@ -302,9 +303,8 @@ def _bind(score_fn: ScoreFn, tableau: Tableau) -> _Row:
     bound = jax.tree.map(
         lambda v: xp.where(xp.asarray(evaluates), v, xp.zeros((), xp.asarray(v).dtype)), bound
     )
-    rows = _Row(_by_slot(tableau.a), _by_slot(tableau.b), tableau.c, evaluates, bound)
-    # float64 -> float32 here rather than at dispatch, where an overflow (a learned tableau that
-    # diverged) warns from inside compiled code
+    rows = _Row(_by_slot(tableau.a), _by_slot(tableau.b), tableau.c, evaluates, bound, tableau.d)
+    # float64 -> float32 here, not at dispatch, where an overflow warns from inside compiled code
     return jax.tree.map(_to_default_precision, rows)
 
 
@@ -378,7 +378,8 @@ def _advance(
     if state.keys is not None:
         noise = draw() if plain else lax.cond(jnp.any(row.c != 0), draw, nothing)
         new = jax.tree.map(lambda v, z: v + scale_rows(row.c, v) * z.astype(v.dtype), new, noise)
-    new = jax.tree.map(lambda v, old: v.astype(old.dtype), new, x)
+    shift = (lambda v: v) if row.d is None else lambda v: v + scale_rows(row.d, v)
+    new = jax.tree.map(lambda v, old: shift(v).astype(old.dtype), new, x)
     points, outputs = _kept(points, state.points), _kept(outputs, state.outputs)
     return State(n + 1, new, points, outputs, state.keys), output
 

@@ -4,10 +4,10 @@ Every sampler that is linear in the network's outputs is an instance of
 
     u_{n+1} = sum_{i<p} a[n,i] u_{n-i}  +  sum_{j<q} b[n,j] m_{n-j}  +  c[n] z_n,    n = 0 .. N-1
 
-with u_0 = x_T, u_N the sample, z_n ~ N(0, I) and m_n the network's prediction at (u_n, t_n): the
-combination target[n,0] x_0 + target[n,1] eps of what it says about data and noise. In numerical
-analysis this is a general linear method. A row with evaluates[n] False makes no evaluation; its
-m_n is 0.
+(plus d[n], a constant, for the few samplers that know something of the data's mean), with u_0 =
+x_T, u_N the sample, z_n ~ N(0, I) and m_n the network's prediction at (u_n, t_n): the combination
+target[n,0] x_0 + target[n,1] eps of what it says about data and noise. In numerical analysis this
+is a general linear method. A row with evaluates[n] False makes no evaluation; its m_n is 0.
 
 A tableau is built on the host in float64 and checks itself: when the network always answers the
 true x_0, row n must give mean alpha_n x_0 and standard deviation sigma_n. That is a necessary
@@ -62,6 +62,7 @@ class Tableau:
       evaluates: (N,) bool, whether the row calls the network at u_n.
       name: what it is, for people.
       source: where it comes from (paper, equation), for people.
+      d: (N,) constant added by each row, or None for none: with axes of the data a field.
       padded: made by `pad` to share a program with others, which therefore keeps its branches
         around the network and the noise; no part of the pytree either.
     """
@@ -77,6 +78,7 @@ class Tableau:
     name: str = ""
     source: str = ""
     padded: bool = False
+    d: Any = None
 
     @classmethod
     def create(
@@ -90,6 +92,7 @@ class Tableau:
         b: Any,
         c: Any = None,
         evaluates: Any = None,
+        d: Any = None,
         name: str = "",
         source: str = "",
         check: str = "full",
@@ -105,6 +108,7 @@ class Tableau:
           b: (N, q).
           c: (N,); None: zeros.
           evaluates: (N,); None: every row.
+          d: (N,); None: no constants. The check does not know them.
           name: for people.
           source: for people.
           check: "full": mean and standard deviation of every row as the module says; "mean": only
@@ -134,7 +138,13 @@ class Tableau:
         arrays["c"] = np.zeros(rows) if c is None else np.asarray(c, np.float64)
         arrays["evaluates"] = np.ones(rows, bool) if evaluates is None else np.asarray(evaluates)
         _check_shapes(arrays, rows)
-        tableau = cls(**arrays, name=name, source=source)
+        if d is not None:
+            d = np.asarray(d, np.float64)
+            if d.shape not in ((rows,), arrays["c"].shape, (rows, *arrays["a"].shape[2:])):
+                raise ValueError(f"`d` must have shape ({rows},) or that of `c`; got {d.shape}.")
+            if not np.all(np.isfinite(d)):
+                raise ValueError("`d` must be finite.")
+        tableau = cls(**arrays, d=d, name=name, source=source)
         if check != "none":
             tableau.check(std=check == "full")
         return tableau
@@ -288,6 +298,9 @@ class Tableau:
             b=widen(self.b, q, keep=False),
             c=np.concatenate([self.c, np.zeros((extra, *np.shape(self.c)[1:]))]),
             evaluates=np.concatenate([self.evaluates, dead]),
+            d=self.d
+            if self.d is None
+            else np.concatenate([self.d, np.zeros((extra, *np.shape(self.d)[1:]))]),
             padded=True,
         )
 
@@ -297,7 +310,10 @@ class Tableau:
         if not tableaux:
             raise ValueError("`tableaux` must hold at least one tableau.")
         sizes = {key: max(getattr(t, key) for t in tableaux) for key in ("rows", "p", "q")}
-        return [t.pad(**sizes) for t in tableaux]
+        padded = [t.pad(**sizes) for t in tableaux]
+        if all(t.d is None for t in padded):
+            return padded
+        return [t if t.d is not None else dataclasses.replace(t, d=_zeros(t)) for t in padded]
 
     @staticmethod
     def stack(tableaux: Sequence[Tableau]) -> Tableau:
@@ -308,7 +324,9 @@ class Tableau:
         """
         padded = Tableau.pad_together(tableaux)
         stacked: dict[str, Any] = {
-            key: np.stack([getattr(t, key) for t in padded], axis=-1) for key in _ARRAYS
+            key: np.stack([getattr(t, key) for t in padded], axis=-1)
+            for key in (*_ARRAYS, "d")
+            if getattr(padded[0], key) is not None
         }
         return Tableau(**stacked, name=" | ".join(t.name for t in tableaux))
 
@@ -336,6 +354,8 @@ class Tableau:
             )
             for key in _ARRAYS
         }
+        if self.d is not None or other.d is not None:
+            joined["d"] = np.concatenate([_zeros(t) if t.d is None else t.d for t in (self, other)])
         name = " then ".join(part for part in (self.name, other.name) if part)
         source = "; ".join(dict.fromkeys(s for s in (self.source, other.source) if s))
         return Tableau(**joined, name=name, source=source)
@@ -358,6 +378,8 @@ class Tableau:
         self._expect_concrete("unroll")
         if np.ndim(self.times) != 1 or np.ndim(self.a) != 2:
             raise ValueError("only a tableau of plain numbers can be unrolled.")
+        if self.d is not None:
+            raise ValueError("a tableau with constants (`d`) cannot be unrolled.")
         rows = self.rows
         full, outputs = np.zeros((rows + 1, 1 + 2 * rows)), np.zeros((rows, 1 + 2 * rows))
         full[0, 0] = 1.0
@@ -395,6 +417,7 @@ class Tableau:
             "source": self.source,
             "nfe": self.nfe,
             **arrays,
+            **({} if self.d is None else {"d": np.asarray(self.d).tolist()}),
         }
 
     @classmethod
@@ -420,6 +443,7 @@ class Tableau:
             tableau = cls.create(
                 **{key: data[key] for key in _ARRAYS if key != "evaluates"},
                 evaluates=np.array(data["evaluates"], dtype=bool),
+                d=data.get("d"),
                 name=str(data.get("name", "")),
                 source=str(data.get("source", "")),
                 check="none",
@@ -464,8 +488,12 @@ class Tableau:
 
 
 jax.tree_util.register_dataclass(
-    Tableau, data_fields=list(_ARRAYS), meta_fields=[], drop_fields=["name", "source", "padded"]
+    Tableau, data_fields=[*_ARRAYS, "d"], meta_fields=[], drop_fields=["name", "source", "padded"]
 )
+
+
+def _zeros(tableau: Tableau) -> np.ndarray:
+    return np.zeros(tableau.rows)
 
 
 def _check_shapes(arrays: dict[str, np.ndarray], rows: int) -> None:

@@ -156,6 +156,7 @@ def twin(
         u.append(
             sum(tableau.a[n, i] * u[n - i] for i in range(min(tableau.p, n + 1)))
             + sum(tableau.b[n, j] * m[n - j] for j in range(min(tableau.q, n + 1)))
+            + (0.0 if tableau.d is None else tableau.d[n])
         )
         if tableau.c[n] != 0:
             u[n + 1] = u[n + 1] + tableau.c[n] * next(drawn)

@@ -135,4 +135,5 @@ def from_largest_level(tableau: Tableau, process: Process) -> Tableau:
         b=before(nothing, tableau.b),
         c=before(0.0, tableau.c),
         evaluates=before(False, tableau.evaluates),
+        d=None if tableau.d is None else before(np.zeros(np.shape(tableau.d)[1:]), tableau.d),
     )

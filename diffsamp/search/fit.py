@@ -190,9 +190,9 @@ def model_statistics(
     """The statistics of a network that DPM-Solver-v3 puts into its coefficients.
 
     At each level, over x = alpha x_0 + sigma eps: l = E[sigma d eps / dx] on the diagonal, by one
-    Jacobian-vector product with random signs; then s = E[f f'] / E[f^2] for f = (sigma eps - l x) /
-    alpha and f' its derivative along the ODE, by another. The paper's third statistic, a constant
-    in f' = s f + b, is left out: it would need a field added to the state.
+    Jacobian-vector product with random signs; then for f = (sigma eps - l x) / alpha and f' its
+    derivative along the ODE, by another, the regression f' = s f + b: s = Cov(f, f') / Var(f), b =
+    E[f'] - s E[f]. (Where f is a constant, s is 0.)
 
     Args:
       score_fn: the network, with a batch axis.
@@ -226,17 +226,21 @@ def model_statistics(
     axes = (0,) if per_element else tuple(range(np.ndim(x_0)))
     l = np.stack([v.mean(axis=axes) for v in linear])  # noqa: E741 - the paper's letter
     slope = np.gradient(l, log_snr, axis=0)
-    s = []
+    s, b = [], []
     for n, lam in enumerate(log_snr):
         numbers = (jnp.asarray(l[n], x_0.dtype), jnp.asarray(slope[n], x_0.dtype))
         f, change = (
             np.asarray(v, np.float64)
             for v in _remainder(score_fn, x_0, keys, n, lam, *numbers, cond)
         )
-        s.append(np.mean(f * change, axis=axes) / np.mean(f * f, axis=axes))
+        mean, rate, power = (np.mean(v, axis=axes) for v in (f, change, f * f))
+        # the last term: rounding is no variance where f is constant
+        spread = power - mean**2 + 1e-6 * power
+        s.append((np.mean(f * change, axis=axes) - mean * rate) / np.maximum(spread, 1e-30))
+        b.append(rate - s[-1] * mean)
         if progress is not None:
             progress("statistics", len(log_snr) + n + 1, 2 * len(log_snr))
-    return ModelStatistics(log_snr, l, np.stack(s))
+    return ModelStatistics(log_snr, l, np.stack(s), np.stack(b))
 
 
 def _noise(score_fn: Any, log_snr: Any, scaled: Any, cond: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
 from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm
+from diffsamp.solvers.afs import analytic_first_step
 from diffsamp.solvers.consistency import CONSISTENCY_INDICES, consistency
 from diffsamp.solvers.ddim import accelerated_ddpm, conjugate_ddim, ddim, ddpm
 from diffsamp.solvers.dpm import dpm_solver, exponential_rk
@@ -45,6 +46,7 @@ __all__ = [
     "Solver",
     "accelerated_ddim",
     "accelerated_ddpm",
+    "analytic_first_step",
     "bdia",
     "belm",
     "conjugate_ddim",
@@ -80,7 +82,7 @@ __all__ = [
 ]
 
 # functions without a row in the registry: they make a sampler from other samplers or steps,
-COMPOSED = ("heavy_ball", "mixed", "restart")
+COMPOSED = ("analytic_first_step", "heavy_ball", "mixed", "restart")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
 # or for a network that is no diffusion model

@@ -219,6 +219,10 @@ class Builder:
             raise IndexError(f"there is no u_{k} yet.")
         return Combination({("u", k): 1.0})
 
+    def constant(self, value: Any) -> Combination:
+        """A number, or one per element of the data, whatever the state is."""
+        return Combination({("1", 0): np.asarray(value, np.float64)})
+
     def fresh_noise(self) -> Combination:
         """A new standard normal; it can enter one row only."""
         self._noises += 1
@@ -339,12 +343,15 @@ class Builder:
         tail = np.broadcast_shapes(*(np.shape(weight) for *_, weight in entries))
         tail = (1, *tail) if tail else ()  # weights per element broadcast over the batch
         a, b, c = np.zeros((rows, p, *tail)), np.zeros((rows, q, *tail)), np.zeros((rows, *tail))
+        d = np.zeros((rows, *tail)) if any(kind == "1" for _, kind, *_ in entries) else None
         used: set[int] = set()
         for n, kind, k, weight in entries:
             if kind == "u":
                 a[n, n - k] = weight
             elif kind == "m":
                 b[n, n - k] = weight
+            elif d is not None and kind == "1":
+                d[n] += weight
             elif k in used:
                 raise RuntimeError("one fresh noise entered two rows of a tableau.")
             else:
@@ -359,6 +366,7 @@ class Builder:
             b=b,
             c=c,
             evaluates=[n in self._targets for n in range(rows)],
+            d=d,
             name=name,
             source=source,
             check=check,

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["adams_weights", "exponential_weights", "lagrange", "phis", "spread"]
+from diffsamp.processes import Process
+
+__all__ = ["adams_weights", "diffusion_time", "exponential_weights", "lagrange", "phis", "spread"]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
@@ -101,6 +103,28 @@ def adams_weights(
     if variable is None:
         return lagrange(nodes, point) @ weight
     return lagrange(nodes, variable(point)) @ (weight * np.exp(point))
+
+
+def diffusion_time(process: Process) -> Callable[[np.ndarray], np.ndarray]:
+    """The t of tAB-DEIS as a function of log rho.
+
+    The process's own; where alpha is constant, and the process's time is rho (EDM) or log rho (VE),
+    that of the linear variance-preserving process with log(1 + rho^2) = t^2 b / 2 + t a which has
+    the process's largest rho at t = 1 and its smallest at t = 1e-3.
+    """
+    ends = process.log_snr(np.array([process.t_min, process.t_max]))
+    if process.alpha(process.t_max) != process.alpha(process.t_min):
+        return lambda log_rho: np.asarray(process.time(-log_rho))
+    low, high = np.logaddexp(0, -2 * ends)
+    start = max(1e-3, low / high)  # later where the levels rise more slowly than any such process's
+    b = 2 * (high - low / start) / (1 - start)
+    a = high - b / 2
+
+    def time(log_rho: np.ndarray) -> np.ndarray:
+        grown = np.logaddexp(0, 2 * log_rho)
+        return 2 * grown / (np.sqrt(a * a + 2 * b * grown) + a)
+
+    return time
 
 
 def spread(strength: float) -> float:

@@ -10,7 +10,6 @@ with E interpolated over the last evaluations in the variable that names the met
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,10 @@ from diffsamp.solvers._builder import (
     total,
     transfer,
 )
-from diffsamp.solvers._weights import adams_weights
+from diffsamp.solvers._weights import adams_weights, diffusion_time
 from diffsamp.tableau import Tableau
 
-__all__ = ["accelerated_ddim", "deis", "diffusion_time", "ipndm"]
+__all__ = ["accelerated_ddim", "deis", "ipndm"]
 
 FIXED = {
     1: (1.0,),
@@ -82,11 +81,7 @@ def deis(
     expect_int(order, "order", 0, 3)
     expect_choice(variable, "variable", ("t", "rho", "log_rho"))
 
-    function = {
-        "t": diffusion_time(process) if variable == "t" else None,
-        "rho": None,
-        "log_rho": lambda log_rho: log_rho,
-    }[variable]
+    function = {"t": diffusion_time(process), "rho": None, "log_rho": np.asarray}[variable]
 
     def weights(history: list[Answer], to: Point) -> np.ndarray:
         if to.sigma == 0 and variable != "rho":
@@ -98,28 +93,6 @@ def deis(
     name = f"deis_{ {'t': 'tab', 'rho': 'rhoab', 'log_rho': 'logrhoab'}[variable] }{order}"
     source = "arXiv:2204.13902"
     return _adams(process, times, order + 1, weights, name, source, lower_order_final)
-
-
-def diffusion_time(process: Process) -> Callable[[np.ndarray], np.ndarray]:
-    """The t of tAB-DEIS as a function of log rho.
-
-    The process's own; where alpha is constant, and the process's time is rho (EDM) or log rho (VE),
-    that of the linear variance-preserving process with log(1 + rho^2) = t^2 b / 2 + t a which has
-    the process's largest rho at t = 1 and its smallest at t = 1e-3.
-    """
-    ends = process.log_snr(np.array([process.t_min, process.t_max]))
-    if process.alpha(process.t_max) != process.alpha(process.t_min):
-        return lambda log_rho: np.asarray(process.time(-log_rho))
-    low, high = np.logaddexp(0, -2 * ends)
-    start = max(1e-3, low / high)  # later where the levels rise more slowly than any such process's
-    b = 2 * (high - low / start) / (1 - start)
-    a = high - b / 2
-
-    def time(log_rho: np.ndarray) -> np.ndarray:
-        grown = np.logaddexp(0, 2 * log_rho)
-        return 2 * grown / (np.sqrt(a * a + 2 * b * grown) + a)
-
-    return time
 
 
 def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:

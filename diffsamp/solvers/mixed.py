@@ -28,8 +28,7 @@ from diffsamp.solvers._builder import (
     total,
     transfer,
 )
-from diffsamp.solvers._weights import adams_weights, exponential_weights
-from diffsamp.solvers.adams import diffusion_time
+from diffsamp.solvers._weights import adams_weights, diffusion_time, exponential_weights
 from diffsamp.tableau import Tableau
 
 __all__ = ["MixedStep", "mixed"]

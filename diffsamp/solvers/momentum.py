@@ -14,7 +14,15 @@ import numpy as np
 
 from diffsamp._core.checks import expect_choice
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import NOISE, Answer, Builder, expect_falling_rows, total, transfer
+from diffsamp.solvers._builder import (
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    expect_falling_rows,
+    total,
+    transfer,
+)
 from diffsamp.solvers._weights import lagrange
 from diffsamp.tableau import Tableau
 
@@ -86,8 +94,8 @@ def ghvb(
       times: (n + 1,) decreasing times, used verbatim.
       order: r, 1 to 5.
       beta: in (0, 1].
-      variable_step: weights for the grid's own steps; False: the authors' fixed weights, which on a
-        graded grid make it a method of order 2 at most.
+      variable_step: weights for the grid's own steps; False: the authors' fixed weights and start,
+        which on a graded grid make it a method of order 2 at most.
 
     Returns:
       A deterministic tableau of n evaluations, in noise prediction.
@@ -103,13 +111,14 @@ def ghvb(
         raise ValueError(f"`beta` must lie in (0, 1]; got {beta}.")
     builder = Builder(process, times, NOISE)
     points = builder.points
-    x, history = builder.start, list[Answer]()
+    x, history, velocities = builder.start, list[Answer](), list[Combination]()
     for n in range(len(points) - 1):
         s, t = points[n], points[n + 1]
         history = [builder.evaluate(x, s), *history[: order - 1]]
         usable = [a for a in history if a.point.alpha > 0]
         previous = points[n - 1] if n and points[n - 1].alpha > 0 else None
         if previous is None or not usable:  # v_0 = E_0; also after a start at rho = inf
+            velocities = [a.noise for a in usable]
             x = transfer(history[0], t)
             continue
         delta, delta_before = t.rho - s.rho, s.rho - previous.rho
@@ -119,6 +128,14 @@ def ghvb(
         else:
             nodes, back = [-float(j) for j in range(len(usable))], -1.0
         weights = _mean(nodes, 0.0, 1.0) - (1 - beta) * _mean(nodes, back, 0.0)
+        if not variable_step and len(velocities) < order:
+            # the authors' velocities v_n = (1 - beta) v_{n-1} + beta E_n while the order rises;
+            # the last change of state, of another order, is none of them
+            newest = beta * usable[0].noise + (1 - beta) * velocities[0]
+            velocities = [newest, *velocities]
+            x = (t.alpha / s.alpha) * history[0].state
+            x = x + t.alpha * delta / beta * total(weights, velocities)
+            continue
         velocity = (history[0].state / s.alpha - _state(builder, n - 1, previous)) / delta_before
         direction = (1 - beta) * velocity + total(weights, [a.noise for a in usable])
         x = t.alpha * (history[0].state / s.alpha + delta * direction)

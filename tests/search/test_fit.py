@@ -76,10 +76,12 @@ def test_statistics_of_a_gaussian_are_closed_forms():
         shifted.score_fn(PROCESS, "noise"), x_0, key=jax.random.key(1), log_snr=levels,
         per_element=True,
     )  # fmt: skip
-    # f = -l m, so s = f'/f = l'/l, up to central differences of l
+    # f = -l m is known at every level, so f' = b = -l' m and there is nothing for s to explain; up
+    # to central differences of l
     inner = slice(2, -2)
-    slope = -2 * (1 - want)
-    np.testing.assert_allclose(got.s[inner], slope[inner], atol=0.05)
+    slope = -2 * (1 - want) * want
+    np.testing.assert_allclose(got.b[inner], -slope[inner] * [0.7, -1.2], atol=0.01)
+    np.testing.assert_allclose(got.s[inner], 0, atol=0.05)
     scalar = search.model_statistics(network, x_0, key=jax.random.key(1), log_snr=levels)
     assert scalar.l.shape == (49,)
     assert np.all((scalar.l > want.min(1) - 1e-4) & (scalar.l < want.max(1) + 1e-4))
@@ -101,6 +103,34 @@ def test_dpm_solver_v3_is_exact_for_a_gaussian_with_its_own_statistics():
     np.testing.assert_allclose(got, truth, atol=2e-4)
     ddim = ds.sample(target.score_fn(PROCESS, "noise"), solvers.ddim(PROCESS, times), x)
     assert np.abs(ddim - truth).max() > 0.1
+
+
+def test_the_bias_of_dpm_solver_v3_integrates_a_mean_exactly(tmp_path):
+    """One step of order 1 on a Gaussian off zero, by its estimated statistics; without b the error
+    is that of a constant left to extrapolation. The tableau is saved with its constants."""
+    target = ds.targets.gaussian([0.7, -1.2], [0.3, 2.0])
+    network = target.score_fn(PROCESS, "noise")
+    levels = np.linspace(-3.5, 3.5, 200)
+    own = search.model_statistics(
+        network, target.sample(jax.random.key(0), 64), key=jax.random.key(1), log_snr=levels,
+        per_element=True,
+    )  # fmt: skip
+    own.save(tmp_path / "statistics.npz")
+    own = solvers.ModelStatistics.load(tmp_path / "statistics.npz")
+    times = PROCESS.time(np.array([-3.0, -1.0, 3.0]))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2)), jnp.float32)
+    truth = target.ode_solution(np.asarray(x), PROCESS, times[0], times[-1])
+    errors = []
+    for statistics in (own, solvers.ModelStatistics(levels, own.l, own.s)):
+        tableau = solvers.dpm_solver_v3(PROCESS, times, statistics=statistics, order=1)
+        tableau.save(tmp_path / "v3.json")
+        again = ds.Tableau.load(tmp_path / "v3.json")
+        got = ds.sample(network, again, x)
+        padded = ds.Tableau.pad_together([again, solvers.ddim(PROCESS, times)])[0].pad(rows=4)
+        np.testing.assert_allclose(ds.sample(network, padded, x), got, atol=1e-6)
+        errors.append(np.abs(got - truth).max())
+    assert errors[0] < 2e-3
+    assert errors[1] > 0.1
 
 
 def test_statistics_of_this_network_help_at_few_evaluations(starts):

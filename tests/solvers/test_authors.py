@@ -167,3 +167,164 @@ def test_no_two_deis_of_the_registry_are_one():
         made = [s(process, times) for s in solvers.SOLVERS.values() if s.function is solvers.deis]
         for one, two in itertools.combinations([t.unroll()[1][-1] for t in made], 2):
             assert np.abs(one - two).max() > 1e-4 * np.abs(one).max()
+
+
+# -- DPM-Solver-v3 ---------------------------------------------------------------------------------
+
+
+def v3_as_published(x, lam, order, p_pseudo, corrector, c_pseudo, lower, l, s, b):  # noqa: E741
+    """Their loop with l, s, b as functions, the integrals by dense trapezoids from lambda_T."""
+    fine = np.linspace(lam[0], lam[-1], 240001)
+    index = np.rint((lam - lam[0]) / (fine[1] - fine[0])).astype(int)
+    times = VP.time(lam)
+    alpha, sigma = VP.alpha(times), VP.sigma(times)
+
+    def antiderivative(values):
+        return np.append(0.0, np.cumsum((values[1:] + values[:-1]) / 2)) * (fine[1] - fine[0])
+
+    L, S = antiderivative(l(fine)), antiderivative(s(fine))
+    I, B = antiderivative(np.exp(L + S)), antiderivative(np.exp(-S) * b(fine))  # noqa: E741
+    C = antiderivative(np.exp(L + S) * B)
+
+    def update(x_s, nodes, known, i_t, pseudo):
+        """nodes: step numbers, the first where the step starts; known: {number: (x, eps)}."""
+        i = index[nodes[0]]
+        g = []
+        for k in nodes:
+            x_k, eps = known[k]
+            f = (sigma[k] * eps - l(lam[k]) * x_k) / alpha[k]
+            j = index[k]
+            g.append(np.exp(S[i] - S[j]) * f - np.exp(S[i]) * (B[j] - B[i]))
+        t, at = index[i_t], lam[nodes]
+        constant = C[t] - C[i] - B[i] * (I[t] - I[i])
+        out = alpha[i_t] / alpha[nodes[0]] * np.exp(L[i] - L[t]) * x_s
+        out = out - alpha[i_t] * np.exp(-L[t] - S[i]) * (I[t] - I[i]) * g[0]
+        out = out - alpha[i_t] * np.exp(-L[t]) * constant
+        if pseudo:
+            table, derivatives = [g], []
+            for k in range(1, len(g)):
+                table.append([
+                    (table[-1][j] - table[-1][j + 1]) / (at[j] - at[j + k])
+                    for j in range(len(g) - k)
+                ])  # fmt: skip
+                derivatives.append(table[-1][0])
+        else:
+            powers = np.array([(at[1:] - at[0]) ** k for k in range(1, len(g))]).T
+            rest = np.array([v - g[0] for v in g[1:]]).reshape(len(g) - 1, x_s.size)
+            solved = np.linalg.solve(powers, rest) if len(g) > 1 else rest
+            derivatives = [row.reshape(x_s.shape) for row in solved]
+        span = slice(i, t + 1)
+        for k, derivative in enumerate(derivatives, 1):
+            integrand = np.exp((L + S)[span] - (L + S)[i]) * (fine[span] - fine[i]) ** k
+            weight = np.trapezoid(integrand, fine[span])
+            out = out - alpha[i_t] * np.exp(L[i] - L[t]) * weight * derivative
+        return out
+
+    known, steps, before = {}, len(lam) - 1, 0
+    for n in range(steps):
+        known[n] = (x, perfect(VP, x, times[n])[1])
+        now = before + c_pseudo
+        if corrector and now > 1:
+            nodes = [n - 1, n, *range(n - 2, -1, -1)][:now]
+            new = update(known[n - 1][0], nodes, known, n, c_pseudo)
+            kept = sigma[n] * known[n][1] - l(lam[n]) * known[n][0]
+            known[n] = (new, (kept + l(lam[n]) * new) / sigma[n])
+        before = min(n + 1, order)
+        if lower:
+            before = min(before, steps - n)
+        x = update(known[n][0], list(range(n, n - before, -1)), known, n + 1, p_pseudo)
+    return x
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_dpm_solver_v3_in_the_authors_modes(biased):
+    levels = np.linspace(-5, 3.75, 400)
+    l = lambda v: 0.6 + 0.3 * np.sin(v)  # noqa: E731, E741
+    s = lambda v: -0.3 + 0.2 * np.cos(v)  # noqa: E731
+    b = lambda v: biased * (0.4 + 0.3 * np.sin(2 * v))  # noqa: E731
+    known = solvers.ModelStatistics(levels, l(levels), s(levels), b(levels))
+    lam = np.linspace(-4.5, 3.5, 9)
+    modes = {False: (False, False), "lower": (True, False), "pseudo": (True, True)}
+    for order, pseudo, mode in itertools.product((2, 3), (False, True), modes):
+        tableau = solvers.dpm_solver_v3(
+            VP, VP.time(lam), statistics=known, order=order, pseudo=pseudo, corrector=mode
+        )
+        want = v3_as_published(X, lam, order, pseudo, *modes[mode], True, l, s, b)
+        np.testing.assert_allclose(run(tableau), want, rtol=0, atol=2e-5)
+
+
+# -- GHVB, the analytic first step -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+def test_ghvb_with_fixed_weights_is_the_authors(order):
+    """v_n = (1 - b) v_{n-1} + b E_n from v_0 = E_0, stepped with their mixer / b."""
+    for process, beta in itertools.product((VP, EDM), (0.3, 0.8, 1.0)):
+        times = schedules.karras(process, 12, final="t_min")
+        mixers = [
+            [beta],
+            np.array([2 + beta, -(2 - beta)]) / 2,
+            np.array([18 + 5 * beta, -24 + 8 * beta, 6 - beta]) / 12,
+            np.array([46 + 9 * beta, -78 + 19 * beta, 42 - 5 * beta, -10 + beta]) / 24,
+            np.array([1650 + 251 * beta, -3420 + 646 * beta, 2880 - 264 * beta, -1380 + 106 * beta,
+                      270 - 19 * beta]) / 720,
+        ]  # fmt: skip
+        start = x = X * float(process.prior_std)
+        velocities = []
+        for s, t in itertools.pairwise(times):
+            noise = perfect(process, x, s)[1]
+            velocities.insert(0, (1 - beta) * (velocities or [noise])[0] + beta * noise)
+            mixer = mixers[min(order, len(velocities)) - 1]
+            mean = sum(d * v for d, v in zip(mixer, velocities, strict=False)) / beta
+            rho_s, rho_t = np.exp(-process.log_snr(np.array([s, t])))
+            x = process.alpha(t) * (x / process.alpha(s) + (rho_t - rho_s) * mean)
+        tableau = solvers.ghvb(process, times, order=order, beta=beta, variable_step=False)
+        assert (tableau.p, tableau.q) <= (2, order)
+        np.testing.assert_allclose(run(tableau, start), x, rtol=1e-9, atol=1e-9)
+
+
+def test_analytic_first_step_of_every_solver():
+    """The same run in which the first answer is the noise x / sqrt(alpha^2 + sigma^2)."""
+    target = skewed_mixture()
+    for process in (VP, ds.processes.ve(), EDM, FLOW):
+        for solver in solvers.SOLVERS.values():
+            steps = next(n for n in map(solver.steps, (13, 14, 15, 16)) if n)
+            if solver.stochastic:
+                continue
+            whole = solver(process, schedules.uniform(process, steps))
+            tableau = solvers.analytic_first_step(whole)
+            assert tableau.nfe == whole.nfe - 1
+            assert tableau.rows == whole.rows
+            calls = []
+
+            def posterior(x, alpha, sigma, calls=calls):
+                calls.append(alpha)
+                if len(calls) > 1:
+                    return target.posterior(x, alpha, sigma)
+                m = np.sqrt(alpha**2 + sigma**2)
+                data = np.zeros_like(x) if alpha == 0 else (x - sigma * x / m) / alpha
+                return data, x / m
+
+            x = X * float(process.prior_std)
+            want = twin(whole, posterior, x)
+            scale = max(1.0, np.abs(whole.unroll()[1]).max())
+            np.testing.assert_allclose(run(tableau, x), want, rtol=0, atol=1e-9 * scale)
+    with pytest.raises(ValueError, match="leaves nothing to ask of 'ddim'"):
+        solvers.analytic_first_step(solvers.ddim(VP, [1.0, 0.0]))
+
+
+def test_analytic_first_step_in_the_executor_and_with_noise():
+    """Counted, in one program with others; an EDM Heun step as diff-sampler runs it."""
+    times = schedules.karras(EDM, 4)
+    tableau = solvers.analytic_first_step(solvers.heun(EDM, times))
+    x = start = X * 80.0
+    for n, (s, t) in enumerate(itertools.pairwise(times)):
+        d = x / np.sqrt(1 + s**2) if n == 0 else perfect(EDM, x, s)[1]
+        end = x + (t - s) * d
+        x = end if t == 0 else x + (t - s) / 2 * (d + perfect(EDM, end, t)[1])
+    np.testing.assert_allclose(run(tableau, start), x, rtol=0, atol=1e-10)
+    got = ds.sample(skewed_mixture().score_fn(EDM), tableau, np.float32(start))
+    np.testing.assert_allclose(got, x, atol=2e-4)
+    noisy = solvers.ddpm(VP, schedules.logsnr(VP, 5))
+    assert solvers.analytic_first_step(noisy).nfe == 4
+    np.testing.assert_array_equal(solvers.analytic_first_step(noisy).c, noisy.c)
