@@ -391,7 +391,8 @@ class Tableau:
                 if self.sigma[n] == 0:
                     raise ValueError(
                         f"row {n} of tableau {self.name!r} asks the network at sigma = 0, where "
-                        "its answer does not follow from a data prediction."
+                        "its answer does not follow from a data prediction. Build it with "
+                        'clean_end="euler".'
                     )
                 outputs[n] += w_1 / self.sigma[n] * full[n]
                 outputs[n, 1 + n] -= w_1 * self.alpha[n] / self.sigma[n]

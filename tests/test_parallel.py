@@ -129,7 +129,7 @@ def test_pytrees_guidance_and_no_batch_axis():
         return {"a": jnp.tanh(x["a"]) + shift, "b": x["b"] * time}
 
     score_fn = ds.ScoreFn(apply, None, process, prediction="velocity")
-    tableau = solvers.heun(process, schedules.uniform(process, 9))
+    tableau = solvers.heun(process, schedules.uniform(process, 9), clean_end="euler")
     tree = {"a": jnp.linspace(-1, 1, 6).reshape(3, 2), "b": jnp.linspace(0, 1, 3)[:, None]}
     cond = {"shift": jnp.array([[0.1], [0.2], [0.3]])}  # one per sample
     guided = ds.guidance.cfg(score_fn, 1.5, {"shift": jnp.zeros(1)})

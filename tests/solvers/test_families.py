@@ -89,6 +89,8 @@ def test_pndm_budgets_and_refusals():
 def test_accelerated_ddim_is_adams_in_abar(process):
     """The closed form against quadrature of the Lagrange polynomials in abar."""
     times = grid(process)
+    # where alpha is smaller than that the same step is written in data predictions
+    times = times[process.alpha(times) > 0.006]
     tableau = solvers.accelerated_ddim(process, times)
     lam = process.log_snr(times)
     for n in range(1, tableau.rows):

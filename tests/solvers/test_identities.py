@@ -112,6 +112,8 @@ def test_bh1_and_bh2_differ_only_in_the_fixed_halves():
 def test_log_rho_deis_is_dpm_solver_2m_in_noise_form(process):
     """The "taylor" form of the DPM-Solver paper, written out: slope weight (e^h - 1)/h - 1."""
     times = grid(process)
+    # where alpha is smaller than that the same step is written in data predictions
+    times = times[process.alpha(times) > 0.006]
     tableau = solvers.deis(process, times, order=1, variable="log_rho")
     lam = process.log_snr(times)
     for n in range(1, tableau.rows):
