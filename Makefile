@@ -13,7 +13,7 @@ X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py tes
           test_bridges.py solvers/test_clean_end.py solvers/test_large_rho.py search/test_compare.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-x64 test-peers mutations lint format types bench bench-peers train-digits clean
+.PHONY: help demo test test-all test-pages test-x64 test-peers mutations lint format types bench bench-peers train-digits clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ test: lint types  ## lint, types and the tests, in ten minutes
 
 test-all: test  ## and the long matrices
 	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers'
+
+test-pages: $(VENV)/dev.stamp  ## the notebooks, and the snippets of docs/
+	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers' tests/test_notebooks.py tests/test_readme.py
 
 test-x64: $(VENV)/dev.stamp  ## tests of most modules with 64-bit arrays
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=tests/%)
