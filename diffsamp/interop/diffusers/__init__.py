@@ -22,7 +22,8 @@ What the scheduler does is written out in this library's terms; the tests compar
   x_T ~ N(0, I) on Stable Diffusion's table: 2.3e-3. With "sigma_min" at the end they return
   x / alpha where ours is x, 4.3e-4 apart (alpha = 0.99957 there): divide by `tableau.alpha[-1]`.
 - DPMSolverSDE and the stage of its step draw from one Brownian path there, independently here.
-- SCM's pipelines start at 1.5708, which is beyond pi / 2 by 3.7e-6: here at pi / 2.
+- SCM's pipelines start at 1.5708, which is beyond pi / 2 by 3.7e-6: here at pi / 2, which moves a
+  sample by up to 1.6e-5 of its size.
 
 Reproduced, though not what it seems: the third order of DPMSolverMultistepScheduler (half of a
 coefficient, `compatible` in `solvers.dpmpp`), the second stage of DPMSolverSinglestep's; DEIS,
@@ -35,10 +36,10 @@ DDIMInverse, which asks the network where a step ends.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +48,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import processes
-from diffsamp._core.checks import expect_int, expect_times
 from diffsamp._core.files import read_json
 from diffsamp._core.numeric import namespace
 from diffsamp.interop.diffusers import _fields as fields
 from diffsamp.interop.diffusers import _grids as grids
+from diffsamp.interop.diffusers import _own_grids as own_grids
 from diffsamp.interop.diffusers._classes import solver_of
 from diffsamp.interop.diffusers._pipelines import find_pipeline
 from diffsamp.predictions import Level, canonical_name
@@ -139,8 +140,14 @@ def _from_noise(level: Level) -> Any:
     return 1 - level.t
 
 
-def _from_noise_1000(level: Level) -> Any:
-    return 1000 * (1 - level.t)
+@functools.cache  # one function for each number, since they are compared by identity
+def _label_of(levels: int, reverse: bool) -> Callable[[Level], Any]:
+    """`levels` times t, or times 1 - t."""
+
+    def label(level: Level) -> Any:
+        return levels * (1 - level.t if reverse else level.t)
+
+    return label
 
 
 def _wuerstchen_label(level: Level) -> Any:
@@ -188,14 +195,16 @@ def from_diffusers(
       pipeline: the pipeline's class, such as "FluxPipeline"; None: that of the folder, if any.
 
     Returns:
-      A `DiffusersSampler`. Its `times(n)` also takes `sigmas` or `timesteps`: n of one's own, after
-      which the grid ends where the class's does (clean, but for DEIS, SASolver, TCD, "sigma_min"
-      and DDIM with 'set_alpha_to_one' False), or n + 1 that hold the end. Sigmas are sigma / alpha,
-      for flow models sigma before the config's shift. With dynamic shifting (any flow class) it
-      takes `mu`, or the `image_seq_len` or `image_size` (height, width[, frames]) from which mu is
-      computed: by the line of Flux, or `mu_rule` "empirical" (Flux 2) or "sqrt" (CogView 4), the
-      pipeline's by default. LCM and TCD take `original_inference_steps`.
-      `solver` takes `eta` for DDIM and TCD.
+      A `DiffusersSampler`. Its `times(n)` also takes `sigmas` or `timesteps` (and then no n): n of
+      one's own, after which the grid ends where the class's does (clean, but for DEIS, SASolver,
+      TCD, DDPMWuerstchen, "sigma_min" and DDIM or PNDM with 'set_alpha_to_one' False, which end at
+      their first level), or n + 1 that hold the end. Timesteps are what the network is told, for
+      CMStochasticIterative the indices of its grid. Sigmas are sigma / alpha; for flow models
+      sigma, before the config's shift (after it for MiniMaxH3, LTXEulerAncestralRF and the Karras
+      grids of Cosmos). With dynamic shifting (any flow class) it takes `mu`, or the `image_seq_len`
+      or `image_size` (height, width[, frames]) from which mu is computed: by the line of Flux, or
+      `mu_rule` "empirical" (Flux 2) or "sqrt" (CogView 4), the pipeline's by default. LCM and TCD
+      take `original_inference_steps`. `solver` takes `eta` for DDIM and TCD.
 
     Raises:
       FileNotFoundError: no such file.
@@ -243,22 +252,21 @@ def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
 
 def _flow(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
     found = None if pipeline is None else find_pipeline(pipeline)
-    levels, network = values.get("num_train_timesteps", 1000), {"time": "label"}
+    levels = values.get("num_train_timesteps", 1000)
     reverse = bool(values.get("invert_sigmas")) or name == "MiniMaxH3"
-    options: dict[str, Any] = dict(network)
-    if reverse:
-        options = {"time": _from_noise if name == "MiniMaxH3" else _from_noise_1000}
-    if levels != 1000:
-        raise ValueError(
-            f"{name}: 'num_train_timesteps' = {levels}: flow models with other than 1000 are not "
-            "read, since their label is not 1000 t."
-        )
+    time: str | Callable[[Level], Any] = "label"
+    if name == "MiniMaxH3":
+        time = _from_noise
+    elif grids.in_ratios(values):  # Cosmos 2, whose network takes the time itself
+        time = "t"
+    elif reverse or levels != 1000:
+        time = _label_of(levels, reverse)
     return DiffusersSampler(
         processes.flow(),
         "velocity",
-        partial(grids.flow_times, name, {"grid": "", **values}, found),
+        functools.partial(grids.flow_times, name, {"grid": "", **values}, found),
         solver_of(name, values),
-        options,
+        {"time": time},
         negated=reverse,
     )
 
@@ -270,7 +278,7 @@ def _table(name: str, values: dict[str, Any], pipeline: str | None) -> Diffusers
     continuous = values.get("timestep_type") == "continuous" and prediction == "v"
     if name == "EulerDiscrete" and continuous:
         process: Process = processes.trig()
-        times = partial(grids.continuous_times, values, process)
+        times = functools.partial(grids.continuous_times, values, process)
         network = {"time": "c_noise"}
         return DiffusersSampler(process, "v", times, solver_of(name, values), network)
     floor = "final_sigmas_type" in values or name in grids.REAL
@@ -279,45 +287,12 @@ def _table(name: str, values: dict[str, Any], pipeline: str | None) -> Diffusers
     if name in ("LCM", "TCD"):
         make = grids.lcm_times
     if name in ("DDIMInverse", "DPMSolverMultistepInverse"):
-        make = _rising_times
+        make = own_grids.rising_times
     if name == "UnCLIP":
-        make = _unclip_times
+        make = own_grids.unclip_times
     return DiffusersSampler(
-        process, prediction, partial(make, name, values, process), solver_of(name, values)
+        process, prediction, functools.partial(make, name, values, process), solver_of(name, values)
     )
-
-
-def _unclip_times(name: str, values: Mapping[str, Any], process: Process, n: int) -> np.ndarray:
-    if expect_int(n, "n", at_least=1) == 1:
-        raise ValueError("UnCLIPScheduler spaces its timesteps by n - 1: take n of 2 or more.")
-    return grids.table_times(name, values, process, n)
-
-
-def _rising_times(
-    name: str, values: Mapping[str, Any], process: processes.VPDiscrete, n: int
-) -> np.ndarray:
-    """Times from the data to the noise."""
-    expect_int(n, "n", at_least=1)
-    if name == "DDIMInverse":
-        plain = {**values, "set_alpha_to_one": True}
-        falling = grids.table_times("DDIM", plain, process, n)
-        start = process.t_clean if values["set_alpha_to_one"] else 0.0
-        return expect_times(np.append(start, falling[-2::-1]), may_rise=True)
-    kept = int(np.sum(process.log_snrs >= values["lambda_min_clipped"]))
-    levels, spacing = values["num_train_timesteps"], values["timestep_spacing"]
-    steps: np.ndarray
-    if spacing == "linspace":
-        steps = np.round(np.linspace(0, kept - 1, n + 1))[:-1]
-    elif spacing == "leading":
-        steps = np.arange(n) * (kept // (n + 1)) + float(values["steps_offset"])
-    else:
-        steps = np.round(np.arange(kept, 0, -levels / n)[:n])[::-1] - 1
-    if steps[-1] >= kept - 1:
-        raise ValueError(
-            f"{name} evaluates last at the noisiest level and ends there, a step of size zero; "
-            "take 'timestep_spacing' = 'linspace' or 'leading'."
-        )
-    return expect_times(np.append(steps, kept - 1), may_rise=True)
 
 
 def _edm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
@@ -326,7 +301,10 @@ def _edm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSa
     if name == "SCM":
         process: Process = processes.trig(network["sigma_data"], end=math.pi / 2)
         return DiffusersSampler(
-            process, "velocity", partial(_scm_times, process), solver_of(name, values)
+            process,
+            "velocity",
+            functools.partial(own_grids.scm_times, process),
+            solver_of(name, values),
         )
     if values.get("prediction_type") == "v_prediction":  # sigma_data is 1: the angle is the time
         process = processes.trig()
@@ -337,66 +315,25 @@ def _edm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSa
         prediction = "edm_f" if values.get("prediction_type") != "sample" else "data"
         network["scale_input"] = True
         network["time"] = _angle if cosine else "c_noise"
-    times: Callable[..., np.ndarray] = partial(grids.edm_times, name, values, process)
+    times: Callable[..., np.ndarray] = functools.partial(grids.edm_times, name, values, process)
     if name == "CMStochasticIterative":
-        network["time"], times = _thousandths, partial(_consistency_times, values, process)
+        network["time"], times = (
+            _thousandths,
+            functools.partial(own_grids.consistency_times, values, process),
+        )
     return DiffusersSampler(process, prediction, times, solver_of(name, values), network)
-
-
-def _consistency_times(
-    values: Mapping[str, Any], process: Process, n: int | None = None, *, timesteps: Any = None
-) -> np.ndarray:
-    """Levels `timesteps` (indices from the clean end) of a Karras grid, and then the data."""
-    levels = values["num_train_timesteps"]
-    if timesteps is None:
-        n = expect_int(n, "n", at_least=1, at_most=levels)
-        timesteps = (np.arange(n) * (levels // n))[::-1]
-    index = np.asarray(timesteps, np.float64)[::-1]  # counted from the noise
-    ramp, rho = index / (levels - 1), values["rho"]
-    high, low = (values[key] ** (1 / rho) for key in ("sigma_max", "sigma_min"))
-    return expect_times(np.append((high + ramp * (low - high)) ** rho, 0.0))
-
-
-def _scm_times(
-    process: Process,
-    n: int | None = None,
-    *,
-    timesteps: Any = None,
-    max_timesteps: float = math.pi / 2,
-    intermediate_timesteps: float = 1.3,
-) -> np.ndarray:
-    """n angles and 0; for n = 2 the second is `intermediate_timesteps`."""
-    if timesteps is not None:
-        given = np.asarray(timesteps, np.float64)
-        given = given if given[-1] == 0 else np.append(given, 0.0)
-        return expect_times(np.minimum(given, process.t_max), "timesteps")
-    n = expect_int(n, "n", at_least=1)
-    first = min(max_timesteps, process.t_max)
-    if n == 2:
-        return expect_times([first, intermediate_timesteps, 0.0])
-    return expect_times(np.linspace(first, 0, n + 1))
 
 
 def _ipndm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
     process = processes.trig()
-
-    def times(n: int) -> np.ndarray:
-        share = np.linspace(1, 0, expect_int(n, "n", at_least=1) + 1)
-        return expect_times(np.arcsin(np.sin(share * math.pi / 2) ** 2) * 2 / math.pi)
-
-    return DiffusersSampler(process, "v", times, solver_of(name, values))
+    return DiffusersSampler(
+        process, "v", functools.partial(own_grids.ipndm_times, process), solver_of(name, values)
+    )
 
 
 def _wuerstchen(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
     process = processes.vp_cosine(values["s"])
-
-    def times(n: int | None = None, *, timesteps: Any = None) -> np.ndarray:
-        t = timesteps
-        if t is None:
-            t = np.linspace(1, 0, expect_int(n, "n", at_least=1) + 1)
-        square = np.clip(process.alpha(np.asarray(t, np.float64)) ** 2, 1e-4, 0.9999)
-        return expect_times(process.time((np.log(square) - np.log1p(-square)) / 2))
-
+    times = functools.partial(own_grids.wuerstchen_times, process)
     network = {"time": _wuerstchen_label}
     return DiffusersSampler(process, "noise", times, solver_of(name, values), network)
 

@@ -64,12 +64,21 @@ def _orders(values: Values, n: int, *, dropped: bool = False) -> list[int]:
     return orders[:n]
 
 
+def _expect_finite(process: Process, times: Any, algorithm: str) -> None:
+    if not algorithm.endswith("++") and process.sigma(times[-1]) == 0:
+        raise ValueError(
+            f"'algorithm_type' = {algorithm!r} predicts noise, and is not finite at sigma = 0: end "
+            "the times above it, such as with times(timesteps=[..]) or n + 1 sigmas."
+        )
+
+
 def _dpmpp(name: str, values: Values) -> MakeTableau:
     algorithm, variant = values["algorithm_type"], values["solver_type"]
     drops = name.startswith("EDM") and values["final_sigmas_type"] == "sigma_min"
 
     def dpm(process: Process, times: Any) -> Tableau:
         n = len(times) - 1
+        _expect_finite(process, times, algorithm)
         orders = _orders(values, n, dropped=drops and n > 1)
         if not algorithm.endswith("++"):
             return steps.dpm_multistep(
@@ -114,6 +123,7 @@ def _singlestep_orders(values: Values, n: int) -> list[int]:
 
 def _singlestep(name: str, values: Values) -> MakeTableau:
     def dpm(process: Process, times: Any) -> Tableau:
+        _expect_finite(process, times, values["algorithm_type"])
         return steps.dpm_singlestep(
             process,
             times,

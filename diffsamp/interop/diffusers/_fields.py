@@ -35,8 +35,9 @@ _EXCLUSIVE = f"{_GRIDS} use_lu_lambdas use_flow_sigmas".split()
 _BETAS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas snr_shift_scale"
 _TABLE = f"{_BETAS} prediction_type timestep_spacing steps_offset"
 _KARRAS = f"{_TABLE} {_GRIDS}"
+_SOLVER = "use_flow_sigmas flow_shift solver_order lower_order_final sigma_min sigma_max"
 _ENDS = "sigma_min sigma_max"
-_MULTISTEP = f"{_KARRAS} use_flow_sigmas flow_shift solver_order lower_order_final {_ENDS}"
+_MULTISTEP = f"{_KARRAS} {_SOLVER}"
 _DYNAMIC = "use_dynamic_shifting time_shift_type"
 _FINAL = "rescale_betas_zero_snr final_sigmas_type"
 _RESOLUTION = f"{_DYNAMIC} base_shift max_shift base_image_seq_len max_image_seq_len"
@@ -54,7 +55,7 @@ _DDPM = (f"{_TABLE} rescale_betas_zero_snr variance_type", "thresholding clip_sa
          {"timestep_spacing": "leading", "clip_sample": True, "variance_type": "fixed_small"})
 _Class = tuple[str, str, dict[str, Any]]
 _DPM: _Class = (f"{_MULTISTEP} {_FINAL} algorithm_type solver_type euler_at_final use_lu_lambdas "
-                f"lambda_min_clipped {_DYNAMIC}", "thresholding variance_type", {})
+                f"lambda_min_clipped {_RESOLUTION} invert_sigmas", "thresholding variance_type", {})
 # fields used here, fields of which only the value in DEFAULTS is reproduced, defaults of its own
 CLASSES: dict[str, _Class] = {
     "DDIM": _DDIM,
@@ -86,17 +87,19 @@ CLASSES: dict[str, _Class] = {
     "DPMSolverMultistepInverse": (f"{_TABLE} solver_order lower_order_final euler_at_final "
                                   "algorithm_type solver_type lambda_min_clipped",
                                   f"thresholding variance_type {_GRIDS} use_flow_sigmas", {}),
-    "DPMSolverSinglestep": (f"{_MULTISTEP} final_sigmas_type algorithm_type solver_type "
-                            f"lambda_min_clipped {_DYNAMIC}", "thresholding variance_type",
-                            {"lower_order_final": False}),
+    "DPMSolverSinglestep": (f"{_BETAS} prediction_type {_GRIDS} {_SOLVER} "  # always linspace
+                            "final_sigmas_type algorithm_type solver_type "
+                            f"lambda_min_clipped {_RESOLUTION} invert_sigmas",
+                            "thresholding variance_type", {"lower_order_final": False}),
     "UniPCMultistep": (f"{_MULTISTEP} {_FINAL} solver_type disable_corrector shift_terminal "
-                       f"{_DYNAMIC}", "thresholding predict_x0 solver_p", {"solver_type": "bh2"}),
+                       f"{_RESOLUTION} invert_sigmas", "thresholding predict_x0 solver_p",
+                       {"solver_type": "bh2"}),
     "DEISMultistep": (f"{_MULTISTEP} algorithm_type solver_type {_DYNAMIC}", "thresholding",
                       {"algorithm_type": "deis", "solver_type": "logrho"}),
     "SASolver": (f"{_KARRAS} {_ENDS} use_flow_sigmas flow_shift lower_order_final predictor_order "
                  "corrector_order lambda_min_clipped algorithm_type",
                  "thresholding variance_type tau_func", {"algorithm_type": "data_prediction"}),
-    "FlowMatchEulerDiscrete": (f"{_FLOW} stochastic_sampling {_ENDS}", "", {}),
+    "FlowMatchEulerDiscrete": (f"{_FLOW} stochastic_sampling {_ENDS} final_sigmas_type", "", {}),
     "FlowMatchHeunDiscrete": ("num_train_timesteps shift", "", {}),
     "FlowMatchLCM": (f"{_FLOW} {_ENDS}", "scale_factors", {}),
     "LTXEulerAncestralRF": (f"{_FLOW} eta s_noise {_ENDS}", "", {}),
@@ -120,7 +123,8 @@ CLASSES: dict[str, _Class] = {
 # only matter when one of theirs is set, or not to the sampler.
 IDLE = {"dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value", "skip_prk_steps",
         "set_alpha_to_one", "clip_sample", "upscale_mode", "num_train_timesteps",
-        "timestep_spacing", "noise_sampler_seed", "use_flow_sigmas", "flow_shift"}
+        "timestep_spacing", "noise_sampler_seed", "timestep_scaling", "use_flow_sigmas",
+        "flow_shift"}
 _PIXELS = "ds.guidance.static_thresholding around the ScoreFn"
 # how to get what a field asks for
 _WAYS = {
@@ -279,7 +283,16 @@ def translated(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
             )
     if kind == "flow" and "flow_shift" in config and "shift" not in config:
         config["shift"] = config["flow_shift"]
+    continuous = config.get("timestep_type") == "continuous" and name != "EulerDiscrete"
+    if kind == "table" and continuous and config.get("prediction_type") == "v_prediction":
+        raise ValueError(
+            f"{name} would call this network with the index of a level, but with 'timestep_type' = "
+            "'continuous' it takes log(sigma) / 4 (Stable Video Diffusion). Read it as "
+            "EulerDiscreteScheduler, and give its process and times to any of ds.solvers."
+        )
     marks = [field for field in _OF_EDM if field in config]
+    if kind == "flow" and (config.get("sigma_max") or 0) > 1:
+        marks = []  # Cosmos 2: a flow model on a grid of sigma / alpha
     if kind in ("table", "flow") and marks and not (name == "LCM" and marks == ["sigma_data"]):
         raise ValueError(
             f"{name} would not read {marks[0]!r} = {config[marks[0]]!r}, which belongs to EDM's "

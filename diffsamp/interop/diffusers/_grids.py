@@ -17,10 +17,13 @@ from diffsamp.schedules import shifted
 
 __all__ = [
     "REAL",
+    "at_sigmas",
     "continuous_times",
+    "custom_times",
     "discrete",
     "edm_times",
     "flow_times",
+    "in_ratios",
     "lcm_times",
     "table_times",
 ]
@@ -33,7 +36,12 @@ _ONE_MORE = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEI
              "SASolver")  # fmt: skip
 
 
-# -- shifts by resolution -----------------------------------------------------------------------
+# -- flow models --------------------------------------------------------------------------------
+
+
+def in_ratios(values: Mapping[str, Any]) -> bool:
+    """Whether a flow class's grid is one of sigma / alpha: Cosmos 2, up to 80 or 200."""
+    return "shift" in values and (values.get("sigma_max") or 0) > 1
 
 
 def flow_times(
@@ -70,13 +78,15 @@ def flow_times(
         sigmas = pipeline_sigmas(pipeline.sigmas, n, levels)
     table = "flow_shift" in values  # DPM-Solver, UniPC and others with `use_flow_sigmas`
     shift = values["flow_shift" if table else "shift"]
+    verbatim = name in ("MiniMaxH3", "LTXEulerAncestralRF") or in_ratios(values)
+    if not own and (verbatim or (values["grid"] and table)):
+        return expect_times(np.append(sigmas, 0.0), "sigmas")
     if name == "MiniMaxH3":
-        if own and n < 2:
+        if n < 2:
             raise ValueError("MiniMaxH3's n counts the points, the clean end too: take 2 or more.")
-        sigmas = shifted(np.linspace(1, 0, n)[:-1], shift) if own else shifted(sigmas, shift)
-        return expect_times(np.append(sigmas, 0.0))
-    if values["grid"] and table:
-        return _karras_flow_times(values, n)
+        return expect_times(np.append(shifted(np.linspace(1, 0, n)[:-1], shift), 0.0))
+    if values["grid"] and (table or in_ratios(values)):
+        return _ratio_times(name, values, n)
     if sigmas is None:
         if not table:
             # the smallest is shifted once when the scheduler is made, and again below
@@ -94,12 +104,6 @@ def flow_times(
         sigmas = 1 - (1 - sigmas) * (1 - values["shift_terminal"]) / (1 - sigmas[-1])
     if values["grid"]:
         high, low = values.get("sigma_max"), values.get("sigma_min")
-        if high is not None and high > 1:
-            raise ValueError(
-                f"{name}: 'sigma_max' = {high} is not the sigma of a flow model but sigma / alpha "
-                "(Cosmos 2, whose pipeline converts). Read it as UniPCMultistepScheduler with "
-                "'use_flow_sigmas' and 'use_karras_sigmas', or pass sigmas = s / (1 + s)."
-            )
         high = sigmas[0] if high is None else high
         sigmas = spread(values["grid"], high, sigmas[-1] if low is None else low, n)
     if name == "UniPCMultistep" and abs(sigmas[0] - 1) < 1e-6:
@@ -107,13 +111,19 @@ def flow_times(
     return expect_times(np.append(sigmas, 0.0))
 
 
-def _karras_flow_times(values: Mapping[str, Any], n: int) -> np.ndarray:
-    """Cosmos 2.5: Karras's sigmas are those of sigma / alpha, from those of the table of betas."""
-    rho = np.exp(-discrete(values, False).log_snrs)
-    high = rho[-1] if values["sigma_max"] is None else values["sigma_max"]
-    low = rho[0] if values["sigma_min"] is None else values["sigma_min"]
-    sigmas = spread("use_karras_sigmas", high, low, n)
-    return expect_times(np.append(sigmas / (1 + sigmas), 0.0))
+def _ratio_times(name: str, values: Mapping[str, Any], n: int) -> np.ndarray:
+    """Cosmos 2 and 2.5: the grid is one of sigma / alpha, by default from the table of betas."""
+    high, low = values["sigma_max"], values["sigma_min"]
+    if high is None or low is None:
+        rho = np.exp(-discrete(values, False).log_snrs)
+        high, low = rho[-1] if high is None else high, rho[0] if low is None else low
+    sigmas = spread(values["grid"], high, low, n)
+    sigmas = sigmas / (1 + sigmas)
+    if values.get("final_sigmas_type") == "sigma_min":  # Cosmos 2, as the EDM classes
+        if n == 1:
+            raise ValueError(f"{name} with 'sigma_min' at the end takes no step at all for n = 1.")
+        return expect_times(sigmas)
+    return expect_times(np.append(sigmas, 0.0))
 
 
 # -- tables of betas ----------------------------------------------------------------------------
@@ -163,7 +173,7 @@ def table_times(
     stops = stops or name == "TCD" or not values.get("set_alpha_to_one", True)
     last = 0.0 if stops else process.t_clean
     if timesteps is not None or sigmas is not None:
-        return _custom(process, n, timesteps, sigmas, last)
+        return custom_times(process, n, timesteps, sigmas, last)
     n = expect_int(n, "n", at_least=1)
     levels = values["num_train_timesteps"]
     log_snrs = np.asarray(process.log_snr(np.arange(levels)))
@@ -174,11 +184,11 @@ def table_times(
         spaced[real] = process.time(-np.log(known))
     else:
         spaced[:] = np.round(spaced)
-        if not values["grid"] and n > 1 and np.any(np.diff(spaced) >= 0):
-            raise ValueError(
-                f"n = {n} is too many for {levels} levels: two of its timesteps round to one. "
-                "Take fewer, or pass your own, times(timesteps=[..])."
-            )
+    if not values["grid"] and n > 1 and np.any(np.diff(spaced) >= 0):
+        raise ValueError(
+            f"n = {n} is too many for {levels} levels: two of its timesteps round to one. "
+            "Take fewer, or pass your own, times(timesteps=[..])."
+        )
     grid = values["grid"]
     if grid:
         # the ends: those of the whole table, or of the spaced times
@@ -188,11 +198,11 @@ def table_times(
         wanted = spread(
             grid, high if given[0] is None else given[0], low if given[1] is None else given[1], n
         )
-        spaced[:] = _at_sigmas(process, wanted)
+        spaced[:] = at_sigmas(process, wanted)
         # verbatim, not through the inverse
         spaced[-1] = ends[1] if given[1] is None and n > 1 else spaced[-1]
         spaced[0] = ends[0] if given[0] is None else spaced[0]
-    if spaced[-1] <= last and not grid and values["timestep_spacing"] == "linspace" and not (
+    if spaced[-1] <= last and not grid and values.get("timestep_spacing") == "linspace" and not (
         values.get("final_sigmas_type") or multistep
     ):  # fmt: skip
         last = process.t_clean  # the last step of diffusers would have size zero
@@ -205,7 +215,7 @@ def table_times(
     return expect_times(np.append(spaced, last))
 
 
-def _custom(
+def custom_times(
     process: Process, n: int | None, timesteps: Any, sigmas: Any, last: float
 ) -> np.ndarray:
     """The caller's own timesteps, or sigmas (of sigma / alpha), and where the last step ends."""
@@ -220,20 +230,19 @@ def _custom(
     if n is not None and evaluated != n and (sigmas is None or len(given) != n + 1):
         raise ValueError(f"`{what}` must have shape ({n},); got {given.shape}.")
     if sigmas is not None:
-        given = _at_sigmas(process, given)
+        given = at_sigmas(process, given)
     ends_itself = given[-1] == process.t_clean or (n is not None and len(given) == n + 1)
     if ends_itself:
         return expect_times(given, what)
     return expect_times(np.append(given, last if given[-1] > last else process.t_clean), what)
 
 
-def _at_sigmas(process: Process, sigmas: np.ndarray) -> np.ndarray:
+def at_sigmas(process: Process, sigmas: np.ndarray) -> np.ndarray:
     """Times at which sigma / alpha has these values."""
     top = float(np.exp(-process.log_snr(process.t_max)))
     if sigmas[0] > top * (1 + 1e-6):
         raise ValueError(
-            f"sigma = {sigmas[0]:g} is above {top:g}, the noisiest level of the table the network "
-            "was trained on."
+            f"sigma = {sigmas[0]:g} is above {top:g}, the noisiest level of the network's training."
         )
     closed = np.where(sigmas > 0, sigmas, 1.0)
     found = np.where(sigmas > 0, process.time(-np.log(closed)), process.t_clean)
@@ -280,7 +289,7 @@ def lcm_times(
     """n of the labels that LCM and TCD were distilled on, evenly, from the noisiest."""
     last = process.t_clean if name == "LCM" else 0.0
     if timesteps is not None or sigmas is not None:
-        return _custom(process, n, timesteps, sigmas, last)
+        return custom_times(process, n, timesteps, sigmas, last)
     n, levels = expect_int(n, "n", at_least=1), values["num_train_timesteps"]
     steps = original_inference_steps or values["original_inference_steps"]
     labels = np.arange(1, steps + 1) * (levels // steps) - 1
@@ -304,10 +313,12 @@ def edm_times(
     n: int | None = None,
     *,
     sigmas: Any = None,
+    timesteps: Any = None,
 ) -> np.ndarray:
     """Karras's or exponential sigmas of an EDM network, then 0."""
-    if sigmas is not None:
-        return _custom(process, n, None, sigmas, process.t_clean)
+    if sigmas is not None or timesteps is not None:
+        angle = name == "CosineDPMSolverMultistep"
+        return _labelled(process, n, sigmas, timesteps, angle=angle)
     n = expect_int(n, "n", at_least=1)
     schedule = values.get("sigma_schedule", "karras")
     high, low = values["sigma_max"], values["sigma_min"]
@@ -323,15 +334,38 @@ def edm_times(
         levels = np.append(levels, low)
     elif len(levels) < 2:
         raise ValueError(f"{name} with 'sigma_min' at the end takes no step at all for n = 1.")
-    return expect_times(_at_sigmas(process, levels))
+    return expect_times(at_sigmas(process, levels))
+
+
+def _labelled(
+    process: Process, n: int | None, sigmas: Any, timesteps: Any, *, angle: bool
+) -> np.ndarray:
+    """The caller's sigmas, or labels: log(sigma) / 4, or 2 / pi arctan(sigma)."""
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("give `sigmas` or `timesteps`, not both.")
+    if sigmas is None:
+        labels = np.asarray(timesteps, np.float64)
+        if angle and np.any((labels < 0) | (labels >= 1)):
+            raise ValueError(
+                f"`timesteps` must be angles in units of pi / 2, below 1; got {labels}."
+            )
+        if not angle and np.any(np.abs(labels) > 10):
+            raise ValueError(f"`timesteps` are log(sigma) / 4 for this network; got {labels}.")
+        sigmas = np.tan(labels * math.pi / 2) if angle else np.exp(4 * labels)
+    return custom_times(process, n, None, sigmas, process.t_clean)
 
 
 def continuous_times(
-    values: Mapping[str, Any], process: Process, n: int | None = None, *, sigmas: Any = None
+    values: Mapping[str, Any],
+    process: Process,
+    n: int | None = None,
+    *,
+    sigmas: Any = None,
+    timesteps: Any = None,
 ) -> np.ndarray:
     """EulerDiscrete with "continuous" timesteps (SVD): sigmas that may leave the table of betas."""
-    if sigmas is not None:
-        return _custom(process, n, None, sigmas, process.t_clean)
+    if sigmas is not None or timesteps is not None:
+        return _labelled(process, n, sigmas, timesteps, angle=False)
     table = discrete(values, floor=True)
     plain = {**values, "grid": "", "final_sigmas_type": "zero"}
     levels = np.exp(-table.log_snr(table_times("EulerDiscrete", plain, table, n)[:-1]))
@@ -340,4 +374,4 @@ def continuous_times(
         low = levels[-1] if values["sigma_min"] is None else values["sigma_min"]
         levels = spread(values["grid"], high, low, len(levels))
     end = np.exp(-table.log_snrs[0]) if values["final_sigmas_type"] == "sigma_min" else 0.0
-    return expect_times(_at_sigmas(process, np.append(levels, end)))
+    return expect_times(at_sigmas(process, np.append(levels, end)))
