@@ -234,6 +234,13 @@ def test_what_is_not_reproduced_is_refused(name, fields, message):
         (DPM, {}, 0, "`n` must be at least 1"),
         (DEIS, {"use_karras_sigmas": True}, 5, "size zero; unset 'use_karras_sigmas'"),
         ("DDIMScheduler", {"set_alpha_to_one": False}, 5, "size zero; raise `steps_offset`"),
+        (
+            "EulerDiscreteScheduler",
+            {"final_sigmas_type": "sigma_min"},
+            5,
+            "size zero; set 'final_sigmas_type' = 'zero'",
+        ),
+        ("SASolverScheduler", {"use_karras_sigmas": True}, 5, "which end at sigma = 0"),
         ("DDIMScheduler", {"steps_offset": 1}, 1000, "n = 1000 with 'steps_offset' = 1 does not"),
         (
             DPM,

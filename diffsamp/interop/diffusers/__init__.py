@@ -7,7 +7,7 @@ What the scheduler does is written out in this library's terms; the tests compar
   evaluates ("linspace", or "trailing" when n does not divide T) it integrates over another interval
   and may end at a level that is not clean. Here a step ends where the next one begins, and the
   linspace grid at the clean end; `solver(process, times, compatible=True)` does as diffusers does.
-  PNDMScheduler likewise, on grids other than "leading".
+  PNDMScheduler and CogVideoX's two likewise, on grids other than "leading".
 - "trailing" gives one timestep too many, labelled -1, for 62 of the n up to 1000 (61 the first), by
   rounding. Here n are n.
 - With sigmas of their own (Karras, flow, ..) the multistep schedulers round the network's label, or

@@ -207,12 +207,25 @@ def table_times(
     ):  # fmt: skip
         last = process.t_clean  # the last step of diffusers would have size zero
     if spaced[-1] <= last:
-        way = f"unset {grid!r}" if grid else "raise `steps_offset`"
         raise ValueError(
             f"{name} evaluates last at t = {spaced[-1]:g} and ends there, a step of size zero; "
-            f"{way}, or end at sigma = 0."
+            f"{_way_to_end(values)}."
         )
     return expect_times(np.append(spaced, last))
+
+
+def _way_to_end(values: Mapping[str, Any]) -> str:
+    """How a config's last step gets a size."""
+    ways = [f"unset {values['grid']!r}"] if values["grid"] else []
+    if values.get("timestep_spacing") == "leading" and not values["grid"]:
+        ways.append("raise `steps_offset`")
+    if "final_sigmas_type" in values:
+        ways.append("set 'final_sigmas_type' = 'zero'")
+    elif "set_alpha_to_one" in values:
+        ways.append("set 'set_alpha_to_one' = True")
+    else:
+        ways.append("read it as DPMSolverMultistep or UniPCMultistep, which end at sigma = 0")
+    return ", or ".join(ways)
 
 
 def custom_times(
