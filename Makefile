@@ -9,7 +9,7 @@ PEERS_ALONE := k-diffusion==0.1.1.post1
 
 # the leg with 64-bit arrays: modules that touch every part but the gradient searches
 X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py test_calls.py \
-          test_few_step.py test_starts.py test_targets.py test_phase_space.py test_generate.py \
+          test_few_step.py test_starts.py test_targets.py test_phase_space.py \
           test_bridges.py solvers/test_clean_end.py solvers/test_large_rho.py search/test_compare.py
 
 .DEFAULT_GOAL := help
