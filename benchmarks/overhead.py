@@ -35,7 +35,7 @@ WINDOW = 4  # rows of `sample_parallel` that are evaluated together
 SOLVERS = (
     "ddim", "conjugate_ddim", "dpm_solver_2s", "dpmpp_2m", "dpmpp_3m", "res_2s", "dpm_solver_v3",
     "iia", "deis_tab3", "ipndm4", "pndm", "heun", "dpm2", "rho_rk4", "unipc3", "dc_solver",
-    "ghvb2.8", "heavy_ball", "mixed", "bdia", "belm",
+    "ghvb2.8", "heavy_ball", "mixed", "analytic_first_step", "bdia", "belm",
     "ddpm", "accelerated_ddpm", "dpmpp_2m_sde", "dpmpp_sde", "sa_solver", "er_sde3", "seeds2",
     "dpm2_ancestral", "interpolant_em", "consistency", "restart",
 )  # fmt: skip
@@ -51,6 +51,9 @@ def composed(name: str, process: Any) -> ds.Tableau | None:
         low, high = 0.14, 0.3
         short = ds.schedules.logsnr(process, 8, final="t_min")
         return solvers.restart(process, short, intervals=[(3, 1, low, high)])
+    if name == "analytic_first_step":
+        longer = ds.schedules.logsnr(process, NFE + 1)
+        return solvers.analytic_first_step(solvers.dpmpp(process, longer, order=2))
     if name == "mixed":
         return solvers.mixed(process, times, steps=[solvers.MixedStep()] * NFE)
     if name == "dc_solver":
