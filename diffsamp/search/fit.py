@@ -307,7 +307,8 @@ def _fine_states(score_fn: ScoreFn, times: np.ndarray, x: Any, refine: int, cond
         else:
             inner = np.linspace(s, t, refine + 1)[1:-1]
         grid.append(np.array([*inner, t]))
-    tableau = solvers.heun(process, np.concatenate(grid))
+    # one row for a step to sigma = 0, whatever the network predicts
+    tableau = solvers.heun(process, np.concatenate(grid), clean_end="euler")
     points = trajectory(score_fn, tableau, x, cond=cond).points
     return points[:: 2 * refine] if times[-1] > process.t_clean else _with_last(points, refine)
 

@@ -7,6 +7,7 @@ deterministic solver's; so a large budget gains where an ODE solver has long con
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -74,12 +75,15 @@ PUBLISHED: dict[str, tuple[int, tuple[RestartInterval, ...]]] = {
 }
 
 
+_HEUN = functools.partial(heun, clean_end="euler")
+
+
 def restart(
     process: Process,
     times: Any,
     *,
     intervals: Sequence[tuple[int, int, float, float]] = PUBLISHED["cifar10-43"][1],
-    solver: Callable[[Process, Any], Tableau] = heun,
+    solver: Callable[[Process, Any], Tableau] = _HEUN,
     down: Callable[[Process, Any], Tableau] | None = None,
     noise_scale: float = 1.0,
 ) -> Tableau:
@@ -99,7 +103,7 @@ def restart(
       times: (n + 1,) decreasing times of the main grid.
       intervals: (points, repeats, low, high) each, as `RestartInterval`. Two that fall on one point
         of the grid are both carried out, in the order given.
-      solver: (process, times) -> Tableau.
+      solver: (process, times) -> Tableau; Heun's method, which ends with one evaluation.
       down: the solver within restarts; None: the same.
       noise_scale: standard deviation of the added noise, the authors' S_noise.
 

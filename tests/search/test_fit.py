@@ -150,3 +150,33 @@ def test_statistics_of_this_network_help_at_few_evaluations(starts):
             logs.append(float(jnp.mean(jnp.log(jnp.mean(wrong**2, axis=1) + 1e-12))))
         gains.append(logs[0] - logs[1])
     assert np.mean(gains) > np.log(1.5)
+
+
+@pytest.mark.parametrize("prediction", ["data", "velocity"])
+def test_fits_on_a_flow_to_the_clean_end(prediction):
+    """Whatever the network predicts: their fine solution must not ask it at sigma = 0."""
+    process = ds.processes.flow()
+    network = ds.targets.gaussian([0.4, -0.2], 0.3).score_fn(process, prediction)
+    x_T = process.prior_sample(jax.random.key(0), (20, 2))
+    times = schedules.uniform(process, 4)
+    ratios = search.fit_dc(network, times, x_T)
+    fitted = search.fit_iia(network, times, x_T)
+    fine = ds.sample(network, solvers.unipc(process, schedules.uniform(process, 200)), x_T)
+    plain = ds.sample(network, solvers.ddim(process, times), x_T)
+    error = float(ds.metrics.rmse(plain, fine))
+    for tableau in (
+        solvers.iia(process, times, coefficients=fitted.values),
+        solvers.dc_solver(process, times, ratios=ratios.values),
+    ):
+        assert float(ds.metrics.rmse(ds.sample(network, tableau, x_T), fine)) < 0.7 * error
+
+
+@pytest.mark.parametrize("prediction", ["data", "velocity"])
+def test_restart_on_a_flow_counts_as_it_says(prediction):
+    process = ds.processes.flow()
+    network = ds.targets.gaussian([0.4, -0.2], 0.3).score_fn(process, prediction)
+    times = schedules.logsnr(process, 6)
+    tableau = solvers.restart(process, times, intervals=[(3, 2, 0.1, 0.5)])
+    assert tableau.nfe == 2 * 6 - 1 + 2 * (3 - 1) * 2
+    x_T = process.prior_sample(jax.random.key(0), (4, 2))
+    assert np.all(np.isfinite(ds.sample(network, tableau, x_T, key=jax.random.key(1))))
