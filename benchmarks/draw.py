@@ -64,7 +64,7 @@ def peers(path: Path) -> Any:
 
 
 def overhead(path: Path) -> Any:
-    """Points: time over a bare scan by sampler, one series a network."""
+    """Points: time over jitted calls of the network by sampler, one series a network."""
     table, *_ = read(path).values()
     head = table[0]
     rows = [row for row in table if row[0].startswith("`")]
@@ -78,8 +78,8 @@ def overhead(path: Path) -> Any:
                     rotation_mode="anchor")  # fmt: skip
     axis.axhline(1.0, color="0.4", linewidth=1)
     axis.axhline(1.05, color="0.4", linewidth=1, linestyle="--")
-    axis.set_ylabel("time over a bare scan")
-    axis.set_xlabel("z: adds noise, over a scan that does")
+    axis.set_ylabel("time over jitted calls")
+    axis.set_xlabel("z: adds noise, over calls that do")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(head) - 1, fontsize=7)
     figure.supxlabel(origin(path, 140), fontsize=6)

@@ -18,7 +18,7 @@ knows of solvers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,11 @@ class Trajectory(NamedTuple):
     outputs: Any
 
 
+# which values of the network a gradient keeps: (primitive, *inputs, **parameters) -> bool
+Policy = Callable[..., bool]
+KEPT = ("conv_general_dilated", "dot_general", "add")
+
+
 class _Row(NamedTuple):
     a: Any
     b: Any
@@ -84,7 +89,7 @@ def sample(
     *,
     key: Any = None,
     cond: Mapping[str, Any] | None = None,
-    checkpoint: bool = False,
+    checkpoint: bool | Policy = False,
 ) -> Any:
     """Sample: run every row of `tableau` on x_T.
 
@@ -100,8 +105,11 @@ def sample(
       key: a random key, or one key per sample; needed if the tableau is stochastic. Sample i of a
         batch depends on its own key (for a single key, on `fold_in(key, i)`) and the row only.
       cond: keyword arguments for the network, such as {"label": ...}.
-      checkpoint: recompute each row in the backward pass instead of storing the network's
-        intermediate values (`jax.checkpoint`).
+      checkpoint: what a gradient keeps of the network's intermediate values. False: the results
+        of matrix products, convolutions and sums; what lies between them is cheaper to compute
+        again than to store (0.7 to 1.0 of the time, a quarter to a half of the memory:
+        docs/performance.md). True: nothing but the state before each row. A policy of
+        `jax.checkpoint_policies` says it otherwise.
 
     Returns:
       u_N, with the structure, shapes and dtypes of x_T.
@@ -123,7 +131,7 @@ def trajectory(
     *,
     key: Any = None,
     cond: Mapping[str, Any] | None = None,
-    checkpoint: bool = False,
+    checkpoint: bool | Policy = False,
 ) -> Trajectory:
     """Every u_n and m_n of the run that `sample` makes; arguments as there."""
     points, outputs = _start(score_fn, tableau, x_T, key, cond, checkpoint=checkpoint, record=True)
@@ -180,7 +188,9 @@ def step(
     row = jax.tree.map(
         lambda array: lax.dynamic_index_in_dim(jnp.asarray(array), state.row, keepdims=False), rows
     )
-    return _advance(score_fn, row, state, cond, _is_plain(tableau, state.keys))[0]
+    # as a plain call it would be traced again for every row, for a gradient that nobody takes
+    predict = score_fn.predict if is_concrete(state.x) else _network(score_fn)
+    return _advance(predict, row, state, cond, _is_plain(tableau, state.keys))[0]
 
 
 def resume(
@@ -214,7 +224,7 @@ def resume(
 def _rest(score_fn, rows, state, cond, *, plain):
     def body(n, state):
         row = jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, n, keepdims=False), rows)
-        return _advance(score_fn, row, state, cond, plain)[0]
+        return _advance(_network(score_fn), row, state, cond, plain)[0]
 
     rows = jax.tree.map(jnp.asarray, rows)
     return lax.fori_loop(state.row, rows.a.shape[0], body, state)
@@ -322,12 +332,13 @@ def _drop_last(array: Any) -> Any:
 def _run(score_fn, rows, x_T, keys, cond, *, plain, checkpoint, record):
     count, p = rows.a.shape[:2]
     state = _initial(p, rows.b.shape[1], x_T, keys)
+    predict = score_fn.predict if checkpoint is True else _network(score_fn, checkpoint)
 
     def body(state, row):
-        state, output = _advance(score_fn, row, state, cond, plain)
+        state, output = _advance(predict, row, state, cond, plain)
         return state, (state.x, output) if record else None
 
-    body = jax.checkpoint(body) if checkpoint else body
+    body = jax.checkpoint(body, prevent_cse=False) if checkpoint is True else body
     state, recorded = lax.scan(body, state, rows, length=count)
     if keys is None and not plain:
         # with a traced tableau a missing key cannot be an error; it must not pass in silence either
@@ -350,14 +361,33 @@ def _initial(p: int, q: int, x_T: Any, keys: Any) -> State:
     return State(jnp.zeros((), jnp.int32), x_T, empty(p), empty(q), keys)
 
 
+def _network(score_fn: ScoreFn, policy: bool | Policy = False) -> Callable[..., Any]:
+    """Its `predict`, of which a gradient keeps what the policy says; nothing else changes."""
+
+    def kept(primitive: Any, *_: Any, **__: Any) -> bool:
+        return primitive.name in KEPT
+
+    def predict(x: Any, bound: Any, cond: Mapping[str, Any] | None) -> Any:
+        # conditions need not be arrays: only x is an argument
+        keep = policy if callable(policy) else kept
+        call = functools.partial(score_fn.predict, bound=bound, cond=cond)
+        return jax.checkpoint(call, policy=keep, prevent_cse=False)(x)
+
+    return predict
+
+
 def _advance(
-    score_fn: ScoreFn, row: _Row, state: State, cond: Mapping[str, Any] | None, plain: bool
+    predict: Callable[..., Any],
+    row: _Row,
+    state: State,
+    cond: Mapping[str, Any] | None,
+    plain: bool,
 ) -> tuple[State, Any]:
     """One row: the state after it, and the output m_n; `plain` if every row evaluates."""
     n, x = state.row, state.x
 
     def call() -> Any:
-        output = score_fn.predict(x, row.bound, cond)
+        output = predict(x, row.bound, cond)
         if row.evaluates.ndim == 0:
             return output
         # stacked tableaux: a sample that is done must not see what the network says

@@ -63,11 +63,19 @@ def test_search(tmp_path):
 def test_overhead(tmp_path):
     out = tmp_path / "overhead.md"
     run("overhead.py", "--networks", "1", "--seconds", "1", "--solvers", "ddim", "unipc3", "ddpm",
-        "--out", str(out))  # fmt: skip
+        "--kinds", "channels first", "--out", str(out))  # fmt: skip
     rows = tables(out)
-    parts = (rows[:8], rows[8:11], rows[11:])
-    times, memory, around = [{r[0]: r[1:] for r in part} for part in parts]
-    assert set(times) > {"bare scan, ms", "`ddim`", "`unipc3`", "`ddpm` z", "one program"}
+    parts = (rows[:9], rows[9:11], rows[11:14], rows[14:])
+    times, gradients, memory, around = [{r[0]: r[1:] for r in part} for part in parts]
+    assert gradients.keys() == {"channels first", "MLP, batch 256"}
+    assert set(times) > {
+        "20 jitted calls, ms",
+        "bare scan",
+        "`ddim`",
+        "`unipc3`",
+        "`ddpm` z",
+        "one program",
+    }
     assert all(float(row[0].split()[0]) > 0 for row in times.values())
     assert memory.keys() == {"`ddim`", "`unipc3`", "`ddpm`"}
     for most, extra in memory.values():  # of the compiler: no matter of time

@@ -205,16 +205,31 @@ def _sum_of_products(result: Any, params: dict[str, Any], lhs: Any, rhs: Any) ->
     rhs = rhs.reshape(groups, outputs // groups, inputs, *kernel)
     space = [result.shape[axis] for axis in spec.out_spec[2:]]
     steps = list(zip(space, params["window_strides"], params["rhs_dilation"], strict=True))
-    terms = []
-    for i, *tap in itertools.product(range(inputs), *map(range, kernel)):
-        window = tuple(
-            slice(k * dilation, k * dilation + (size - 1) * stride + 1, stride)
-            for k, (size, stride, dilation) in zip(tap, steps, strict=True)
-        )
-        weight = rhs[(slice(None), slice(None), i, *tap)]
-        weight = weight.reshape(1, *weight.shape, *[1] * len(space))
-        terms.append(lhs[(slice(None), slice(None), i, None, *window)] * weight)
-    total = functools.reduce(lax.add, terms)
+
+    def products(lhs: Any, rhs: Any) -> Any:
+        terms = []
+        for i, *tap in itertools.product(range(inputs), *map(range, kernel)):
+            window = tuple(
+                slice(k * dilation, k * dilation + (size - 1) * stride + 1, stride)
+                for k, (size, stride, dilation) in zip(tap, steps, strict=True)
+            )
+            weight = rhs[(slice(None), slice(None), i, *tap)]
+            weight = weight.reshape(1, *weight.shape, *[1] * len(space))
+            terms.append(lhs[(slice(None), slice(None), i, None, *window)] * weight)
+        return functools.reduce(lax.add, terms)
+
+    # In two rounds or a few: what a loop gives is computed once, while XLA computes a sum again
+    # for every value that is made from it, and its inputs again for every term.
+    pieces = next(n for n in range(2, groups + 1) if groups % n == 0)
+    some = groups // pieces
+
+    def piece(k: Any, out: Any) -> Any:
+        part = lax.dynamic_slice_in_dim(lhs, k * some, some, 1)
+        made = products(part, lax.dynamic_slice_in_dim(rhs, k * some, some, 0))
+        return lax.dynamic_update_slice_in_dim(out, made, k * some, 1)
+
+    total = jnp.zeros((lhs.shape[0], groups, outputs // groups, *space), wide)
+    total = lax.fori_loop(0, pieces, piece, total)
     out = total.reshape(-1, outputs, *space).astype(result.dtype)
     return lax.transpose(out, _order(layout.out_spec, spec.out_spec))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diffsamp import schedules, solvers
 from diffsamp._core import random
-from diffsamp.sampling import sample
+from diffsamp.sampling import Policy, sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
@@ -33,7 +33,12 @@ class Sampler:
     tableau: Tableau
 
     def __call__(
-        self, key: Any, x_T: Any, *, cond: Mapping[str, Any] | None = None, checkpoint: bool = False
+        self,
+        key: Any,
+        x_T: Any,
+        *,
+        cond: Mapping[str, Any] | None = None,
+        checkpoint: bool | Policy = False,
     ) -> Any:
         """Sample.
 
