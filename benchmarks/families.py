@@ -41,7 +41,7 @@ FAMILIES = {
     "edm": ["euler", "heun", "dpm2", "rho_midpoint2", "rho_kutta3", "rho_heun3", "rho_rk4",
             "dpm2_ancestral"],
     "unipc": ["ddim", "unipc1", "unipc2", "unipc3", "unipc3_bh1", "unipc4", "unip3"],
-    "momentum": ["ddim", "ghvb1.8", "ghvb2.8", "ghvb3.8"],
+    "momentum": ["ddim", "dpmpp_2m_hb", "ghvb1.8", "ghvb2.8", "ghvb3.8"],
     "inversion": ["ddim", "bdia", "belm"],
     "stochastic": ["ddpm", "sa_solver", "er_sde1", "er_sde2", "er_sde3", "seeds2", "seeds3",
                    "interpolant_em", "interpolant_heun"],

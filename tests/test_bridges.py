@@ -117,6 +117,51 @@ def test_higher_orders_converge_on_a_bridge():
         np.testing.assert_allclose(variance, alpha**2 * 0.3 + sigma**2, rtol=3e-3)
 
 
+def test_order_three_is_dbims():
+    """x' = (c'/c) (x - a x_T) + a' x_T + b' int exp(-(h - u)) D(u) du, D through the last one, two
+    or three points in log(b / c), the last step of order 1; by quadrature."""
+    base = BASES["vp"]
+    process = bridges.Bridge(base)
+    times = bridges.times(process, 7, end=1e-4)
+    assert (times[-1], len(times)) == (1e-4, 8)
+    rng = np.random.default_rng(0)
+    end, u, outputs = rng.normal(size=(3, 2)), rng.normal(size=(3, 2)), rng.normal(size=(7, 3, 2))
+    # the first evaluation, at T, says x_0; the booting noise gives the state after it
+    a, b, c = marginal(base, times[1])
+    x = a * end + b * outputs[0] + c * u
+    nodes = []
+    for n in range(1, 7):
+        (a, b, c), (a_t, b_t, c_t) = (marginal(base, t) for t in times[n : n + 2])
+        lam, h = np.log(b / c), np.log(b_t / c_t) - np.log(b / c)
+        nodes = [lam, *nodes][:3]
+        used = 1 if n == 6 else len(nodes)  # lower_order_final lowers the last step alone
+        points, weights = np.polynomial.legendre.leggauss(40)
+        v = h * (points + 1) / 2
+        total = 0.0
+        for j in range(used):
+            others = [k for k in range(used) if k != j]
+            basis = np.prod(
+                [(lam + v - nodes[k]) / (nodes[j] - nodes[k]) for k in others] or [np.ones(40)], 0
+            )
+            total = total + h / 2 * (weights * np.exp(v - h)) @ basis * outputs[n - j]
+        x = c_t / c * (x - a * end) + a_t * end + b_t * total
+    options = {"order": 3, "variant": "heun", "lower_order_final": False}
+    rows = solvers.dpmpp(process, times, **options)
+    # "clean" times end with a step of order 1 by themselves; here the last row is that of order 1
+    last = solvers.dpmpp(process, times, order=1).b[-1]
+    b_rows = rows.b.copy()
+    b_rows[-1] = [*last, 0.0, 0.0]
+    state, said = u, []
+    for n in range(7):
+        said = [outputs[n], *said]
+        state = rows.a[n, 0] * state + sum(w * d for w, d in zip(b_rows[n], said, strict=False))
+    a, _, _ = marginal(base, times[-1])
+    _, norm = process.numbers(times[-1])
+    np.testing.assert_allclose(a * end + norm * state, x, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="`end` must lie between"):
+        bridges.times(process, 4, end=1.0)
+
+
 def paired(params, x, t, x_T):
     """The perfect network for x_0 | x_T ~ N(x_T / 2, v): it sees x, subtracts its part of x_T."""
     base, variance = params

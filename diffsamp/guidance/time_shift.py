@@ -24,11 +24,11 @@ from diffsamp.score import ScoreFn, ask
 
 __all__ = ["PUBLISHED", "TimeShifted", "time_shift"]
 
-# (window, cutoff) of the authors' scripts, as fractions of the training time
+# (window, cutoff) of the authors' scripts, as fractions of the training time. Not those of their
+# F-PNDM and DPM-Solver-2: the one shifts the time that a step goes to, the other measures the
+# variance of the network's output, which are other algorithms under the same name.
 PUBLISHED: dict[str, tuple[float, float]] = {
     "default": (0.002, 0.3),
-    "f_pndm-100": (0.005, 0.55),
-    "dpm_solver_2-5": (0.030, 0.3),
     "deis-5": (0.020, 0.9),
     "ddim_adm-5": (0.080, 0.3),
 }

@@ -202,18 +202,30 @@ def bridge(score_fn: ScoreFn) -> Bridged:
     return Bridged(dataclasses.replace(score_fn, process=Bridge(score_fn.process)))
 
 
-def times(process: Bridge, nfe: int, *, start_gap: float = 1e-3) -> np.ndarray:
+def times(
+    process: Bridge, nfe: int, *, start_gap: float = 1e-3, end: float | None = None
+) -> np.ndarray:
     """DBIM's grid: one evaluation at T for the booting noise, then uniform in t.
 
     Args:
       process: the bridge.
       nfe: evaluations, at least 2.
       start_gap: how far below t_max the second evaluation is.
+      end: the last time; None: t_clean. The authors end at 1e-4, where a little noise is left.
 
     Returns:
-      (nfe + 1,) times from t_max to t_clean.
+      (nfe + 1,) times from t_max to `end`.
+
+    Raises:
+      ValueError: fewer than 2 evaluations, or an end outside the process's times.
     """
     if not (is_concrete(process) and nfe >= 2):
         raise ValueError(f"`nfe` must be at least 2 (the first is at T); got {nfe}.")
-    high, low = float(process.t_max), float(process.t_clean)
+    high, clean = float(process.t_max), float(process.t_clean)
+    low = clean if end is None else float(end)
+    if not clean <= low < high - start_gap:
+        raise ValueError(
+            f"`end` must lie between t_clean = {clean:g} and t_max - start_gap = "
+            f"{high - start_gap:g}; got {low:g}."
+        )
     return np.concatenate([[high], np.linspace(high - start_gap, low, nfe)])

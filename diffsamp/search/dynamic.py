@@ -136,7 +136,9 @@ def step_costs(
       points: M.
       kind: "local": mean squared error of the step's end, in units of alpha there, which sums to
         the squared error of the sample if errors neither grow nor shrink (BOSS); "distance": its
-        root, the mean distance (GITS).
+        root, the mean distance (GITS); "deviation": by how much further than the trajectory the
+        step's end lies from the straight line between the trajectory's first and last state, in
+        x / alpha, which may be negative (GITS's "dev"; the default of its authors' code).
       cond: keyword arguments for the network, every array with the leading axis n.
       batch: starts at a time: `points` x `batch` states are in memory.
       sharding: over the batch axis, as for `run`.
@@ -148,7 +150,7 @@ def step_costs(
     Raises:
       ValueError: an unknown kind, or a trajectory that is not finite.
     """
-    expect_choice(kind, "kind", ("local", "distance"))
+    expect_choice(kind, "kind", ("local", "distance", "deviation"))
     process = score_fn.process
     if times is None:
         times = schedules.logsnr(process, expect_int(points, "points", at_least=2))
@@ -168,7 +170,7 @@ def step_costs(
         )  # fmt: skip
         part = pair_costs(
             run.points, run.outputs, jnp.asarray(alpha, jnp.float32),
-            jnp.asarray(sigma, jnp.float32), root=kind == "distance",
+            jnp.asarray(sigma, jnp.float32), kind=kind,
         )  # fmt: skip
         total += np.asarray(part, np.float64)
         if progress is not None:
@@ -181,11 +183,23 @@ def step_costs(
     return Costs(times, np.triu(total / size, 1))
 
 
-@functools.partial(jax.jit, static_argnames="root")
-def pair_costs(points, outputs, alpha, sigma, *, root):
+@functools.partial(jax.jit, static_argnames="kind")
+def pair_costs(points, outputs, alpha, sigma, *, kind):
     """Sum over samples of the error of each step i -> j, (M + 1, M + 1)."""
     rows = outputs.shape[0]
     weights = jnp.maximum(alpha, jnp.finfo(jnp.float32).tiny)
+
+    # where alpha = 0 the state is taken for x / alpha: the noise's direction is all that counts
+    scaled = points / jnp.where(alpha > 0, weights, 1.0).reshape((-1,) + (1,) * (points.ndim - 1))
+    straight = scaled[-1] - scaled[0]
+
+    def from_line(end):
+        """Distance of (n, ...) states over alpha to the line, a number each."""
+        axes = tuple(range(1, end.ndim))
+        away = scaled[-1] - end
+        size = jnp.maximum(jnp.sum(jnp.square(straight), axes, keepdims=True), 1e-30)
+        along = jnp.sum(away * straight, axes, keepdims=True) / size
+        return jnp.sqrt(jnp.mean(jnp.square(away - along * straight), axes))
 
     def from_point(i):
         ratio = sigma / sigma[i]
@@ -193,9 +207,11 @@ def pair_costs(points, outputs, alpha, sigma, *, root):
 
         def error(ratio, kappa, weight, state):
             end = ratio * points[i] + kappa * outputs[i]
+            if kind == "deviation":
+                return jnp.sum(from_line(end / weight) - from_line(state / weight))
             axes = tuple(range(1, end.ndim))
             squared = jnp.mean(jnp.square((end - state) / weight), axis=axes)
-            return jnp.sum(jnp.sqrt(squared) if root else squared)
+            return jnp.sum(jnp.sqrt(squared) if kind == "distance" else squared)
 
         return jax.lax.map(lambda v: error(*v), (ratio, kappa, weights, points))
 

@@ -25,10 +25,10 @@ from diffsamp.sampling import sample, trajectory
 from diffsamp.score import ScoreFn
 from diffsamp.search.objective import Progress
 from diffsamp.solvers import ModelStatistics
-from diffsamp.solvers.iia import iia_features
+from diffsamp.solvers.iia import FEATURES, iia_features
 from diffsamp.tableau import Tableau
 
-__all__ = ["Fit", "fit_dc", "fit_iia", "model_statistics"]
+__all__ = ["Fit", "RatioPolynomial", "fit_dc", "fit_dc_cascade", "fit_iia", "model_statistics"]
 
 
 class Fit(NamedTuple):
@@ -113,6 +113,71 @@ def fit_dc(
     return Fit(solvers.dc_solver(process, times, ratios=ratios, **options), ratios, errors)
 
 
+class RatioPolynomial(NamedTuple):
+    """DC-Solver's ratios for any number of evaluations and guidance scale; made by
+    `fit_dc_cascade`.
+
+    Attributes:
+      coefficients: (4, 3, 3), of the powers 3..0 of i / NFE, 2..0 of scale / 12 and 2..0 of
+        NFE / 50, i the step's number from 1 on: the authors' 36 numbers, in their order.
+    """
+
+    coefficients: np.ndarray
+
+    def __call__(self, nfe: int, scale: float = 1.0) -> np.ndarray:
+        """The (nfe,) ratios for `solvers.dc_solver`; those of the first two steps are 1."""
+        nfe = expect_int(nfe, "nfe", at_least=1)
+        ratios = np.ones(nfe)
+        basis = _cascade_basis(np.arange(3, nfe + 1), nfe, scale)
+        ratios[2:] = basis @ np.asarray(self.coefficients, np.float64).reshape(-1)
+        return ratios
+
+
+def fit_dc_cascade(ratios: Mapping[tuple[int, float], Any]) -> RatioPolynomial:
+    """DC-Solver's ratios as a polynomial in step, evaluations and guidance, from known ones.
+
+    rho(i, NFE, scale) = sum_k c_k (i / NFE)^k, every c_k a quadratic in scale / 12 whose
+    coefficients are quadratics in NFE / 50. The authors fit one variable after the other; here
+    all 36 numbers are one least-squares fit, of least norm where the data leave some open.
+
+    Args:
+      ratios: {(nfe, guidance scale): (nfe,) ratios}, each from `fit_dc` on that grid and with that
+        guidance; three of either determine the quadratics.
+
+    Returns:
+      A `RatioPolynomial`; `solvers.dc_solver(process, times, ratios=found(nfe, scale))`.
+
+    Raises:
+      ValueError: another number of ratios than evaluations, or none beyond the first two steps.
+
+    Reference: Zhao et al. 2024, arXiv:2409.03755, section 3.3 (cascade polynomial regression).
+    """
+    rows, values = [], []
+    for (nfe, scale), given in ratios.items():
+        given = np.asarray(given, np.float64)
+        if given.shape != (nfe,) or not np.all(np.isfinite(given)):
+            raise ValueError(
+                f"the ratios of ({nfe}, {scale:g}) must be {nfe} finite numbers, one per step; got "
+                f"{given}."
+            )
+        rows.append(_cascade_basis(np.arange(3, nfe + 1), nfe, scale))
+        values.append(given[2:])
+    if not sum(len(v) for v in values):
+        raise ValueError(
+            "`ratios` must hold some with 3 evaluations and more: those of the first two steps are "
+            "not used."
+        )
+    found = np.linalg.lstsq(np.concatenate(rows), np.concatenate(values), rcond=1e-10)[0]
+    return RatioPolynomial(found.reshape(4, 3, 3))
+
+
+def _cascade_basis(i: np.ndarray, nfe: int, scale: float) -> np.ndarray:
+    """(len(i), 36) products of powers, highest first."""
+    of_step = np.vander(i / nfe, 4)
+    of_scale, of_nfe = np.vander([scale / 12], 3)[0], np.vander([nfe / 50], 3)[0]
+    return np.einsum("ik,s,n->iksn", of_step, of_scale, of_nfe).reshape(len(i), 36)
+
+
 def fit_iia(
     score_fn: ScoreFn,
     times: Any,
@@ -134,7 +199,7 @@ def fit_iia(
       score_fn: the network (with guidance, as it will be sampled).
       times: (n + 1,) decreasing times.
       x_T: (batch, ...) starts at times[0], an array; twenty are enough.
-      method: "ddim", "guided" or "heun", as for `solvers.iia`.
+      method: as for `solvers.iia`.
       cond: keyword arguments for the network.
       refine: steps of the fine solution (Heun's) per step.
       ridge: added to the normal equations, relative to their largest diagonal entry.
@@ -146,9 +211,9 @@ def fit_iia(
     Reference: Zhang, Niwa & Kleijn 2023, arXiv:2304.11328.
     """
     process, times = score_fn.process, expect_times(times)
-    steps, width = len(times) - 1, {"ddim": 2, "guided": 1, "heun": 4}
-    expect_choice(method, "method", tuple(width))
-    values, errors = np.zeros((steps, width[method])), np.zeros((steps, 2))
+    steps = len(times) - 1
+    expect_choice(method, "method", tuple(FEATURES))
+    values, errors = np.zeros((steps, FEATURES[method])), np.zeros((steps, 2))
     full, _, rows = iia_features(process, times, values + 1.0, method)
     shape = {"rows": full.rows, "p": full.p, "q": full.q}
     for n in range(steps):

@@ -194,6 +194,7 @@ SOLVERS: dict[str, Solver] = _listed(
         "arXiv:2211.01095",
         ("res_multistep",),
     ),
+    Solver("dpmpp_2m_hb", dpmpp, {"order": 2, "beta": 0.8}, 1, "arXiv:2307.11118"),
     Solver("dpmpp_3m", dpmpp, {"order": 3}, 3, "arXiv:2211.01095"),
     Solver("deis_tab1", deis, {"order": 1}, 2, "arXiv:2204.13902"),
     Solver("deis_tab2", deis, {"order": 2}, 3, "arXiv:2204.13902"),

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from diffsamp.processes import EDM
 from diffsamp.solvers._builder import Builder, Combination, Point
 
 __all__ = ["Churn"]
@@ -33,8 +34,10 @@ class Churn:
         gamma = min(self.churn / (len(builder.points) - 1), math.sqrt(2) - 1)
         if gamma == 0 or s.alpha == 0 or not self.low <= s.rho <= self.high:
             return x, s
-        top = builder.point(builder.process.t_max)
-        rho = min(s.rho * (1 + gamma), top.rho)
+        # EDM's networks take any sigma; others were not trained beyond t_max
+        bounded = not isinstance(builder.process, EDM)
+        top = builder.point(builder.process.t_max).rho if bounded else math.inf
+        rho = min(s.rho * (1 + gamma), top)
         if not rho > s.rho:
             return x, s
         lifted = builder.point_at(-np.log(rho))

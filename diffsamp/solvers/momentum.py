@@ -40,7 +40,8 @@ def heavy_ball(tableau: Tableau, *, beta: float = 0.8, prediction: str = "data")
     Args:
       tableau: a deterministic sampler of one evaluation a step.
       beta: in (0, 1].
-      prediction: "data" (as DPM-Solver++ 2M-HB) or "noise" (as PLMS-HB): what P is.
+      prediction: "data" (for DPM-Solver++; its authors' 2M-HB starts in another way, see `beta` of
+        `solvers.dpmpp`) or "noise" (as PLMS-HB): what P is.
 
     Returns:
       A tableau of as many evaluations.

@@ -166,11 +166,13 @@ def _deis(name: str, values: Values) -> MakeTableau:
 
 def _sa(name: str, values: Values) -> MakeTableau:
     return partial(
-        steps.sa,
-        predictor=values["predictor_order"],
+        solvers.sa_solver,
+        order=values["predictor_order"],
         corrector=values["corrector_order"],
         lower_order_final=bool(values["lower_order_final"]),
+        rescale=True,
         tau=lambda t: 1.0 if 200 <= t <= 800 else 0.0,
+        tau_at="start",
     )
 
 

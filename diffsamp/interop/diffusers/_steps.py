@@ -21,7 +21,7 @@ from diffsamp.solvers._builder import (
     total,
     transfer,
 )
-from diffsamp.solvers._weights import exponential_weights, phis, spread
+from diffsamp.solvers._weights import phis, spread
 from diffsamp.tableau import Tableau
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "dpm_singlestep",
     "ipndm",
     "jumps",
-    "sa",
     "tcd",
     "with_rows",
 ]
@@ -295,58 +294,6 @@ def dpm_singlestep(
         name=f"{algorithm}_{max(orders)}s",
         source="arXiv:2206.00927; arXiv:2211.01095",
     )
-
-
-def sa(
-    process: Process,
-    times: Any,
-    *,
-    predictor: int,
-    corrector: int,
-    lower_order_final: bool,
-    tau: Callable[[float], float],
-) -> Tableau:
-    """SASolverScheduler: orders of their own for predictor and corrector, tau where a step starts.
-
-    With two evaluations the slope's weight is the authors' c h^2 / 2, c = 1 + tau^2.
-    """
-    builder = Builder(process, times)
-    points = builder.points
-    steps = len(points) - 1
-
-    def weights(nodes: list[float], h: float, rate: float) -> np.ndarray:
-        if len(nodes) != 2:
-            return exponential_weights(nodes, h, rate)
-        at_start = int(np.argmin(np.abs(nodes)))
-        other = 1 - at_start
-        slope = rate * h**2 / 2 / nodes[other]
-        found = np.empty(2)
-        found[other], found[at_start] = slope, -math.expm1(-rate * h) - slope
-        return found
-
-    x, history = builder.start, list[Answer]()
-    used, made, rate, correct = list[Answer](), np.zeros(0), 1.0, 0
-    for n, (s, t) in enumerate(itertools.pairwise(points)):
-        answer = builder.evaluate(x, s)
-        x = answer.state
-        if n > 0:
-            before = history[0].point.log_snr
-            nodes = [answer, *history[: correct - 1]]
-            new = weights([a.point.log_snr - before for a in nodes], s.log_snr - before, rate)
-            x = x + s.alpha * total(new, [a.data for a in nodes])
-            x = x - s.alpha * total(made, [a.data for a in used])
-        history = [answer, *history[: max(predictor, corrector - 1) - 1]]
-        left = steps - n if lower_order_final else steps
-        used = history[: min(predictor, left, n + 1)]
-        correct = min(corrector, left + 1, n + 2)
-        strength = float(tau(s.t))
-        h, rate = t.log_snr - s.log_snr, 1 + strength**2
-        made = weights([a.point.log_snr - s.log_snr for a in used], h, rate)
-        kept = math.exp(-(strength**2) * h) if strength else 1.0
-        x = (t.sigma / s.sigma) * kept * x + t.alpha * total(made, [a.data for a in used])
-        if strength and t.sigma > 0:
-            x = x + t.sigma * spread(strength**2 * h) * builder.fresh_noise()
-    return builder.finish(x, points[-1], name="sa_solver", source="arXiv:2309.05019")
 
 
 # -- few-step networks and flows with noise -----------------------------------------------------
