@@ -34,6 +34,7 @@ from diffsamp.search.compare import Comparison, Entry, LeftOut, compare
 from diffsamp.search.distill import distill
 from diffsamp.search.dynamic import step_costs
 from diffsamp.search.evolve import evolve
+from diffsamp.search.explicit import from_largest_level
 from diffsamp.search.objective import (
     Objective,
     Progress,
@@ -236,16 +237,22 @@ def best(
         for n in budgets:
             names = list(dict.fromkeys(e.solver for e in tables[n].entries))[:4]
             used, tableaux = [], []
-            for name, kind, weight in itertools.product(names, costs, _WEIGHTS):
+            choices = [(kind, w, False) for kind in costs for w in _WEIGHTS]
+            choices += [("local", w, True) for w in _WEIGHTS]  # what may begin later, too
+            for name, (kind, weight, free) in itertools.product(names, choices):
                 count = solvers.get(name).steps(n)
                 assert count is not None  # it met this budget before
-                times = costs[kind].schedule(count, weight=weight)
+                times = costs[kind].schedule(count, weight=weight, free=free)
+                if free and times[0] == costs[kind].times[0]:
+                    continue  # the same path
                 try:
                     tableau = solvers.get(name)(score_fn.process, times)
+                    tableau = from_largest_level(tableau, score_fn.process)
                 except ValueError as error:
                     unfit.append(LeftOut(name, f"{kind} cost, weight {weight:g}", n, str(error)))
                     continue
-                label = f"dynamic ({name}, {kind} cost, weight {weight:g})"
+                later = ", later start" if free else ""
+                label = f"dynamic ({name}, {kind} cost{later}, weight {weight:g})"
                 used.append((name, kind))
                 tableaux.append(dataclasses.replace(tableau, name=label))
             values = measure(tableaux, 0, fit)

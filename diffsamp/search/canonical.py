@@ -21,6 +21,7 @@ import numpy as np
 
 from diffsamp._core.numeric import as_float, namespace
 from diffsamp.processes import Process
+from diffsamp.search.explicit import own_start
 from diffsamp.tableau import Tableau
 
 __all__ = ["can_distill", "canonical", "from_canonical"]
@@ -28,6 +29,8 @@ __all__ = ["can_distill", "canonical", "from_canonical"]
 
 def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
     """The numbers of the canonical form of a deterministic tableau; float64.
+
+    A first row that only scales the start (`explicit.from_largest_level`) is no part of it.
 
     Returns:
       "log_snr" (N - 1,) of the inner points, "weights" (N, N) strictly lower part of G, "sums"
@@ -38,6 +41,7 @@ def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
       ValueError: a stochastic tableau, rows without evaluation other than trailing padding, or
         levels that do not fall (multi-stage methods revisit one).
     """
+    tableau, _ = own_start(tableau)
     rows = tableau.nfe
     live = np.asarray(tableau.evaluates)
     if tableau.stochastic or not np.all(live[:rows]):

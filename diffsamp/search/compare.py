@@ -14,6 +14,7 @@ from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_int
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
+from diffsamp.search.explicit import from_largest_level
 from diffsamp.search.objective import Progress, finite_psnr, make_reference, run_many
 from diffsamp.tableau import Tableau
 
@@ -197,7 +198,8 @@ def compare(
       progress: called with (what, done, total).
 
     Returns:
-      A `Comparison`. What cannot be built is left out, counted and named there.
+      A `Comparison`. What cannot be built is left out, counted and named there. A sampler whose
+      schedule begins below t_max gets a first row that scales the start and asks nothing.
 
     Raises:
       ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet,
@@ -228,7 +230,7 @@ def compare(
                     continue
                 try:
                     times = spacing.get(grid, schedules.get(s.schedule))(process, steps)
-                    todo.append((s.name, grid, s(process, times)))
+                    todo.append((s.name, grid, from_largest_level(s(process, times), process)))
                 except ValueError as error:
                     left_out.append(LeftOut(s.name, grid, budget, str(error)))
     if not todo and left_out:

@@ -34,6 +34,7 @@ from diffsamp.search._gradient import (
 )
 from diffsamp.search.canonical import canonical
 from diffsamp.search.compare import candidates, compare
+from diffsamp.search.explicit import from_largest_level, own_start
 from diffsamp.search.objective import (
     Objective,
     Progress,
@@ -89,8 +90,9 @@ def distill(
       score_fn: the network.
       x_T: (n, ...) starts at the process's t_max, an array.
       nfe: the budget. May be left out if `start` is given.
-      start: the tableau to start from: deterministic, one evaluation a row, falling levels. Of
-        several, each is tried for an eighth of the steps and the one that got furthest is taken.
+      start: the tableau to start from: deterministic, one evaluation a row, falling levels. A
+        first row that only scales the start, as `regress` makes it, stays as it is. Of several,
+        each is tried for an eighth of the steps and the one that got furthest is taken.
         None: the best of each of four families of solvers in `compare`, on the fit noise.
       key: random key for the order of the minibatches.
       cond: keyword arguments for the network, every array with the leading axis n.
@@ -199,8 +201,10 @@ def distill(
         **problem.arrays(best),
         name=f"distilled from {chosen.name}, {chosen.nfe} NFE",
         source=f"diffsamp.search.distill (after arXiv:2403.01329); start: {chosen.source}",
-        check="full" if consistent and _is_consistent(chosen) else "none",
+        check="full" if consistent and _is_consistent(own_start(chosen)[0]) else "none",
     )
+    if best.scale != 1:
+        tableau = from_largest_level(tableau, score_fn.process)
     zero = dataclasses.replace(best, moved=jax.tree.map(jnp.zeros_like, best.moved))
     spans = {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}
     judges: dict[str, Any] = {
@@ -227,12 +231,16 @@ def distill(
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """Learned changes `moved` of a start whose numbers are `fixed`, and how good they are."""
+    """Learned changes `moved` of a start whose numbers are `fixed`, and how good they are.
+
+    `scale` is what x_T is multiplied by: 1 for samplers that begin at t_max.
+    """
 
     fixed: Any
     moved: Any
     value: float
     history: tuple[tuple[int, float, float], ...]
+    scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +272,7 @@ class _Problem:
     def samples(self, candidate: _Candidate, first: int, last: int) -> Any:
         """Samples first .. last - 1; NaN if the numbers themselves are not finite."""
         arrays = self.arrays(candidate)
-        x_T = slice_batch(self.x_T, first, last)
+        x_T = _scaled(slice_batch(self.x_T, first, last), candidate.scale)
         if not all(np.all(np.isfinite(array)) for array in arrays.values()):
             return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x_T)
         tableau = Tableau.create(**arrays, check="none")
@@ -286,6 +294,7 @@ class _Problem:
         progress: Progress | None = None,
     ) -> _Candidate:
         """Gradient descent from `start`; the best candidate seen on the stopping samples."""
+        start, scale = own_start(start)
         base = canonical(start)
         ends = {
             k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
@@ -297,11 +306,11 @@ class _Problem:
             scales["weights"] = scales["weights"] * (lag < self.memory)
         moved = {name: jnp.zeros(base[name].shape, jnp.float32) for name in sorted(free)}
         state = self.optimizer.init(moved)
-        best = _Candidate((base, ends, scales), moved, np.inf, ())
+        best = _Candidate((base, ends, scales), moved, np.inf, (), scale)
         best = dataclasses.replace(best, value=self.value(best))
         history = [(0, float("nan"), best.value)]
         key, since_gain, order = self.key, 0, np.arange(0)
-        fit_x = slice_batch(self.x_T, 0, self.fit)
+        fit_x = _scaled(slice_batch(self.x_T, 0, self.fit), scale)
         own = fit_x if self.radius else None  # the starts, as far as they have moved
         for step in range(1, steps + 1):
             if order.size < self.batch:
@@ -332,6 +341,10 @@ class _Problem:
             if progress is not None:
                 progress("distilling", step, steps)
         return dataclasses.replace(best, history=tuple(history))
+
+
+def _scaled(x: Any, scale: float) -> Any:
+    return x if scale == 1 else jax.tree.map(lambda leaf: leaf * scale, x)
 
 
 def _is_consistent(tableau: Tableau) -> bool:

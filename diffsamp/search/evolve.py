@@ -30,6 +30,7 @@ from diffsamp._core.files import write_atomically
 from diffsamp._core.sharding import on_mesh
 from diffsamp.score import ScoreFn
 from diffsamp.search.compare import Comparison
+from diffsamp.search.explicit import own_start
 from diffsamp.search.genome import (
     KINDS,
     Genome,
@@ -215,7 +216,9 @@ def _first(
     """Half of the first population from the comparison, the rest at random."""
     chosen: dict[Genome, None] = {}
     for entry in [] if start is None else _encodable(start, nfe)[: size // 2]:
-        chosen[from_times(process, entry.tableau.times, [KINDS[entry.solver]] * nfe)] = None
+        chosen[
+            from_times(process, own_start(entry.tableau)[0].times, [KINDS[entry.solver]] * nfe)
+        ] = None
     while len(chosen) < size:
         chosen[random_genome(rng, nfe, process, grids)] = None
     return list(chosen)

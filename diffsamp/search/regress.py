@@ -396,7 +396,7 @@ def _start_grids(
                 jnp.asarray(record.states[:, :batch]),
                 jnp.asarray(record.answers[:, :batch]),
                 *arguments,
-                root=kind == "distance",
+                kind=kind,
             ),
             np.float64,
         )
