@@ -18,8 +18,8 @@ import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import Answer, Builder, total, transfer
-from diffsamp.solvers._weights import exponential_weights, spread
+from diffsamp.solvers._builder import Answer, Builder, Point, total, transfer
+from diffsamp.solvers._weights import exponential_weights, phis, spread
 from diffsamp.tableau import Tableau
 
 __all__ = ["er_sde", "sa_solver"]
@@ -31,7 +31,10 @@ def sa_solver(
     *,
     order: int = 3,
     corrector: bool = True,
+    corrector_order: int | None = None,
     tau: float | Callable[[float], float] = 1.0,
+    few_steps: bool = False,
+    mode: str = "PEC",
     lower_order_final: bool = True,
 ) -> Tableau:
     """SA-Solver: stochastic Adams predictor and corrector at one evaluation a step.
@@ -42,21 +45,35 @@ def sa_solver(
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
-      order: evaluations the predictor uses, 1 to 4; the corrector uses one more.
+      order: evaluations the predictor uses, 1 to 4.
       corrector: correct each state with the evaluation made there.
+      corrector_order: evaluations the corrector uses, the one made there included, 1 to 5; None:
+        one more than `order`. The authors take (order, corrector_order) = (3, 4) without guidance
+        and (2, 2) with it.
       tau: noise strength, a number or a function of the time a step ends at (the authors' reading;
         diffusers takes the time it starts at). At least 0.
+      few_steps: the mode that the authors recommend. Where two evaluations are used, the weight of
+        their slope, (c h - 1 + exp(-c h)) / c with c = 1 + tau^2, is its leading term c h^2 / 2;
+        and the last step adds no noise, its tau is 0.
+      mode: "PEC", or "PECE": the network is asked again at the corrected state, for two evaluations
+        a step, one on the last.
       lower_order_final: lower the order over the last steps. A step to sigma = 0 has order 1.
 
     Returns:
-      A tableau of n evaluations, in data prediction.
+      A tableau of n evaluations, 2 n - 1 in mode "PECE", in data prediction.
 
     Raises:
-      ValueError: times that do not decrease, another order, a negative tau.
+      ValueError: times that do not decrease, another order or mode, a negative tau, "PECE" without
+        a corrector.
 
-    Reference: Xue et al. 2023, arXiv:2309.05019, algorithm 1.
+    Reference: Xue et al. 2023, arXiv:2309.05019, algorithm 1; few_steps: appendix D.
     """
     expect_int(order, "order", 1, 4)
+    correcting = order + 1 if corrector_order is None else corrector_order
+    expect_int(correcting, "corrector_order", 1, 5)
+    expect_choice(mode, "mode", ("PEC", "PECE"))
+    if mode == "PECE" and not corrector:
+        raise ValueError('mode="PECE" asks at corrected states: it needs corrector=True.')
     builder = Builder(process, times)
     points = builder.points
     steps = len(points) - 1
@@ -66,28 +83,49 @@ def sa_solver(
         s, t = points[n], points[n + 1]
         answer = builder.evaluate(x, s)
         x = answer.state
-        if corrector and n > 0 and math.isfinite(used[0].point.log_snr):
-            present = used[0].point.log_snr
-            nodes = [a.point.log_snr - present for a in [*used, answer]]
-            corrected = exponential_weights(nodes, s.log_snr - present, rate)
-            change = corrected - np.append(weights, 0.0)
-            x = x + s.alpha * total(change, [a.data for a in [*used, answer]])
+        if corrector and n > 0 and math.isfinite(history[0].point.log_snr):
+            start, finite = history[0].point, _finite(history)
+            # the order of the step that led here, lowered as the predictor's was
+            now = min(correcting, n + 1, steps - n + 2 if lower_order_final else correcting)
+            nodes = [answer, *finite[: now - 1]]
+            corrected = _adams(nodes, start, s.log_snr - start.log_snr, rate, few_steps)
+            x = x + s.alpha * total(corrected, [a.data for a in nodes])
+            x = x - s.alpha * total(weights, [a.data for a in used])
+            if mode == "PECE":
+                answer = builder.evaluate(x, s)
+                x = answer.state
         strength = float(tau(t.t) if callable(tau) else tau)
         if not strength >= 0:
             raise ValueError(f"`tau` must not be negative; got {strength}.")
+        if few_steps and n == steps - 1:
+            strength = 0.0
         if strength:
             builder.expect_falling("sa_solver with tau > 0")
-        history = [answer, *history[: order - 1]]
+        history = [answer, *history[: max(order, correcting) - 1]]
         now = 1 if t.sigma == 0 else min(order, steps - n) if lower_order_final else order
-        used = ([a for a in history if math.isfinite(a.point.log_snr)] or history[:1])[:now]
+        used = (_finite(history) or history[:1])[:now]
         h, rate = t.log_snr - s.log_snr, 1 + strength**2
-        weights = exponential_weights([a.point.log_snr - s.log_snr for a in used], h, rate)
+        weights = _adams(used, s, h, rate, few_steps)
         kept = math.exp(-(strength**2) * h) if strength else 1.0
         x = (t.sigma / s.sigma) * kept * x + t.alpha * total(weights, [a.data for a in used])
         if strength and t.sigma:
             x = x + t.sigma * spread(strength**2 * h) * builder.fresh_noise()
     name = f"sa_solver{order}" + ("" if callable(tau) else f"(tau={tau:g})")
     return builder.finish(x, points[-1], name=name, source="arXiv:2309.05019, algorithm 1")
+
+
+def _finite(history: list[Answer]) -> list[Answer]:
+    return [a for a in history if math.isfinite(a.point.log_snr)]
+
+
+def _adams(nodes: list[Answer], s: Point, h: float, rate: float, rescale: bool) -> np.ndarray:
+    """The weights of the nodes' data in a step from s; `rescale` those of two nodes."""
+    levels = [a.point.log_snr - s.log_snr for a in nodes]
+    weights = exponential_weights(levels, h, rate)
+    if rescale and len(nodes) == 2:
+        slope = rate * h**2 / 2 - (rate * h - phis(rate * h)[0]) / rate
+        weights = weights + slope / (levels[0] - levels[1]) * np.array([1.0, -1.0])
+    return weights
 
 
 # the noise scale phi(rho) of ER-SDE
