@@ -1,5 +1,8 @@
 """PSLD: its moments against their ODE, and samplers against the exact reverse ODE of a Gaussian."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +153,102 @@ def test_samples_have_the_datas_moments():
     assert float(jnp.std(z[..., 0])) == pytest.approx(np.sqrt(VARIANCE), rel=0.05)
     padded = ds.sample(steps, tableau.pad(rows=250, p=2, q=3), z_T[:4])
     np.testing.assert_allclose(padded, z[:4], atol=1e-4)
+
+
+# -- stochastic methods, against their loops on the mean and covariance of z -----------------------
+
+
+def law_as_published(process, times, method):
+    """Mean and covariance after the authors' loop with the perfect network, which is linear."""
+    F, GG = drift_and_spread(process)
+    prior = np.diag([1.0, process.mass])
+    mean, cov = np.zeros(2), prior
+
+    def pushed(matrix, shift, noise):
+        return matrix @ mean + shift, matrix @ cov @ matrix.T + noise
+
+    def exact(span):  # what the reverse SDE would be if the score were the prior's, by its ODE
+        A = -F - GG @ np.linalg.inv(prior)
+
+        def rhs(t, y):
+            m, c = y[:4].reshape(2, 2), y[4:].reshape(2, 2)
+            return np.concatenate([(A @ m).ravel(), (A @ c + c @ A.T + GG).ravel()])
+
+        start = np.concatenate([np.eye(2).ravel(), np.zeros(4)])
+        y = solve_ivp(rhs, (0, span), start, rtol=1e-11, atol=1e-13).y[:, -1]
+        return y[:4].reshape(2, 2), 0.0, y[4:].reshape(2, 2)
+
+    for n, (s, t) in enumerate(itertools.pairwise(times)):
+        at, shape = moments(process, s)
+        inverse = np.linalg.inv(shape)  # score = -inverse (z - at)
+        last = n == len(times) - 2
+        if method == "sscs" and not last:
+            mean, cov = pushed(*exact((s - t) / 2))
+            step = np.eye(2) + (s - t) * GG @ (np.linalg.inv(prior) - inverse)
+            mean, cov = pushed(step, (s - t) * GG @ inverse @ at, 0.0)
+            mean, cov = pushed(*exact((s - t) / 2))
+        else:
+            step = np.eye(2) - (s - t) * (F + GG @ inverse)
+            noise = 0.0 if last else (s - t) * GG
+            mean, cov = pushed(step, (s - t) * GG @ inverse @ at, noise)
+    return mean, cov
+
+
+def law(process, times, method):
+    """The same of what the executor does: every row as a matrix, from its action on a basis."""
+    steps, tableau = phase_space.sampler(network(process), times, method=method)
+    silent = dataclasses.replace(tableau, c=np.zeros_like(tableau.c))
+    mean, cov = np.zeros(2), np.diag([1.0, process.mass])
+    for n in range(tableau.rows):
+        size = 1 / np.array(steps.on_input).reshape(2, 2, -1)[[0, 1], [0, 1], n]  # of z = 1
+        state = ds.init(silent, jnp.array([[0.0, 0.0], [size[0], 0.0], [0.0, size[1]]]))
+        out = np.asarray(ds.step(steps, silent, state._replace(row=jnp.int32(n))).x)
+        matrix = (out[1:] - out[0]).T / size
+        mean, cov = matrix @ mean + out[0], matrix @ cov @ matrix.T + tableau.c[n] ** 2 * np.eye(2)
+    return mean, cov
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", ["euler_maruyama", "sscs"])
+@pytest.mark.parametrize(
+    "process", [PROCESS, phase_space.psld(gamma=0.0, nu=4.0)], ids=["paper", "gamma0"]
+)
+def test_stochastic_samplers_have_the_authors_law(process, method):
+    for times in ([*np.linspace(1, 1e-3, 7), 0.0], [1.0, 0.9, 0.5, 0.1], [1.0, 0.3]):
+        want, got = law_as_published(process, times, method), law(process, times, method)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-8)  # the solution of `exact`
+
+
+@pytest.mark.usefixtures("x64")
+def test_stochastic_samplers_converge_to_the_data():
+    errors = {}
+    for method in ("euler_maruyama", "sscs"):
+        for n in (40, 80, 160):
+            times = np.append(np.linspace(1, 1e-4, n), 0.0)
+            mean, cov = law(PROCESS, times, method)
+            errors[method, n] = abs(mean[0] - MEAN), abs(cov[0, 0] - VARIANCE)
+        slopes = np.log2(np.array(errors[method, 80]) / np.array(errors[method, 160]))
+        assert np.all(slopes > 0.7), (method, errors)
+    assert errors["sscs", 160][1] < errors["euler_maruyama", 160][1]
+
+
+def test_stochastic_samples_in_float32():
+    # from 0.01: before it float32 spoils the moments of this test's network
+    times = np.append(np.linspace(1, 0.1, 81) ** 2, 0.0)
+    z_T = PROCESS.prior_sample(jax.random.key(0), (3000, 3, 2, 2))
+    for process, method in (
+        (PROCESS, "sscs"),
+        (PROCESS, "euler_maruyama"),
+        (phase_space.psld(gamma=0.0, nu=4.0), "euler_maruyama"),
+    ):
+        steps, tableau = phase_space.sampler(network(process), times, method=method)
+        assert (tableau.nfe, tableau.stochastic) == (81, True)
+        z = ds.sample(steps, tableau, z_T, key=jax.random.key(1))
+        mean, cov = law_as_published(process, times, method)
+        assert float(jnp.mean(z[..., 0])) == pytest.approx(mean[0], abs=0.03)
+        assert float(jnp.var(z[..., 0])) == pytest.approx(cov[0, 0], rel=0.04)
+        assert float(jnp.var(z[..., 1])) == pytest.approx(cov[1, 1], rel=0.04)
 
 
 def test_bad_input():

@@ -10,7 +10,8 @@ eps of z = exp(F0 b) (x_0, 0) + L eps, L the lower Cholesky factor of S; the sco
 
 Every row of every method here is z' = z + P z + Q eps with matrices of 2 x 2 that depend on the
 row. They mix the parts, which a tableau's coefficients do not; so a transform of the network gives
-P z + Q eps, and the tableau adds it.
+P z + Q eps, and the tableau adds it. Noise R xi with a matrix R of 2 x 2 is a tableau's standard
+normal xi for the state R^-1 z, in which stochastic methods run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from diffsamp.tableau import Tableau
 
 __all__ = ["PSLD", "PhaseSpaceSampler", "PhaseSpaceSteps", "psld", "sampler"]
 
-_METHODS = ("euler", "conjugate", "symplectic_euler", "verlet", "reduced_verlet")
+_STOCHASTIC = ("euler_maruyama", "sscs")
+_METHODS = ("euler", "conjugate", "symplectic_euler", "verlet", "reduced_verlet", *_STOCHASTIC)
 
 
 @jax.tree_util.register_dataclass
@@ -171,6 +173,7 @@ class _StepsBound(NamedTuple):
     inner: Any
     on_state: Any
     on_noise: Any
+    on_input: Any
 
 
 @jax.tree_util.register_dataclass
@@ -182,37 +185,44 @@ class PhaseSpaceSteps(Transform):
       score_fn: the network, of the noise prediction.
       on_state: P as four arrays (N,): xx, xm, mx, mm.
       on_noise: Q likewise.
+      on_input: R likewise, which makes z of the state, R^-1 z; None where the state is z.
     """
 
     score_fn: Any
     on_state: Any
     on_noise: Any
+    on_input: Any = None
 
     def bind(self, level: Level, target: tuple[Any, Any]) -> _StepsBound:
         """As `ScoreFn.bind`, with the matrices of every row."""
-        numbers = per_row(level, "phase_space.sampler", *self.on_state, *self.on_noise)
+        scaled = () if self.on_input is None else self.on_input
+        numbers = per_row(level, "phase_space.sampler", *self.on_state, *self.on_noise, *scaled)
         if is_concrete(target) and np.any(to_host(target[0]) != 0):
             raise ValueError(
                 "the steps of phase_space.sampler are no prediction of data: sample them with the "
                 "tableau they came with, and nothing around them but guidance."
             )
-        return _StepsBound(self.score_fn.bind(level, target), numbers[:4], numbers[4:])
+        inner = self.score_fn.bind(level, target)
+        return _StepsBound(inner, numbers[:4], numbers[4:8], numbers[8:] or None)
 
     def predict(self, x: Any, bound: _StepsBound, cond: Mapping[str, Any] | None = None) -> Any:
         """P z + Q eps."""
-        noise = self.score_fn.predict(x, bound.inner, cond)
+        z = x
+        if bound.on_input is not None:
+            z = jax.tree.map(lambda v: _times(bound.on_input, v).astype(v.dtype), x)
+        noise = self.score_fn.predict(z, bound.inner, cond)
 
-        def both(z: jax.Array, eps: jax.Array) -> jax.Array:
-            def times(matrix: Any, v: jax.Array) -> jax.Array:
-                xx, xm, mx, mm = (scale_rows(entry, z[..., 0]) for entry in matrix)
-                first, second = v[..., 0], v[..., 1]
-                return jnp.stack([xx * first + xm * second, mx * first + mm * second], axis=-1)
-
-            wide = working_dtype(z.dtype)
-            value = times(bound.on_state, z.astype(wide)) + times(bound.on_noise, eps.astype(wide))
-            return value.astype(z.dtype)
+        def both(v: jax.Array, eps: jax.Array) -> jax.Array:
+            return (_times(bound.on_state, v) + _times(bound.on_noise, eps)).astype(v.dtype)
 
         return jax.tree.map(both, x, noise)
+
+
+def _times(matrix: Any, v: jax.Array) -> jax.Array:
+    """A row's matrix of 2 x 2 times the two parts, in at least float32."""
+    xx, xm, mx, mm = (scale_rows(entry, v[..., 0]) for entry in matrix)
+    first, second = (v[..., i].astype(working_dtype(v.dtype)) for i in (0, 1))
+    return jnp.stack([xx * first + xm * second, mx * first + mm * second], axis=-1)
 
 
 class PhaseSpaceSampler(NamedTuple):
@@ -230,7 +240,7 @@ class PhaseSpaceSampler(NamedTuple):
 def sampler(
     score_fn: ScoreFn, times: Any, *, method: str = "reduced_verlet", rate: float = 0.0
 ) -> PhaseSpaceSampler:
-    """A sampler of a phase-space model: the reverse ODE dz = F z + (1/2) G G^T L^-T eps dt.
+    """A sampler of a phase-space model: the reverse ODE dz = F z + (1/2) G G^T L^-T eps dt, or SDE.
 
     - "euler": one evaluation a step.
     - "conjugate": the linear part exact and eps frozen, in coordinates stretched by exp(rate t)
@@ -242,7 +252,18 @@ def sampler(
     - "reduced_verlet": the first two share an evaluation, and the last is made at the step's end;
       two a step.
 
-    All are of order 1; at equal steps the split ones are closer.
+    All are of order 1; at equal steps the split ones are closer. Two are stochastic, for the
+    reverse SDE, with one evaluation a step:
+
+    - "euler_maruyama": z' = z + (F z + G G^T L^-T eps) dt + G dw.
+    - "sscs": what the SDE would be if the score were that of the prior is solved exactly for half a
+      step, with its noise; then Euler's step with what the score has beyond that, asked at the
+      step's first time; then the other half.
+
+    Their last step is the authors' denoising: Euler's, without noise. The authors' n steps to 0.001
+    are `times` of n + 2 numbers, the last two 0.001 and 0. The first half step of "sscs", which
+    leaves the prior as it is, is not taken. Between steps the state is R^-1 z, with R the factor of
+    the last noise.
 
     Example:
       >>> import jax, diffsamp as ds
@@ -258,17 +279,19 @@ def sampler(
 
     Args:
       score_fn: a network of the state (batch, ..., 2) on a `PSLD` process, prediction="noise".
-      times: (n + 1,) decreasing times; the last above 0, where L is singular.
+      times: (n + 1,) decreasing times. The last may be 0 for stochastic methods; for the others it
+        is above it, since L is singular there.
       method: one of the above.
       rate: of "conjugate"; 0 is the exponential integrator.
 
     Returns:
-      A `PhaseSpaceSampler`, deterministic.
+      A `PhaseSpaceSampler`; sample it with a key if the method is stochastic.
 
     Raises:
       ValueError: another process, prediction or method, or times down to 0.
 
-    Reference: Pandey, Rudolph & Mandt 2023 (efficient integrators), arXiv:2310.07894.
+    Reference: Pandey, Rudolph & Mandt 2023 (efficient integrators), arXiv:2310.07894; stochastic:
+    Pandey & Mandt 2023, arXiv:2303.01748, "sscs" after Dockhorn et al. 2022, arXiv:2112.07068.
     """
     process = score_fn.process
     if not isinstance(process, PSLD) or score_fn.prediction != "noise":
@@ -278,11 +301,14 @@ def sampler(
         )
     expect_choice(method, "method", _METHODS)
     times = expect_times(times)
-    if times[-1] <= 0 or times[0] > process.t_max:
+    noisy = method in _STOCHASTIC
+    if not (times[-1] > 0 or (noisy and times[-1] == 0)) or times[0] > process.t_max:
         raise ValueError(
-            f"`times` must lie in (0, {process.t_max:g}], such as down to process.t_min; got "
-            f"{times[0]:g} .. {times[-1]:g}."
+            f"`times` must lie in {'[' if noisy else '('}0, {process.t_max:g}], such as down to "
+            f"process.t_min; got {times[0]:g} .. {times[-1]:g}."
         )
+    if noisy:
+        return _stochastic(score_fn, process, times, method)
     rows: list[tuple[float, np.ndarray, np.ndarray]] = []  # time of the evaluation, P, Q
     x_only, m_only = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
     drift = _drift(process)
@@ -301,13 +327,54 @@ def sampler(
             parts = [m_only, x_only] if method[0] == "s" else [m_only / 2, x_only, m_only / 2]
             rows += [(s, part @ whole[0], part @ whole[1]) for part in parts]
     asked = np.array([row[0] for row in rows] + [times[-1]])
-    level = level_at(process, asked)
-    matrices = [tuple(np.stack([row[i] for row in rows]).reshape(-1, 4).T) for i in (1, 2)]
-    one = np.ones((len(rows), 1))
-    tableau = Tableau.create(
-        times=asked, alpha=level.alpha, sigma=level.sigma, target=one * [0.0, 1.0], a=one, b=one,
-        name=f"psld_{method}", source="arXiv:2310.07894", check="none",
+    matrices = _entries([row[1] for row in rows]), _entries([row[2] for row in rows])
+    tableau = _rows(process, asked, 1.0, 0.0, f"psld_{method}", "arXiv:2310.07894")
+    return PhaseSpaceSampler(PhaseSpaceSteps(score_fn, *matrices), tableau)
+
+
+def _entries(matrices: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """xx, xm, mx, mm of every row, (N,) each."""
+    return tuple(np.stack(matrices).reshape(-1, 4).T)
+
+
+def _rows(process: PSLD, times: Any, kept: float, c: Any, name: str, source: str) -> Tableau:
+    """u' = kept u + m + c xi."""
+    level, one = level_at(process, times), np.ones((len(times) - 1, 1))
+    return Tableau.create(
+        times=times, alpha=level.alpha, sigma=level.sigma, target=one * [0.0, 1.0], a=kept * one,
+        b=one, c=c * one[:, 0], name=name, source=source, check="none",
     )  # fmt: skip
+
+
+def _stochastic(
+    score_fn: ScoreFn, process: PSLD, times: np.ndarray, method: str
+) -> PhaseSpaceSampler:
+    """Rows y' = R'^-1 (P R y + Q eps(R y)) + xi, with z = R y; R is the identity at both ends."""
+    spread = process.beta * np.diag([process.gamma, process.mass * process.nu])  # G G^T
+    prior = np.diag([1.0, process.mass])
+    scale, on_state, on_noise, on_input = np.eye(2), [], [], []
+    steps = len(times) - 1
+    for n, (s, t) in enumerate(itertools.pairwise(times)):
+        span, factor = s - t, np.eye(2)
+        whole, push = np.eye(2) - span * _drift(process), -2 * span * _noise(process, s)
+        if n < steps - 1 and method == "sscs":
+            # the halves around the next evaluation in one: the second of this step, the first of
+            # the next, which the denoising step has not
+            half = span / 2 + (0.0 if n == steps - 2 else (t - times[n + 2]) / 2)
+            back = np.array(process.mean(half)).reshape(2, 2) * [[1, -1], [-1, 1]]
+            whole = back @ (np.eye(2) + span * spread @ np.linalg.inv(prior))
+            push, factor = back @ push, np.linalg.cholesky(prior - back @ prior @ back.T)
+        elif n < steps - 1:
+            # no noise of x at Gamma = 0: so little that the state does not hold it
+            factor = np.sqrt(span * np.maximum(spread, 1e-24 * np.eye(2)))
+        inverse = np.linalg.inv(factor)
+        on_state.append(inverse @ whole @ scale)
+        on_noise.append(inverse @ push)
+        on_input.append(scale)
+        scale = factor
+    c = np.arange(steps) < steps - 1
+    tableau = _rows(process, times, 0.0, c, f"psld_{method}", "arXiv:2303.01748")
+    matrices = [_entries(rows) for rows in (on_state, on_noise, on_input)]
     return PhaseSpaceSampler(PhaseSpaceSteps(score_fn, *matrices), tableau)
 
 
