@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from cases import skewed_mixture, twin
@@ -21,6 +22,48 @@ def perfect(process, x, t):
 
 def run(tableau, x=X):
     return twin(tableau, skewed_mixture().posterior, x, noises=NOISES)
+
+
+# -- EDM's churn -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("s_max", [np.inf, 50.0])
+def test_churn_in_every_row_that_edm_churns(s_max):
+    """Algorithm 2 at S_max = inf: the first row goes above sigma_max."""
+    for process, (s_churn, s_min, s_noise) in itertools.product(
+        (EDM, ds.processes.ve()), ((10.0, 0.05, 1.003), (80.0, 0.0, 1.007))
+    ):
+        times = schedules.karras(process, 18)
+        sigma = np.append(process.sigma(times[:-1]), 0.0)
+        x = start = X * float(process.prior_std)
+        drawn, noisy = iter(NOISES), 0
+        for s, t in itertools.pairwise(sigma):
+            gamma = min(s_churn / 18, np.sqrt(2) - 1) if s_min <= s <= s_max else 0.0
+            hat = s * (1 + gamma)
+            if gamma:
+                x, noisy = x + np.sqrt(hat**2 - s**2) * s_noise * next(drawn), noisy + 1
+            _, d = skewed_mixture().posterior(x, 1.0, hat)
+            end = x + (t - hat) * d
+            if t > 0:
+                end = x + (t - hat) / 2 * (d + skewed_mixture().posterior(end, 1.0, t)[1])
+            x = end
+        tableau = solvers.heun(
+            process, times, churn=s_churn, churn_min=s_min, churn_max=s_max, noise_scale=s_noise
+        )
+        assert np.sum(tableau.c > 0) == noisy
+        assert (noisy == 18) == (s_min == 0 and s_max == np.inf)
+        assert (tableau.times[1] > process.t_max) == (s_max == np.inf)
+        np.testing.assert_allclose(run(tableau, start), x, rtol=1e-9, atol=1e-9)
+    got = ds.sample(skewed_mixture().score_fn(process), tableau, np.float32(start),
+                    key=jax.random.key(0))  # fmt: skip
+    assert np.all(np.isfinite(got))
+
+
+def test_churn_of_a_table_stays_on_it():
+    process = ds.processes.vp_discrete()
+    tableau = solvers.euler(process, schedules.karras(process, 12), churn=30.0)
+    assert np.sum(tableau.c > 0) == 11
+    assert tableau.times.max() == process.t_max
 
 
 # -- SA-Solver -------------------------------------------------------------------------------------
