@@ -5,7 +5,8 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from cases import skewed_mixture, twin
+from cases import gaussian_moments, skewed_mixture, twin
+from scipy.integrate import quad
 
 import diffsamp as ds
 from diffsamp import schedules, solvers
@@ -166,3 +167,141 @@ def test_sa_solvers_few_steps_are_not_its_other_mode():
     assert (closed.nfe, closed.c[-1]) == (9, 0)
     with pytest.raises(ValueError, match="needs corrector=True"):
         solvers.sa_solver(VP, schedules.logsnr(VP, 5), mode="PECE", corrector=False)
+
+
+# -- SEEDS -----------------------------------------------------------------------------------------
+
+
+def seeds_as_published(process, x, times, order, nodes, form):
+    """The paper's stages; their noises drawn jointly, by the covariance of the SDE's own path."""
+    drawn = iter(NOISES)
+
+    def scales(lam):
+        t = process.time(lam)
+        return (process.alpha(t), process.sigma(t), t)
+
+    for lam_s, lam_t in itertools.pairwise(process.log_snr(times)):
+        h, (alpha_s, sigma_s, s) = lam_t - lam_s, scales(lam_s)
+        grid = np.array([*nodes, 1.0]) * h
+        low, high = np.minimum.outer(grid, grid), np.maximum.outer(grid, grid)
+        if form == "noise":  # of int sqrt(2) exp(h' - u) dW, and int sqrt(2) exp(-(h' - u)) dW
+            joint = np.exp(low + high) * (1 - np.exp(-2 * low))
+        else:
+            joint = np.exp(low - high) * (1 - np.exp(-2 * low))
+        factor = np.linalg.cholesky(joint)
+        z = [next(drawn) for _ in grid]
+        said = [perfect(process, x, s)[form == "noise"]]
+        for i, part in enumerate(grid):
+            alpha, sigma, t = scales(lam_s + part)
+            rate = -1 if form == "noise" else 2  # phi_1, phi_2 at -h, twice, and at 2 h
+            phi_1, phi_2 = -np.expm1(-rate * part), 1 + np.expm1(-rate * part) / (rate * part)
+            if form == "noise":
+                u, weight = alpha / alpha_s * x, 2 * sigma
+            else:
+                u, weight = sigma / sigma_s * np.exp(-part) * x, alpha
+            u = u + weight * phi_1 * said[0]
+            if i == 1 and order == 2:
+                u = u + weight * phi_1 / (2 * nodes[0]) * (said[1] - said[0])
+            elif i:
+                u = u + weight * phi_2 * (part / h) / nodes[i - 1] * (said[i] - said[0])
+            u = u + sigma * sum(f * zk for f, zk in zip(factor[i], z, strict=True))
+            if i < len(nodes):
+                said.append(perfect(process, u, t)[form == "noise"])
+        x = u
+    return x
+
+
+@pytest.mark.parametrize("form", ["data", "noise"])
+def test_seeds_in_both_forms(form):
+    for process, order in itertools.product((VP, EDM), (1, 2, 3)):
+        times = schedules.logsnr(process, 6, final="t_min")
+        x = X * float(process.prior_std)
+        for nodes in {(), (0.5,), (1 / 3,), (1 / 3, 2 / 3), (0.2, 0.7)}:
+            if len(nodes) == order - 1:
+                want = seeds_as_published(process, x, times, order, nodes, form)
+                tableau = solvers.seeds(process, times, order=order, nodes=nodes, prediction=form)
+                assert tableau.nfe == 6 * order
+                scale = np.abs(want).max()
+                np.testing.assert_allclose(run(tableau, x), want, rtol=0, atol=1e-8 * scale)
+
+
+def test_seeds_1_of_the_noise_is_published():
+    """x_t = alpha_t/alpha_s x - 2 sigma_t (e^h - 1) E - sigma_t sqrt(e^2h - 1) z."""
+    times = schedules.logsnr(VP, 6, final="t_min")
+    x, lam, drawn = X, VP.log_snr(times), iter(NOISES)
+    for n in range(6):
+        h, sigma = lam[n + 1] - lam[n], VP.sigma(times[n + 1])
+        x = (
+            VP.alpha(times[n + 1]) / VP.alpha(times[n]) * x
+            - 2 * sigma * np.expm1(h) * (perfect(VP, x, times[n])[1])
+        )
+        x = x + sigma * np.sqrt(np.expm1(2 * h)) * next(drawn)
+    np.testing.assert_allclose(run(solvers.seeds(VP, times, order=1, prediction="noise")), x)
+
+
+def test_seeds_noise_form_converges():
+    """The variance on Gaussian data, at least at order 1 for SEEDS-1, 2 for the others."""
+    for order, slope in ((1, 1), (2, 2), (3, 2)):
+        errors = []
+        for n in (80, 160):
+            times = schedules.logsnr(VP, n, final="t_min")
+            made = solvers.seeds(VP, times, order=order, prediction="noise")
+            alpha, sigma = VP.alpha(times[-1]), VP.sigma(times[-1])
+            errors.append(abs(gaussian_moments(made, 0.5, 0.2)[1] - (alpha**2 * 0.2 + sigma**2)))
+        assert np.log2(errors[0] / errors[1]) > slope - 0.3, (order, errors)
+
+
+# -- ER-SDE ----------------------------------------------------------------------------------------
+
+SCALES = {
+    "ode": lambda x: x,
+    "sde": lambda x: x**2,
+    "sde_1": lambda x: x * (np.exp(x**-1 / -1) + 10),
+    "sde_2": lambda x: x**1.5,
+    "sde_3": lambda x: x**2.5,
+    "sde_4": lambda x: x**0.9 * np.log10(1 + 100 * x**1.5),
+    "er_sde": lambda x: x * (np.exp(x**0.3) + 10),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_er_sde_with_the_authors_scales(scale):
+    phi = SCALES[scale]
+    for process, order in itertools.product((VP, EDM), (1, 2, 3)):
+        times = schedules.karras(process, 7, final="t_min")
+        alpha, rho = process.alpha(times), process.sigma(times) / process.alpha(times)
+        x = start = X * float(process.prior_std)
+        said, slopes, drawn = [], [], iter(NOISES)
+        for n in range(7):
+            said.append(perfect(process, x, times[n])[0])
+            kept = phi(rho[n + 1]) / phi(rho[n])
+            new = alpha[n + 1] * (kept * x / alpha[n] + (1 - kept) * said[-1])
+            whole = quad(lambda r: 1 / phi(r), rho[n + 1], rho[n], epsrel=1e-11)[0]
+            if order >= 2 and n >= 1:
+                slopes.append((said[-1] - said[-2]) / (rho[n] - rho[n - 1]))
+                weight = rho[n + 1] - rho[n] + phi(rho[n + 1]) * whole
+                new = new + alpha[n + 1] * weight * slopes[-1]
+            if order == 3 and n >= 2:
+                bend = 2 * (slopes[-1] - slopes[-2]) / (rho[n] - rho[n - 2])
+                first = quad(lambda r, s=rho[n]: (r - s) / phi(r), rho[n + 1], rho[n],
+                             epsrel=1e-11)[0]  # fmt: skip
+                weight = (rho[n + 1] - rho[n]) ** 2 / 2 + phi(rho[n + 1]) * first
+                new = new + alpha[n + 1] * weight * bend
+            variance = rho[n + 1] ** 2 - (rho[n] * kept) ** 2
+            if scale != "ode":
+                new = new + alpha[n + 1] * np.sqrt(variance) * next(drawn)
+            x = new
+        tableau = solvers.er_sde(process, times, order=order, scale=scale)
+        np.testing.assert_allclose(run(tableau, start), x, rtol=0, atol=2e-6)
+        own = solvers.er_sde(process, times, order=order, scale=phi)
+        np.testing.assert_allclose(own.b, tableau.b, rtol=1e-12)
+
+
+def test_er_sde_keeps_the_noise_that_the_authors_code_drops():
+    """Below rho = 0.001 their variance is cut to 0; a scale that falls is refused."""
+    process = ds.processes.edm(sigma_min=1e-4)
+    times = schedules.karras(process, 6, final="t_min")
+    times[-2:] = 8e-4, 4e-4
+    assert 0 < solvers.er_sde(process, times).c[-1] < 1e-3
+    with pytest.raises(ValueError, match="noise of negative variance"):
+        solvers.er_sde(EDM, schedules.karras(EDM, 6), scale=lambda rho: rho**0.5)
