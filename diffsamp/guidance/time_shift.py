@@ -24,8 +24,8 @@ from diffsamp.score import ScoreFn, ask
 
 __all__ = ["PUBLISHED", "TimeShifted", "time_shift"]
 
-# (window, cutoff) of the authors' scripts, as fractions of the training time: of those that shift the
-# time at which the network is asked, as their paper does, and (ddim_adm) a window for a script that
+# (window, cutoff) of the authors' scripts, as fractions of the training time: of those that shift
+# the time at which the network is asked, as their paper does, and (ddim_adm) of one that
 # asks at the row's time and shifts the level at which the step ends. Their settings for F-PNDM,
 # which shifts that end too, and DPM-Solver, which goes by the variance of the network's output, are
 # of other algorithms and not here.
