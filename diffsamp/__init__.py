@@ -18,6 +18,7 @@ from diffsamp.jobs.generate import generate
 from diffsamp.jobs.sampler import Sampler, sampler
 from diffsamp.kinds import bridges, few_step, phase_space
 from diffsamp.loops import adaptive, inversion, parallel
+from diffsamp.loops.brownian import brownian_key
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
 from diffsamp.score import ScoreFn
@@ -37,6 +38,7 @@ __all__ = [
     "Trajectory",
     "adaptive",
     "bridges",
+    "brownian_key",
     "describe",
     "export",
     "fast_convolutions",

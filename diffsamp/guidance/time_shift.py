@@ -24,9 +24,11 @@ from diffsamp.score import ScoreFn, ask
 
 __all__ = ["PUBLISHED", "TimeShifted", "time_shift"]
 
-# (window, cutoff) of the authors' scripts, as fractions of the training time. Not those of their
-# F-PNDM and DPM-Solver-2: the one shifts the time that a step goes to, the other measures the
-# variance of the network's output, which are other algorithms under the same name.
+# (window, cutoff) of the authors' scripts, as fractions of the training time: of those that shift
+# the time at which the network is asked, as their paper does, and (ddim_adm) of one that
+# asks at the row's time and shifts the level at which the step ends. Their settings for F-PNDM,
+# which shifts that end too, and DPM-Solver, which goes by the variance of the network's output, are
+# of other algorithms and not here.
 PUBLISHED: dict[str, tuple[float, float]] = {
     "default": (0.002, 0.3),
     "deis-5": (0.020, 0.9),

@@ -44,6 +44,7 @@ class Sampler:
 
         Args:
           key: a random key, or one per sample; for the start, if it is drawn here, and the noise.
+            With `x_T` given also what `diffsamp.brownian_key` returns.
           x_T: the start, or the shape (batch, ...) of one to draw: the process's prior, scaled to
             the level at which the tableau begins (`process.start_sample`).
           cond: keyword arguments for the network.
@@ -53,6 +54,11 @@ class Sampler:
           Samples shaped like x_T.
         """
         if isinstance(x_T, tuple) and all(isinstance(size, int) for size in x_T):
+            if isinstance(key, random.Brownian):
+                raise TypeError(
+                    "a start cannot be drawn with a `brownian_key`: draw `x_T` by "
+                    "`score_fn.process.start_sample` and pass it."
+                )
             shape = x_T if self.score_fn.batched else (1, *x_T)
             keys = random.sample_keys(key, shape[0] if self.score_fn.batched else None)
             split = jax.vmap(jax.random.split) if keys.ndim else jax.random.split

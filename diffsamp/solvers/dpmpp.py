@@ -33,7 +33,7 @@ def dpmpp(
     order: int = 2,
     variant: str = "midpoint",
     eta: float = 0.0,
-    lower_order_final: bool = True,
+    lower_order_final: bool | str = True,
     compatible: bool = False,
     beta: float = 1.0,
 ) -> Tableau:
@@ -55,7 +55,8 @@ def dpmpp(
         order 1 is DDPM's posterior), between them as k-diffusion's `eta`. The drift keeps its
         order, the noise is of weak order 1.
       lower_order_final: lower the order over the last steps (3 to 2 to 1), which is more robust
-        for few evaluations. A step to sigma = 0 is always of order 1.
+        for few evaluations. "last": the last step alone, to 1, as DBIM does. A step to sigma = 0 is
+        always of order 1.
       compatible: kappa = 1 in third-order steps.
       beta: heavy-ball momentum on steps of order 2, in (0, 1]; 1 is none. 0.8 to 0.9 is what its
         authors take (2M-HB, arXiv:2307.11118). They take D itself in steps of order 1, and begin
@@ -80,6 +81,8 @@ def dpmpp(
             "`beta` must lie in (0, 1], and below 1 it needs order=2 and eta=0; got beta = "
             f"{beta}, order = {order}, eta = {eta}."
         )
+    if isinstance(lower_order_final, str):
+        expect_choice(lower_order_final, "lower_order_final", ("last",))
     builder = Builder(process, times)
     if eta > 0:
         builder.expect_falling("dpmpp with eta > 0")
@@ -91,7 +94,9 @@ def dpmpp(
         s, t = points[n], points[n + 1]
         history = [builder.evaluate(x, s), *history[:2]]
         now = 1 if t.sigma == 0 else order
-        if lower_order_final:
+        if lower_order_final == "last":
+            now = now if n < steps - 1 else 1
+        elif lower_order_final:
             now = min(now, steps - n)
         now = min(now, sum(math.isfinite(a.point.log_snr) for a in history) or 1)
         h = t.log_snr - s.log_snr

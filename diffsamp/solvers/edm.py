@@ -39,7 +39,8 @@ def euler(
       times: (n + 1,) decreasing times, used verbatim.
       churn: EDM's S_churn, at least 0; 0 is deterministic.
       churn_min: EDM's S_min, a value of sigma / alpha.
-      churn_max: EDM's S_max. But on the EDM process, churned levels are kept at or below t_max.
+      churn_max: EDM's S_max. A level near t_max is raised above t_max, as in EDM's code; processes
+        that are a table have none higher than their last.
       noise_scale: EDM's S_noise, the standard deviation of the added noise.
 
     Returns:
@@ -93,7 +94,8 @@ def heun(
         = 0, and is refused where it is sampled). None: "full" on the flow process, else "euler".
       churn: EDM's S_churn, at least 0; 0 is deterministic.
       churn_min: EDM's S_min, a value of sigma / alpha.
-      churn_max: EDM's S_max. But on the EDM process, churned levels are kept at or below t_max.
+      churn_max: EDM's S_max. A level near t_max is raised above t_max, as in EDM's code; processes
+        that are a table have none higher than their last.
       noise_scale: EDM's S_noise, the standard deviation of the added noise.
 
     Returns:

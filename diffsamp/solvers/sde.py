@@ -41,8 +41,8 @@ def sa_solver(
 
     The corrector keeps the predictor's noise. tau = 0 and no corrector is UniP with all systems
     solved (order 2 excepted); tau = 1 and order 1 is DDPM's posterior. Weak order 1 in the noise.
-    For few steps the authors recommend `order=2, corrector=2, rescale=True`, which is what
-    diffusers' class does, with `tau_at="start"`.
+    For few steps the authors recommend `order=2, corrector=2, rescale=True` and a tau that is 0 at
+    the end of the last step; diffusers' class does so, with `tau_at="start"`.
 
     Args:
       process: the noise process.
@@ -134,10 +134,20 @@ _SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ode": lambda rho: rho,
     "sde": lambda rho: rho**2,
     "er_sde": lambda rho: rho * (np.exp(rho**0.3) + 10),
+    "sde_1": lambda rho: rho * (np.exp(-1 / rho) + 10),
+    "sde_2": lambda rho: rho**1.5,
+    "sde_3": lambda rho: rho**2.5,
+    "sde_4": lambda rho: rho**0.9 * np.log10(1 + 100 * rho**1.5),
 }
 
 
-def er_sde(process: Process, times: Any, *, order: int = 3, scale: str = "er_sde") -> Tableau:
+def er_sde(
+    process: Process,
+    times: Any,
+    *,
+    order: int = 3,
+    scale: str | Callable[[np.ndarray], np.ndarray] = "er_sde",
+) -> Tableau:
     """ER-SDE-Solver: the reverse SDE with noise scale phi(rho), rho = sigma / alpha.
 
     scale "ode" is DDIM at order 1, "sde" DDPM's posterior; "er_sde", phi = rho (exp(rho^0.3) + 10),
@@ -149,19 +159,24 @@ def er_sde(process: Process, times: Any, *, order: int = 3, scale: str = "er_sde
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
       order: 1, 2 or 3. A step to sigma = 0 is of order 1.
-      scale: "ode", "sde" or "er_sde".
+      scale: "ode"; "sde"; "er_sde", the authors' fifth; "sde_1" to "sde_4", their others:
+        rho (exp(-1 / rho) + 10), rho^1.5, rho^2.5 and rho^0.9 log10(1 + 100 rho^1.5). Or a function
+        phi of an array of rho, such that phi / rho does not fall.
 
     Returns:
       A tableau of n evaluations, in data prediction.
 
     Raises:
-      ValueError: times that do not decrease, another order or scale.
+      ValueError: times that do not decrease, another order or scale, a scale that would need noise
+        of negative variance ("sde_4" from rho of about 1000).
 
-    Reference: Cui et al. 2023, arXiv:2309.06169, algorithms 1 to 3.
+    Reference: Cui et al. 2023, arXiv:2309.06169, algorithms 1 to 3. The authors' code integrates by
+    100 rectangles, here exact, and leaves out any noise of variance below 1e-6 alpha^2: all of it
+    where rho is below 0.001.
     """
     expect_int(order, "order", 1, 3)
-    expect_choice(scale, "scale", tuple(_SCALES))
-    phi = _SCALES[scale]
+    label = "phi" if callable(scale) else expect_choice(scale, "scale", tuple(_SCALES))
+    phi = scale if callable(scale) else _SCALES[label]
     nodes, quadrature = np.polynomial.legendre.leggauss(64)
     builder = Builder(process, times)
     if scale != "ode":
@@ -196,8 +211,13 @@ def er_sde(process: Process, times: Any, *, order: int = 3, scale: str = "er_sde
             bend = 2 * (slope - before) / (past[0].point.rho - past[2].point.rho)
             weight = (t.rho - s.rho) ** 2 / 2 + at_end * float(measure @ (rho - s.rho))
             x = x + t.alpha * weight * bend
+        if s.rho * kept > t.rho * (1 + 1e-9):
+            raise ValueError(
+                f"with `scale` = {label!r} phi(rho) / rho falls from {t.rho:g} to {s.rho:g}, which "
+                "is noise of negative variance; take another scale, or times that start later."
+            )
         std = math.sqrt(max(t.rho**2 - (s.rho * kept) ** 2, 0.0))
         if std > 1e-6 * t.rho:  # the ODE's is 0 up to rounding
             x = x + t.alpha * std * builder.fresh_noise()
-    name = f"er_sde{order}" + ("" if scale == "er_sde" else f"({scale})")
+    name = f"er_sde{order}" + ("" if label == "er_sde" else f"({label})")
     return builder.finish(x, builder.points[-1], name=name, source="arXiv:2309.06169")

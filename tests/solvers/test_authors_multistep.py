@@ -1,7 +1,5 @@
 """SA-Solver, 2M-HB and BDIA around Heun, step by step as their authors' code runs, in NumPy."""
 
-import itertools
-
 import numpy as np
 import pytest
 from cases import skewed_mixture, twin
@@ -20,46 +18,6 @@ def perfect(process, x, t):
 
 def run(tableau, x=X, noises=()):
     return twin(tableau, skewed_mixture().posterior, x, noises=noises)
-
-
-def slope_weight(h, c, rescale):
-    """Of (D_1 - D_0) / (distance) over a step: theirs, or the integral."""
-    return c * h**2 / 2 if rescale else (c * h - 1 + np.exp(-c * h)) / c
-
-
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("mode", ["PEC", "PECE"])
-def test_sa_solver_of_order_two(mode, rescale):
-    """Predictor of two evaluations and corrector of two, tau a function of the step's end."""
-    times = schedules.logsnr(VP, 7, final="t_min")
-    lam, alpha, sigma = (np.asarray(f(times)) for f in (VP.log_snr, VP.alpha, VP.sigma))
-    tau = lambda t: 0.7 if t > 0.3 else 0.2  # noqa: E731
-    noises = np.random.default_rng(0).normal(size=(7, *X.shape))
-    x, said, before = X, [], None
-    for n, (s, t) in enumerate(itertools.pairwise(times)):
-        new = perfect(VP, x, s)[0]
-        if before is not None:  # correct what the last step predicted
-            start, h, c, kept, noise = before
-            slope = slope_weight(h, c, rescale) * (new - said[-1]) / h
-            x = kept * start + alpha[n] * (-np.expm1(-c * h) * said[-1] + slope) + noise
-            if mode == "PECE":
-                new = perfect(VP, x, s)[0]
-        said.append(new)
-        h, c = lam[n + 1] - lam[n], 1 + tau(t) ** 2
-        kept = sigma[n + 1] / sigma[n] * np.exp(-(tau(t) ** 2) * h)
-        noise = sigma[n + 1] * np.sqrt(-np.expm1(-2 * tau(t) ** 2 * h)) * noises[n]
-        drift = -np.expm1(-c * h) * said[-1]
-        if 0 < n < 6:  # the last step is of order 1
-            drift = drift + slope_weight(h, c, rescale) * (said[-1] - said[-2]) / (
-                lam[n] - lam[n - 1]
-            )
-        before = (x, h, c, kept, noise)
-        x = kept * x + alpha[n + 1] * drift + noise
-    tableau = solvers.sa_solver(
-        VP, times, order=2, corrector=2, tau=tau, rescale=rescale, mode=mode
-    )
-    assert tableau.nfe == (7 if mode == "PEC" else 13)
-    np.testing.assert_allclose(run(tableau, noises=noises), x, rtol=0, atol=1e-11)
 
 
 def test_sa_solver_without_noise_keeps_its_order():
@@ -152,21 +110,3 @@ def test_bdia_around_heun_has_order_two():
     np.testing.assert_allclose(run(one), run(two), rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match="base"):
         solvers.bdia(VP, times, base="euler")
-
-
-def test_edm_churn_is_theirs_from_the_first_row_on():
-    """S_max = inf lifts every level, the first beyond t_max, as in EDM's code; not so elsewhere."""
-    times = schedules.karras(EDM, 6)
-    noises = np.random.default_rng(1).normal(size=(6, *X.shape))
-    x, gamma = 80 * X, min(20.0 / 6, np.sqrt(2) - 1)
-    for n, (s, t) in enumerate(itertools.pairwise(times)):
-        lifted = s + gamma * s
-        x = x + np.sqrt(lifted**2 - s**2) * 1.003 * noises[n]
-        slope = perfect(EDM, x, lifted)[1]
-        end = x + (t - lifted) * slope
-        x = end if t == 0 else x + (t - lifted) / 2 * (slope + perfect(EDM, end, t)[1])
-    tableau = solvers.heun(EDM, times, churn=20.0, noise_scale=1.003)
-    assert np.sum(tableau.c != 0) == 6
-    np.testing.assert_allclose(run(tableau, 80 * X, noises), x, rtol=0, atol=1e-10)
-    bounded = solvers.heun(VP, schedules.logsnr(VP, 6), churn=20.0)
-    assert bounded.times.max() <= VP.t_max
