@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import diffsamp as ds
+from diffsamp._core.types import Key, PyTree, Value
 
 __all__ = ["build_parser", "main"]
 
@@ -50,12 +50,12 @@ def demo(arguments: argparse.Namespace) -> int:
     )
     key_table, key_fit, key_order = jax.random.split(jax.random.key(arguments.seed), 3)
 
-    def start(key: Any, n: int) -> tuple[Any, dict[str, Any]]:
+    def start(key: Key, n: int) -> tuple[Value, dict[str, Value]]:
         # labels in the proportions of the data, so that the sets can be compared
         labels = jnp.asarray(data_labels[np.arange(n) % len(data_labels)])
         return process.prior_sample(key, (n, *digits.IMAGE_SHAPE)), {"label": labels}
 
-    def distance(x: Any, _: Any = None) -> float:
+    def distance(x: PyTree, _: Value = None) -> float:
         return ds.metrics.frechet_distance(x, data)
 
     bar = ds.ProgressBar()
@@ -158,7 +158,7 @@ def list_solvers(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(name: str, option: str) -> Any:
+def _entry(name: str, option: str) -> Value:
     """What "module:name" stands for; modules of the current folder are found."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
@@ -176,7 +176,7 @@ def _entry(name: str, option: str) -> Any:
     return getattr(found, attribute)
 
 
-def _problem(arguments: argparse.Namespace, starts: int) -> tuple[Any, Any, Any]:
+def _problem(arguments: argparse.Namespace, starts: int) -> tuple[Value, Value, Value]:
     """The network, starts and conditions that the options name."""
     score_fn = _entry(arguments.model, "--model")
     if callable(score_fn) and not isinstance(score_fn, ds.ScoreFn):

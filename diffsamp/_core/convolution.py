@@ -30,12 +30,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.interpreters import mlir
+
+from diffsamp._core.types import Array, PyTree
 
 __all__ = ["fast_convolutions"]
 
@@ -50,7 +51,7 @@ TERMS = 49  # at most, in a sum of products written out: 7 x 7, one input
 FEW = 4  # inputs per group with which XLA's plain loops are faster than its grouped convolution
 
 
-Rule = Callable[..., Any]
+Rule = Callable[..., Array]
 
 
 def fast_convolutions(enabled: bool) -> bool:
@@ -67,7 +68,7 @@ def fast_convolutions(enabled: bool) -> bool:
     """
     try:
         rules = mlir._platform_specific_lowerings["cpu"]
-        present: Any = rules[lax.conv_general_dilated_p].rule
+        present: Array = rules[lax.conv_general_dilated_p].rule
         on = isinstance(present, functools.partial) and present.func is _lower
         if enabled and not on:
             rule = functools.partial(_lower, present)
@@ -80,7 +81,7 @@ def fast_convolutions(enabled: bool) -> bool:
     return enabled
 
 
-def _lower(own: Rule, ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+def _lower(own: Rule, ctx: Array, lhs: Array, rhs: Array, **params: PyTree) -> Array:
     """The rule: `own` is JAX's."""
     try:
         (left, right), (out,) = ctx.avals_in, ctx.avals_out
@@ -96,7 +97,7 @@ def _lower(own: Rule, ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
     return own(ctx, lhs, rhs, **params)
 
 
-def _form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Rule | None:
+def _form(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Rule | None:
     """The function that computes a convolution fast, or None for JAX's own rule."""
     sizes = (*lhs.shape, *rhs.shape, *out.shape)
     dims = lhs.ndim - 2
@@ -140,12 +141,12 @@ def _first(dims: int) -> lax.ConvDimensionNumbers:
     return lax.ConvDimensionNumbers(*[tuple(range(dims + 2))] * 3)
 
 
-def _unless(spec: Any, layout: Any, params: dict[str, Any]) -> Rule | None:
+def _unless(spec: Array, layout: Array, params: dict[str, PyTree]) -> Rule | None:
     """The convolution in another layout, or None if it is in that one."""
     return None if spec == layout else functools.partial(_in_layout, layout, params)
 
 
-def _in_layout(layout: Any, params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _in_layout(layout: Array, params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     spec = params["dimension_numbers"]
     lhs = lax.transpose(lhs, _order(spec.lhs_spec, layout.lhs_spec))
     rhs = lax.transpose(rhs, _order(spec.rhs_spec, layout.rhs_spec))
@@ -158,12 +159,12 @@ def _order(source: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
     return tuple(source[i] for i in np.argsort(target))
 
 
-def _convolve(lhs: Any, rhs: Any, params: dict[str, Any]) -> Any:
+def _convolve(lhs: Array, rhs: Array, params: dict[str, PyTree]) -> Array:
     # `bind`, not the function: the numbers are checked, and every one of them is passed on
     return lax.conv_general_dilated_p.bind(lhs, rhs, **params)
 
 
-def _channel_groups(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _channel_groups(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     """Groups of the batch side by side in the channels: (g, n), c to n, (g, c)."""
     spec, groups = params["dimension_numbers"], params["batch_group_count"]
     layout = _last(lhs.ndim - 2)
@@ -176,7 +177,7 @@ def _channel_groups(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
     return _in_layout(layout, params | changed, lhs, rhs)
 
 
-def _filled(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _filled(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     """The zeros of a dilated input and of the padding written out."""
     spec, none = params["dimension_numbers"], (0, 0, 0)
     widths = [none] * lhs.ndim
@@ -190,7 +191,7 @@ def _filled(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
     return _in_layout(_last(dims), params | changed, lhs, rhs)
 
 
-def _sum_of_products(result: Any, params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _sum_of_products(result: Array, params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     """Channels first: the space is long, and the innermost loop runs over it."""
     spec, groups = params["dimension_numbers"], params["feature_group_count"]
     layout = _first(lhs.ndim - 2)
@@ -206,7 +207,7 @@ def _sum_of_products(result: Any, params: dict[str, Any], lhs: Any, rhs: Any) ->
     space = [result.shape[axis] for axis in spec.out_spec[2:]]
     steps = list(zip(space, params["window_strides"], params["rhs_dilation"], strict=True))
 
-    def products(lhs: Any, rhs: Any) -> Any:
+    def products(lhs: Array, rhs: Array) -> Array:
         terms = []
         for i, *tap in itertools.product(range(inputs), *map(range, kernel)):
             window = tuple(
@@ -223,7 +224,7 @@ def _sum_of_products(result: Any, params: dict[str, Any], lhs: Any, rhs: Any) ->
     pieces = next(n for n in range(2, groups + 1) if groups % n == 0)
     some = groups // pieces
 
-    def piece(k: Any, out: Any) -> Any:
+    def piece(k: Array, out: Array) -> Array:
         part = lax.dynamic_slice_in_dim(lhs, k * some, some, 1)
         made = products(part, lax.dynamic_slice_in_dim(rhs, k * some, some, 0))
         return lax.dynamic_update_slice_in_dim(out, made, k * some, 1)

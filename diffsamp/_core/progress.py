@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+
+from diffsamp._core.types import Value
 
 __all__ = ["ProgressBar"]
 
@@ -33,14 +34,14 @@ class ProgressBar:
                 total=total, initial=done, desc=what, leave=False, file=sys.stderr,
                 **({} if terminal else {"mininterval": float("inf"), "delay": float("inf")}),
             )  # fmt: skip
-        bar: Any = self._bar
+        bar: Value = self._bar
         bar.update(done - bar.n)
         if not terminal:
             self._line(bar, done, total)
         if done >= total:
             self.close()
 
-    def _line(self, bar: Any, done: int, total: int) -> None:
+    def _line(self, bar: Value, done: int, total: int) -> None:
         """A line, where another tenth is done."""
         tenth = 10 * done // max(total, 1)
         if tenth > self._tenth:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from diffsamp._core.types import Array, Key, PyTree
 
 __all__ = ["Brownian", "normal_like", "sample_keys", "typed"]
 
@@ -35,21 +36,21 @@ class Brownian:
       end: (N,) int32, where it ends; rows whose `end` is not above `start` draw by themselves.
     """
 
-    keys: Any
-    start: Any
-    end: Any
+    keys: Key
+    start: PyTree
+    end: PyTree
 
     LEVELS = 16
     REACH = 12.0  # log-SNR, nats
     _BRANCH = 2**31 - 1  # what the path's keys are folded with; no row has that number
 
-    def normal_like(self, row: Any, tree: Any) -> Any:
+    def normal_like(self, row: Array, tree: PyTree) -> PyTree:
         """The row's increment over the root of its length, like `tree`."""
         row = jnp.asarray(row, jnp.int32)
         at = jnp.minimum(row, self.start.shape[0] - 1)
         start, end = self.start[at], self.end[at]
 
-        def shared() -> Any:
+        def shared() -> PyTree:
             ends = jax.vmap(lambda index: self._path(index, tree))(jnp.stack([start, end]))
             scale = 1 / jnp.sqrt(self._clock(end) - self._clock(start))
             return jax.tree.map(
@@ -66,10 +67,10 @@ class Brownian:
         """The log-SNR from one point of the grid to the next."""
         return 2 * self.REACH / 2**self.LEVELS
 
-    def _clock(self, index: Any) -> Any:
+    def _clock(self, index: Array) -> PyTree:
         return jnp.exp(2 * (jnp.asarray(index, jnp.result_type(float)) * self.spacing - self.REACH))
 
-    def _path(self, index: Any, tree: Any) -> Any:
+    def _path(self, index: Array, tree: PyTree) -> PyTree:
         """W at a point of the grid: LEVELS halvings towards it."""
         wide = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), tree
@@ -77,7 +78,7 @@ class Brownian:
         fold = functools.partial(jax.random.fold_in, data=self._BRANCH)
         keys = jax.vmap(fold)(self.keys) if self.keys.ndim else fold(self.keys)
 
-        def halve(level: Any, ends: Any) -> Any:
+        def halve(level: PyTree, ends: PyTree) -> PyTree:
             low, high = ends
             first = (index >> (self.LEVELS - level)) << (self.LEVELS - level)
             half = self.REACH * 0.5 ** jnp.asarray(level, jnp.result_type(float))  # in log-SNR
@@ -100,7 +101,7 @@ class Brownian:
         return lax.fori_loop(0, self.LEVELS, halve, (wide, last))[0]
 
 
-def typed(key: Any) -> jax.Array:
+def typed(key: Key) -> jax.Array:
     """`key` as typed key(s); raw uint32 keys of `jax.random.PRNGKey` are wrapped.
 
     Args:
@@ -123,7 +124,7 @@ def typed(key: Any) -> jax.Array:
     )
 
 
-def sample_keys(key: Any, batch: int | None) -> Any:
+def sample_keys(key: Key, batch: int | None) -> PyTree:
     """Keys of shape (batch,), or one key of shape () when there is no batch axis.
 
     Args:
@@ -159,7 +160,7 @@ def _spread(key: jax.Array, batch: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
 
 
-def normal_like(keys: Any, row: Any, tree: Any) -> Any:
+def normal_like(keys: Key, row: Array, tree: PyTree) -> PyTree:
     """Standard normal noise for one row of a run.
 
     Args:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffsamp import schedules, solvers
 from diffsamp._core import random
+from diffsamp._core.types import Conditions, Key, PyTree, Value
 from diffsamp.sampling import Policy, sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
@@ -34,12 +33,12 @@ class Sampler:
 
     def __call__(
         self,
-        key: Any,
-        x_T: Any,
+        key: Key,
+        x_T: PyTree,
         *,
-        cond: Mapping[str, Any] | None = None,
+        cond: Conditions | None = None,
         checkpoint: bool | Policy = False,
-    ) -> Any:
+    ) -> PyTree:
         """Sample.
 
         Args:
@@ -81,7 +80,7 @@ def sampler(
     nfe: int,
     schedule: str | None = None,
     final: str = "clean",
-    **options: Any,
+    **options: Value,
 ) -> Sampler:
     """A function that samples, from names and a budget.
 

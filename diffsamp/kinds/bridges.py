@@ -16,14 +16,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence
+from diffsamp._core.types import Array, Bound, Conditions, PyTree, Times
 from diffsamp.guidance import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
@@ -46,7 +46,7 @@ class Bridge(Process):
     base: Process
 
     @silence
-    def _share(self, t: Any) -> tuple[Any, Any]:
+    def _share(self, t: Array) -> tuple[Array, Array]:
         """rho_t / rho_T and sqrt(1 - its square)."""
         t = as_float(t, *jax.tree.leaves(self.base)[:1])
         end = as_float(self.base.t_max, t)
@@ -55,7 +55,7 @@ class Bridge(Process):
         share = xp.where(t >= end, xp.ones_like(share), share)
         return share, xp.sqrt((1 - share) * (1 + share))
 
-    def _parts(self, t: Any) -> tuple[Any, Any, Any]:
+    def _parts(self, t: Array) -> tuple[Array, Array, Array]:
         """b / alpha_t, c / alpha_t and the norm of the two; at T their limits, over sqrt."""
         share, root = self._share(t)
         rho_T = namespace(share).exp(-as_float(self.base.log_snr(self.base.t_max), share))
@@ -64,29 +64,29 @@ class Bridge(Process):
         norm = namespace(b).sqrt(b * b + c * c)
         return b / norm, c / norm, root * norm
 
-    def alpha(self, t: Any) -> Any:
+    def alpha(self, t: Array) -> Array:
         return self._parts(t)[0]
 
-    def sigma(self, t: Any) -> Any:
+    def sigma(self, t: Array) -> Array:
         return self._parts(t)[1]
 
     @silence
-    def alpha_dot(self, t: Any) -> Any:
+    def alpha_dot(self, t: Array) -> Array:
         # alpha = 1 / sqrt(1 + r^2), r = c / b: alpha' = -alpha^3 r r', r' / r from log rho_B
         return -self.alpha(t) * self.sigma(t) ** 2 * self._log_rho_dot(t)
 
     @silence
-    def sigma_dot(self, t: Any) -> Any:
+    def sigma_dot(self, t: Array) -> Array:
         return self.sigma(t) * self.alpha(t) ** 2 * self._log_rho_dot(t)
 
-    def _log_rho_dot(self, t: Any) -> Any:
+    def _log_rho_dot(self, t: Array) -> Array:
         """d/dt log(c / b) = rho' / rho / (1 - rho^2 / rho_T^2)."""
         base = self.base
         own = base.sigma_dot(t) / base.sigma(t) - base.alpha_dot(t) / base.alpha(t)
         return own / self._share(t)[1] ** 2
 
     @silence
-    def time(self, log_snr: Any) -> Any:
+    def time(self, log_snr: Array) -> Array:
         log_snr = as_float(log_snr, *jax.tree.leaves(self.base)[:1])
         xp = namespace(log_snr)
         rho_T = xp.exp(-as_float(self.base.log_snr(self.base.t_max), log_snr))
@@ -111,7 +111,7 @@ class Bridge(Process):
     def prior_std(self) -> float:
         return 1.0
 
-    def numbers(self, t: Any) -> tuple[Any, Any]:
+    def numbers(self, t: Array) -> tuple[Array, Array]:
         """a, the weight of x_T, and the norm of (b, c): x = a x_T + norm u."""
         share, _ = self._share(t)
         alpha = as_float(self.base.alpha(t), share)
@@ -120,9 +120,9 @@ class Bridge(Process):
 
 
 class _BridgedBound(NamedTuple):
-    inner: Any
-    on_end: Any
-    on_state: Any
+    inner: Bound
+    on_end: Array
+    on_state: Array
 
 
 @jax.tree_util.register_dataclass
@@ -132,12 +132,12 @@ class Bridged(Transform):
 
     score_fn: ScoreFn
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _BridgedBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _BridgedBound:
         """As `ScoreFn.bind`, with the numbers of x = a x_T + norm u."""
-        process: Any = self.process
+        process = cast(Bridge, self.process)
         return _BridgedBound(self.score_fn.bind(level, target), *process.numbers(level.t))
 
-    def predict(self, x: Any, bound: _BridgedBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _BridgedBound, cond: Conditions | None = None) -> PyTree:
         """The prediction for u, from the network at x; cond holds "x_T", the known end."""
         end = _known_end(x, cond)
 
@@ -227,8 +227,8 @@ def times(
 
 
 class _EndedBound(NamedTuple):
-    inner: Any
-    on_end: Any
+    inner: Bound
+    on_end: Array
 
 
 @jax.tree_util.register_dataclass
@@ -242,14 +242,14 @@ class Ended(Transform):
     """
 
     score_fn: ScoreFn
-    on_end: Any
+    on_end: Array
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _EndedBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _EndedBound:
         """As `ScoreFn.bind`, with the weight of x_T of every row."""
         (on_end,) = per_row(level, "bridges.hybrid_heun", self.on_end)
         return _EndedBound(self.score_fn.bind(level, target), on_end)
 
-    def predict(self, x: Any, bound: _EndedBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _EndedBound, cond: Conditions | None = None) -> PyTree:
         """The network's data prediction at x, and a x_T; cond holds "x_T"."""
         end = _known_end(x, cond)
 
@@ -272,7 +272,7 @@ class HybridHeun(NamedTuple):
     tableau: Tableau
 
 
-def hybrid_heun(score_fn: ScoreFn, times: Any, *, churn: float = 0.33) -> HybridHeun:
+def hybrid_heun(score_fn: ScoreFn, times: Times, *, churn: float = 0.33) -> HybridHeun:
     """DDBM's sampler: part of a step by Euler on the bridge's SDE, then Heun on its ODE.
 
     With s the bridge's score and h = grad log p(x_T | x),
@@ -308,7 +308,7 @@ def hybrid_heun(score_fn: ScoreFn, times: Any, *, churn: float = 0.33) -> Hybrid
 
     Reference: Zhou et al. 2023 (DDBM), arXiv:2309.16948, algorithm 1, guidance weight 1.
     """
-    process: Any = bridge(score_fn).process
+    process = cast(Bridge, bridge(score_fn).process)
     network = dataclasses.replace(score_fn, process=process)
     if not 0 <= churn < 1:
         raise ValueError(f"`churn` must lie in [0, 1); got {churn}.")
@@ -364,7 +364,7 @@ def _bridge_drift(process: Bridge, t: float, share: float) -> tuple[float, float
     return on_x, on_score * b, on_score * a + on_guide * alpha / alpha_T, squared
 
 
-def _known_end(x: Any, cond: Mapping[str, Any] | None) -> Any:
+def _known_end(x: PyTree, cond: Conditions | None) -> PyTree:
     if not cond or "x_T" not in cond:
         raise ValueError('a bridge needs its end: pass cond={"x_T": ..}, shaped like the state.')
     end = cond["x_T"]

@@ -18,8 +18,7 @@ transform goes from y to z and on to the next row's y.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from diffsamp._core.numeric import (
     to_host,
     working_dtype,
 )
+from diffsamp._core.types import Array, Bound, Conditions, DType, Network, PyTree, Times
 from diffsamp.guidance import Transform, per_row
 from diffsamp.kinds._phase_steps import METHODS, STOCHASTIC, deterministic_steps, stochastic_steps
 from diffsamp.predictions import Level, level_at
@@ -52,24 +52,24 @@ class PSLD(Process):
     Pandey & Mandt 2023, arXiv:2303.01748.
     """
 
-    beta: Any
-    gamma: Any
-    nu: Any
-    kappa: Any
+    beta: Array
+    gamma: Array
+    nu: Array
+    kappa: Array
 
     @property
-    def mass(self) -> Any:
+    def mass(self) -> Array:
         """M, the momentum's stationary variance."""
         return 4 / (self.gamma - self.nu) ** 2
 
-    def mean(self, t: Any) -> tuple[Any, Any, Any, Any]:
+    def mean(self, t: Array) -> tuple[Array, Array, Array, Array]:
         """exp(F0 b), as (xx, xm, mx, mm); the inverse at -t."""
         b = as_float(t) * self.beta
         decay = namespace(b).exp(-(self.nu + self.gamma) / 4 * b)
         slope = (self.nu - self.gamma) / 4 * b
         return decay * (1 + slope), decay * b / (2 * self.mass), -decay * b / 2, decay * (1 - slope)
 
-    def covariance(self, t: Any) -> tuple[Any, Any, Any]:
+    def covariance(self, t: Array) -> tuple[Array, Array, Array]:
         """S as (xx, xm, mm): the stationary diag(1, M) less what the mean has not yet forgotten."""
         xx, xm, mx, mm = self.mean(t)
         rest = (1 - self.kappa) * self.mass
@@ -79,25 +79,25 @@ class PSLD(Process):
             self.mass - mx**2 - rest * mm**2,
         )
 
-    def alpha(self, t: Any) -> Any:
+    def alpha(self, t: Array) -> Array:
         return self.mean(t)[0]
 
     @silence
-    def sigma(self, t: Any) -> Any:
+    def sigma(self, t: Array) -> Array:
         return namespace(as_float(t)).sqrt(self.covariance(t)[0])
 
-    def alpha_dot(self, t: Any) -> Any:
+    def alpha_dot(self, t: Array) -> Array:
         xx, _, mx, _ = self.mean(t)  # d exp(F0 b) = beta F0 exp(F0 b) dt
         return self.beta / 2 * (-self.gamma * xx + mx / self.mass)
 
     @silence
-    def sigma_dot(self, t: Any) -> Any:
+    def sigma_dot(self, t: Array) -> Array:
         xx, xm, _ = self.covariance(t)  # dS = F S + S F^T + G G^T
         change = self.beta * (-self.gamma * xx + xm / self.mass + self.gamma)
         return change / (2 * namespace(as_float(t)).sqrt(xx))
 
     @silence
-    def time(self, log_snr: Any) -> Any:
+    def time(self, log_snr: Array) -> Array:
         log_snr = as_float(log_snr)
         xp = namespace(log_snr)
         low, high = xp.zeros_like(log_snr), xp.ones_like(log_snr)
@@ -119,7 +119,9 @@ class PSLD(Process):
     def prior_std(self) -> float:
         return 1.0
 
-    def prior_sample(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
+    def prior_sample(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: DType = float
+    ) -> jax.Array:
         """Draw (x, m) ~ N(0, diag(1, M)); `shape` ends in 2. Else as for any process."""
         if np.ndim(shape) != 1 or len(shape) < 2 or shape[-1] != 2:
             raise ValueError(
@@ -131,7 +133,7 @@ class PSLD(Process):
         return noise * width.reshape((1,) * (len(shape) - 1) + (2,))
 
     def start_sample(
-        self, key: jax.Array, shape: tuple[int, ...], t: Any, dtype: Any = float
+        self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: DType = float
     ) -> jax.Array:
         """The prior, for samplers that start at t_max: below it x and m are correlated.
 
@@ -168,10 +170,10 @@ def psld(beta: float = 8.0, gamma: float = 0.01, nu: float = 4.01, kappa: float 
 
 
 class _StepsBound(NamedTuple):
-    inner: Any
-    on_state: Any
-    on_noise: Any
-    basis: Any
+    inner: Bound
+    on_state: Array
+    on_noise: Array
+    basis: Array
 
 
 @jax.tree_util.register_dataclass
@@ -186,12 +188,12 @@ class PhaseSpaceSteps(Transform):
       basis: R likewise, where the state is y = R^-1 z; None: it is z.
     """
 
-    score_fn: Any
-    on_state: Any
-    on_noise: Any
-    basis: Any = None
+    score_fn: Network
+    on_state: Array
+    on_noise: Array
+    basis: Array = None
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _StepsBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _StepsBound:
         """As `ScoreFn.bind`, with the matrices of every row."""
         own = (*self.on_state, *self.on_noise, *(self.basis or ()))
         numbers = per_row(level, "phase_space.sampler", *own)
@@ -203,10 +205,10 @@ class PhaseSpaceSteps(Transform):
         inner = self.score_fn.bind(level, target)
         return _StepsBound(inner, numbers[:4], numbers[4:8], numbers[8:] or None)
 
-    def predict(self, x: Any, bound: _StepsBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _StepsBound, cond: Conditions | None = None) -> PyTree:
         """P z + Q eps."""
 
-        def times(matrix: Any, v: jax.Array) -> jax.Array:
+        def times(matrix: Array, v: jax.Array) -> jax.Array:
             xx, xm, mx, mm = (scale_rows(entry, v[..., 0]) for entry in matrix)
             first, second = (v[..., i].astype(working_dtype(v.dtype)) for i in (0, 1))
             return jnp.stack([xx * first + xm * second, mx * first + mm * second], axis=-1)
@@ -234,7 +236,7 @@ class PhaseSpaceSampler(NamedTuple):
 
 
 def sampler(
-    score_fn: ScoreFn, times: Any, *, method: str = "reduced_verlet", rate: float = 0.0
+    score_fn: ScoreFn, times: Times, *, method: str = "reduced_verlet", rate: float = 0.0
 ) -> PhaseSpaceSampler:
     """A sampler of a phase-space model: the reverse ODE dz = F z + (1/2) G G^T L^-T eps dt, or SDE.
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 from diffsamp._core import random
 from diffsamp._core.checks import expect_choice, expect_int, expect_state
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Conditions, Key, Network, PyTree, Times, Value
 from diffsamp.predictions import level_at
 from diffsamp.score import scale_rows
 
@@ -40,9 +40,9 @@ class OdeSolution(NamedTuple):
       points: like x with len(save_at) in front, the states there; None without `save_at`.
     """
 
-    x: Any
-    nfe: Any
-    points: Any
+    x: PyTree
+    nfe: PyTree
+    points: PyTree
 
 
 class LogLikelihood(NamedTuple):
@@ -54,23 +54,23 @@ class LogLikelihood(NamedTuple):
       nfe: as in `OdeSolution`; Jacobian-vector products are not counted.
     """
 
-    log_prob: Any
-    x_T: Any
-    nfe: Any
+    log_prob: PyTree
+    x_T: PyTree
+    nfe: PyTree
 
 
 def ode_solution(
-    score_fn: Any,
-    x: Any,
+    score_fn: Network,
+    x: PyTree,
     t_start: float,
     t_end: float,
     *,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    save_at: Any = None,
+    save_at: PyTree = None,
     max_steps: int = 4096,
-    solver: Any = None,
+    solver: Value = None,
 ) -> OdeSolution:
     """Solve the probability-flow ODE from `t_start` to `t_end`; up in time is encoding.
 
@@ -123,11 +123,11 @@ def ode_solution(
 
 
 def log_likelihood(
-    score_fn: Any,
-    x_0: Any,
+    score_fn: Network,
+    x_0: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
     t_start: float | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -233,7 +233,7 @@ def _change_of_variables(score_fn, x, numbers, keys, cond, *, solver, batch, pro
     return LogLikelihood(*_each(one, x, cond, keys, batch, 0))
 
 
-def _slope(score_fn: Any, cond: Any, v: Any, y: Any) -> Any:
+def _slope(score_fn: Network, cond: Conditions | None, v: PyTree, y: PyTree) -> PyTree:
     """dy/dv = E - D of one sample; a network with a batch axis is given a batch of 1."""
     t = score_fn.process.time(jnp.log1p(-v) - jnp.log(v))
     level = level_at(score_fn.process, t)
@@ -276,7 +276,7 @@ def _integrate(slope, y, v_start, v_end, saved, tolerances, solver, max_steps):
     return end, points, nfe
 
 
-def _norm(tree: Any) -> Any:
+def _norm(tree: PyTree) -> PyTree:
     """The largest root mean square of an array; in a common mean an integral would not count."""
     squares = jnp.stack([jnp.mean(leaf * leaf) for leaf in jax.tree.leaves(tree)])
     # NaN as an infinite error, for which steps shrink until the solve gives up
@@ -296,7 +296,7 @@ def _each(function, x, cond, keys, batch, out_axes):
     return jax.vmap(one, in_axes, out_axes)(x, cond, keys)
 
 
-def _diffrax() -> Any:
+def _diffrax() -> Value:
     try:
         import diffrax
     except ModuleNotFoundError as error:
@@ -306,7 +306,7 @@ def _diffrax() -> Any:
     return diffrax
 
 
-def _number(value: Any, name: str, low: float, high: float) -> float:
+def _number(value: Value, name: str, low: float, high: float) -> float:
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"`{name}` must be known outside `jit`; got a traced value.")
     if not low <= float(value) <= high:
@@ -337,7 +337,7 @@ def _prepare(score_fn, x, t_start, t_end, save_at, rtol, atol):
         level, one = level_at(process, t), np.ones(())
         score_fn.check_bound(score_fn.bind(level, (-one, one)), level, one)
 
-    def coordinates(times: Any) -> Any:
+    def coordinates(times: Times) -> PyTree:
         level = level_at(process, times)
         return level.sigma / (level.alpha + level.sigma), level.alpha + level.sigma
 

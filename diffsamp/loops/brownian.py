@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from diffsamp._core.numeric import silence
 from diffsamp._core.random import Brownian
+from diffsamp._core.types import Key
 from diffsamp.tableau import Tableau
 
 __all__ = ["brownian_key"]
 
 
 @silence
-def brownian_key(key: Any, tableau: Tableau) -> Brownian:
+def brownian_key(key: Key, tableau: Tableau) -> Brownian:
     """A key whose noise does not depend on how many steps a sampler takes.
 
     With it a row draws the increment of a Brownian path, fixed by the sample's key, over the levels

@@ -11,14 +11,14 @@ another up to rounding, however few the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.checks import expect_state
+from diffsamp._core.types import Conditions, PyTree
 from diffsamp.sampling import State, init, resume, sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
       state: before the tableau's second row; `diffsamp.resume` on it returns the data to rounding.
     """
 
-    x_T: Any
+    x_T: PyTree
     state: State
 
 
@@ -109,9 +109,9 @@ def inverse(tableau: Tableau) -> Tableau:
 def encode(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_0: Any,
+    x_0: PyTree,
     *,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
 ) -> Encoded:
     """The noise from which an invertible tableau makes `x_0`, and the state that returns it.
 
@@ -153,13 +153,13 @@ def encode(
 def translate(
     source_fn: ScoreFn,
     target_fn: ScoreFn,
-    x: Any,
+    x: PyTree,
     up: Tableau,
     down: Tableau,
     *,
-    source_cond: Mapping[str, Any] | None = None,
-    target_cond: Mapping[str, Any] | None = None,
-) -> Any:
+    source_cond: Conditions | None = None,
+    target_cond: Conditions | None = None,
+) -> PyTree:
     """Dual diffusion implicit bridge: encode with one model, decode with another.
 
     Both ways with the same model, only discretisation error is left; x, translated there and back,

@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from diffsamp._core.checks import expect_int
 from diffsamp._core.digest import digest, fingerprint, seed_of
 from diffsamp._core.files import read_json, write_atomically
 from diffsamp._core.sharding import on_mesh
+from diffsamp._core.types import Array, Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.compare import Comparison, Entry, LeftOut, compare
@@ -56,12 +56,12 @@ _WEIGHTS = (1.0, 1.2, 1.4)  # of the later steps, in the dynamic programs
 
 def best(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: Sequence[int] = (4, 5, 6, 8, 10),
-    key: Any,
-    cond: Mapping[str, Any] | None = None,
-    reference: Any = None,
+    key: Key,
+    cond: Conditions | None = None,
+    reference: PyTree = None,
     objective: Objective | None = None,
     stages: Sequence[str] = STAGES,
     solver: Sequence[str] | None = None,
@@ -75,10 +75,10 @@ def best(
     together: int = 1,
     seconds: float | None = None,
     data_range: float = 2.0,
-    sharding: Any = None,
+    sharding: Sharding = None,
     state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    **distill_options: Any,
+    **distill_options: PyTree,
 ) -> Front:
     """The best sampler that the searches find, for each budget.
 
@@ -148,15 +148,15 @@ def best(
         job["network"] = fingerprint(score_fn)
     score_fn = on_mesh(score_fn, sharding)
     folder = _Folder(state, {**settings, **job})
-    options: dict[str, Any] = {"batch": batch, "sharding": sharding}
+    options: dict[str, Value] = {"batch": batch, "sharding": sharding}
     given = reference
 
-    def make() -> Any:
+    def make() -> PyTree:
         return make_reference(score_fn, given, x_T, cond=cond, progress=progress, **options)
 
     reference = folder.array("reference", make)
 
-    def part(first: int, last: int) -> dict[str, Any]:
+    def part(first: int, last: int) -> dict[str, PyTree]:
         return {
             "x_T": slice_batch(x_T, first, last), "cond": slice_batch(cond, first, last),
             "reference": slice_batch(reference, first, last),
@@ -179,13 +179,13 @@ def best(
         return seconds is None or time.perf_counter() - began < seconds
 
     # -- compare: all on a few starts, the best of them on all ------------------------------------
-    def screening() -> dict[str, Any]:
+    def screening() -> dict[str, PyTree]:
         few = part(0, min(screen, fit))
         table = compare(
             score_fn, **few, nfe=budgets, solver=solver, schedule=schedule, data_range=data_range,
             scores={objective.name: objective}, population=together, progress=progress, **options,
         )  # fmt: skip
-        kept: dict[str, Any] = {}
+        kept: dict[str, PyTree] = {}
         for n in budgets:
             table.best(n)  # raises if nothing of this budget is finite
             entries = [e for e in table.entries if e.nfe == n and math.isfinite(e.psnr)]
@@ -223,9 +223,9 @@ def best(
         fixed[n] = pools[n][0][1]
 
     # -- dynamic programming: the schedules of two costs, for the best solvers ---------------------
-    def programming() -> dict[str, Any]:
+    def programming() -> dict[str, PyTree]:
         own = part(0, min(screen, fit))
-        made: dict[str, Any] = {}
+        made: dict[str, PyTree] = {}
         unfit: list[LeftOut] = []
         lost = 0
         costs = {
@@ -293,7 +293,7 @@ def best(
         if "distill" in stages and objective.loss is not None and in_time():
             starts = _starts(pools[n])
 
-            def learning(n: int = n, starts: Any = starts, own_key: Any = own_key) -> Any:
+            def learning(n: int = n, starts: PyTree = starts, own_key: PyTree = own_key) -> PyTree:
                 return distill(
                     score_fn, x_T, cond=cond, reference=reference, nfe=n, key=own_key, start=starts,
                     objective=objective, steps=steps, held_out=held, data_range=data_range,
@@ -311,7 +311,7 @@ def best(
     return Front(plans, discarded, objective.name, tuple(left_out))
 
 
-def _entries(rows: Sequence[Any], nfe: int) -> tuple[Entry, ...]:
+def _entries(rows: Sequence[Array], nfe: int) -> tuple[Entry, ...]:
     return tuple(Entry(s, g, nfe, Tableau.from_dict(t), v["psnr"], v) for s, g, v, t in rows)
 
 
@@ -331,7 +331,7 @@ def _choose(
     measure: Callable[..., list[dict[str, float]]],
     spans: tuple[int, int, int],
     objective: Objective,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Value],
     seconds: float,
 ) -> Plan:
     """The best few of the pool on the deciding samples, as a plan."""
@@ -356,7 +356,7 @@ def _choose(
 class _Folder:
     """Finished stages as files; without a path, nothing is kept."""
 
-    def __init__(self, path: Any, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Value, settings: Mapping[str, Value]) -> None:
         self.folder = None if path is None else Path(path)
         if self.folder is None:
             return
@@ -377,7 +377,7 @@ class _Folder:
         """The file of a stage."""
         return None if self.folder is None else self.folder / f"{name}.json"
 
-    def array(self, name: str, run: Callable[[], Any]) -> Any:
+    def array(self, name: str, run: Callable[[], PyTree]) -> PyTree:
         """What `run` returns, an array, kept as .npy."""
         path = None if self.folder is None else self.folder / f"{name}.npy"
         if path is not None and path.exists():
@@ -394,7 +394,7 @@ class _Folder:
             write_atomically(path, buffer.getvalue())
         return array
 
-    def stage(self, name: str, run: Callable[[], Any]) -> Any:
+    def stage(self, name: str, run: Callable[[], PyTree]) -> PyTree:
         """What `run` returns, from the file if the stage was finished before.
 
         It goes through JSON either way, so that a resumed run sees what the first one saw.

@@ -15,11 +15,11 @@ N (N - 1) / 2. Without consistency the row sums of G and the coefficient of u_n 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.numeric import as_float, namespace
+from diffsamp._core.types import Array, PyTree
 from diffsamp.processes import Process
 from diffsamp.search.explicit import own_start
 from diffsamp.tableau import Tableau
@@ -71,8 +71,8 @@ def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
 
 
 def from_canonical(
-    numbers: Mapping[str, Any], ends: Mapping[str, Any], process: Process
-) -> dict[str, Any]:
+    numbers: Mapping[str, Array], ends: Mapping[str, PyTree], process: Process
+) -> dict[str, PyTree]:
     """Arrays of the tableau with these numbers: the inverse of `canonical`.
 
     Works on the host in float64 and, differentiably, on JAX arrays.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_int
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.explicit import from_largest_level
@@ -21,7 +22,7 @@ from diffsamp.tableau import Tableau
 __all__ = ["Comparison", "Entry", "LeftOut", "candidates", "compare"]
 
 # (samples, reference) -> a number
-Score = Callable[[Any, Any], float]
+Score = Callable[[PyTree, PyTree], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Comparison:
     """
 
     entries: tuple[Entry, ...]
-    reference: Any
+    reference: PyTree
     left_out: tuple[LeftOut, ...] = ()
 
     @property
@@ -157,19 +158,19 @@ class Comparison:
 
 def compare(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: Sequence[int] = (4, 5, 6, 8, 10),
     solver: Sequence[str] | None = None,
-    schedule: Sequence[str] | Mapping[str, Callable[..., Any]] | None = None,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
-    reference: Tableau | Any = None,
+    schedule: Sequence[str] | Mapping[str, Callable[..., PyTree]] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
+    reference: Tableau | PyTree = None,
     scores: Mapping[str, Score] | None = None,
     data_range: float = 2.0,
     batch: int | None = None,
     population: int = 1,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure solvers x schedules x budgets on a network.
@@ -282,7 +283,7 @@ def candidates(found: Comparison, nfe: int, *, most: int = 4) -> list[Tableau]:
     Raises:
       ValueError: nothing of this budget can be distilled.
     """
-    starts: dict[Any, Tableau] = {}
+    starts: dict[PyTree, Tableau] = {}
     for entry in sorted(found.entries, key=lambda e: -e.psnr):
         family = solvers.get(entry.solver).function
         if entry.nfe == nfe and family not in starts and can_distill(entry.tableau):

@@ -14,8 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ import numpy as np
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.digest import seed_of
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search._gradient import (
     arrays_of,
@@ -55,18 +55,18 @@ _LEARNED = {"all": {"log_snr", "weights"}, "times": {"log_snr"}, "weights": {"we
 
 def distill(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: int | None = None,
     start: Tableau | Sequence[Tableau] | None = None,
-    key: Any,
-    cond: Mapping[str, Any] | None = None,
-    reference: Tableau | Any = None,
+    key: Key,
+    cond: Conditions | None = None,
+    reference: Tableau | PyTree = None,
     held_out: int | None = None,
     steps: int = 400,
     batch: int = 64,
     learning_rate: float = 1e-2,
-    optimizer: Any = None,
+    optimizer: Value = None,
     objective: Objective | None = None,
     learn: str = "all",
     memory: int | None = None,
@@ -77,7 +77,7 @@ def distill(
     checkpoint: bool = True,
     micro_batch: int | None = None,
     data_range: float = 2.0,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Learn a sampler of `nfe` evaluations for this network.
@@ -207,7 +207,7 @@ def distill(
         tableau = from_largest_level(tableau, score_fn.process)
     zero = dataclasses.replace(best, moved=jax.tree.map(jnp.zeros_like, best.moved))
     spans = {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}
-    judges: dict[str, Any] = {
+    judges: dict[str, Value] = {
         objective.name: objective,
         "psnr": functools.partial(finite_psnr, data_range=data_range),
     }
@@ -236,8 +236,8 @@ class _Candidate:
     `scale` is what x_T is multiplied by: 1 for samplers that begin at t_max.
     """
 
-    fixed: Any
-    moved: Any
+    fixed: PyTree
+    moved: PyTree
     value: float
     history: tuple[tuple[int, float, float], ...]
     scale: float = 1.0
@@ -248,14 +248,14 @@ class _Problem:
     """What stays the same over the starts of one search: fit on [0, fit), stop on [fit, stop)."""
 
     score_fn: ScoreFn
-    x_T: Any
-    cond: Any
-    reference: Any
+    x_T: PyTree
+    cond: PyTree
+    reference: PyTree
     fit: int
     stop: int
     batch: int
-    key: Any
-    optimizer: Any
+    key: Key
+    optimizer: Value
     objective: Objective
     free: set[str] | None  # None: everything
     memory: int | None
@@ -263,13 +263,13 @@ class _Problem:
     checkpoint: bool
     pieces: int
     evaluate_every: int
-    sharding: Any
+    sharding: Sharding
 
-    def arrays(self, candidate: _Candidate) -> dict[str, Any]:
+    def arrays(self, candidate: _Candidate) -> dict[str, PyTree]:
         """The tableau's arrays, float64 on the host."""
         return arrays_of(candidate.moved, candidate.fixed, self.score_fn.process, host=True)
 
-    def samples(self, candidate: _Candidate, first: int, last: int) -> Any:
+    def samples(self, candidate: _Candidate, first: int, last: int) -> PyTree:
         """Samples first .. last - 1; NaN if the numbers themselves are not finite."""
         arrays = self.arrays(candidate)
         x_T = _scaled(slice_batch(self.x_T, first, last), candidate.scale)
@@ -318,7 +318,7 @@ class _Problem:
                 order = np.asarray(jax.random.permutation(key_epoch, self.fit))
             index, order = order[: self.batch], order[self.batch :]
 
-            def pick(tree: Any, at: Any = index) -> Any:
+            def pick(tree: PyTree, at: PyTree = index) -> PyTree:
                 return put(jax.tree.map(lambda leaf: leaf[at], tree), self.sharding)
 
             moved, state, loss, new = fit_step(
@@ -343,7 +343,7 @@ class _Problem:
         return dataclasses.replace(best, history=tuple(history))
 
 
-def _scaled(x: Any, scale: float) -> Any:
+def _scaled(x: PyTree, scale: float) -> PyTree:
     return x if scale == 1 else jax.tree.map(lambda leaf: leaf * scale, x)
 
 

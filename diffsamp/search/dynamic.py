@@ -17,8 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +25,7 @@ import numpy as np
 from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_choice, expect_int, expect_times
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Conditions, PyTree, Sharding, Times, Value
 from diffsamp.processes import Process
 from diffsamp.sampling import sample, trajectory
 from diffsamp.score import ScoreFn
@@ -124,7 +123,7 @@ class Costs:
         """
         return expect_times(self.times[self.path(n, weight=weight, free=free)])
 
-    def value(self, path: Any) -> float:
+    def value(self, path: Value) -> float:
         """The cost of a path of indices, unweighted."""
         path = np.asarray(path, int)
         return float(sum(self.cost[i, j] for i, j in itertools.pairwise(path)))
@@ -141,15 +140,15 @@ class Costs:
 
 def step_costs(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    times: Any = None,
+    times: Times = None,
     points: int = 100,
     kind: str = "local",
     free_start: bool = True,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     batch: int = 64,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Costs:
     """What Euler (DDIM) steps between the points of a fine grid cost on this network.
@@ -219,7 +218,9 @@ def step_costs(
     return Costs(times, np.triu(total / size, 1), start=begin)
 
 
-def _start_costs(score_fn: ScoreFn, fine: Tableau, points: Any, cond: Any) -> np.ndarray:
+def _start_costs(
+    score_fn: ScoreFn, fine: Tableau, points: PyTree, cond: Conditions | None
+) -> np.ndarray:
     """What beginning at each fine point costs, in squares; inf where it was not tried.
 
     A start there is noise alone, scaled from x_T. It is wrong by what is left of the data, most of

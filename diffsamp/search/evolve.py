@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,8 @@ from diffsamp._core.checks import expect_int
 from diffsamp._core.digest import digest, fingerprint
 from diffsamp._core.files import write_atomically
 from diffsamp._core.sharding import on_mesh
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
+from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
 from diffsamp.search.compare import Comparison
 from diffsamp.search.explicit import own_start
@@ -87,13 +88,13 @@ class Evolution:
 
 def evolve(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: int,
-    key: Any,
+    key: Key,
     start: Comparison | None = None,
-    cond: Mapping[str, Any] | None = None,
-    reference: Any = None,
+    cond: Conditions | None = None,
+    reference: PyTree = None,
     objective: Objective | None = None,
     population: int = 32,
     rounds: int = 8,
@@ -101,7 +102,7 @@ def evolve(
     predictor: bool = True,
     batch: int | None = None,
     together: int = 1,
-    sharding: Any = None,
+    sharding: Sharding = None,
     state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Evolution:
@@ -197,7 +198,7 @@ def evolve(
     )
 
 
-def _tableau(genome: Genome, process: Any) -> Any:
+def _tableau(genome: Genome, process: Process) -> PyTree:
     """None for a genome whose weights are so large that the tableau is consistent no more."""
     try:
         return genome.tableau(process)
@@ -205,13 +206,18 @@ def _tableau(genome: Genome, process: Any) -> Any:
         return None
 
 
-def _encodable(start: Comparison, nfe: int) -> list[Any]:
+def _encodable(start: Comparison, nfe: int) -> list[PyTree]:
     entries = [e for e in start.entries if e.nfe == nfe and e.solver in KINDS]
     return sorted(entries, key=lambda e: -e.psnr)
 
 
 def _first(
-    rng: np.random.Generator, nfe: int, process: Any, grids: Sequence[str], start: Any, size: int
+    rng: np.random.Generator,
+    nfe: int,
+    process: Process,
+    grids: Sequence[str],
+    start: PyTree,
+    size: int,
 ) -> list[Genome]:
     """Half of the first population from the comparison, the rest at random."""
     chosen: dict[Genome, None] = {}
@@ -254,7 +260,7 @@ def _children(
 # -- the predictor --------------------------------------------------------------------------------
 
 
-def _packages() -> tuple[Any, Any]:
+def _packages() -> tuple[PyTree, PyTree]:
     try:
         import optax
         from flax import linen
@@ -267,7 +273,7 @@ def _packages() -> tuple[Any, Any]:
 
 
 @functools.cache
-def _ranker() -> tuple[Any, Any]:
+def _ranker() -> tuple[PyTree, PyTree]:
     linen, optax = _packages()
     net = linen.Sequential([linen.Dense(64), linen.gelu, linen.Dense(64), linen.gelu,
                             linen.Dense(1)])  # fmt: skip
@@ -315,7 +321,7 @@ def _rank(
 # -- state ----------------------------------------------------------------------------------------
 
 
-def _read(path: Any, settings: dict[str, Any]) -> dict[Genome, float]:
+def _read(path: Value, settings: dict[str, Value]) -> dict[Genome, float]:
     if path is None or not Path(path).exists():
         return {}
     try:
@@ -335,7 +341,7 @@ def _read(path: Any, settings: dict[str, Any]) -> dict[Genome, float]:
     return known
 
 
-def _write(path: Any, settings: dict[str, Any], known: Mapping[Genome, float]) -> None:
+def _write(path: Value, settings: dict[str, Value], known: Mapping[Genome, float]) -> None:
     if path is not None:
         rows = [[g.to_list(), v if math.isfinite(v) else None] for g, v in known.items()]
         write_atomically(path, json.dumps({"settings": settings, "known": rows}).encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from scipy.optimize import minimize_scalar
 from diffsamp import solvers
 from diffsamp._core import random
 from diffsamp._core.checks import expect_choice, expect_int, expect_state, expect_times
+from diffsamp._core.types import Array, Conditions, Key, Network, PyTree, Times, Value
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.sampling import sample, trajectory
@@ -47,14 +48,14 @@ class Fit(NamedTuple):
 
 def fit_dc(
     score_fn: ScoreFn,
-    times: Any,
-    x_T: Any,
+    times: Times,
+    x_T: PyTree,
     *,
     order: int = 2,
     variant: str = "bh2",
     lower_order_final: bool = True,
     correct_first: bool = True,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     bounds: tuple[float, float] = (0.5, 1.5),
     refine: int = 20,
     progress: Progress | None = None,
@@ -85,7 +86,7 @@ def fit_dc(
     process, times = score_fn.process, expect_times(times)
     steps = len(times) - 1
     truth = _fine_states(score_fn, times, x_T, refine, cond)
-    options: dict[str, Any] = {
+    options: dict[str, Value] = {
         "order": order, "variant": variant, "lower_order_final": lower_order_final,
         "correct_first": correct_first,
     }  # fmt: skip
@@ -133,7 +134,7 @@ class RatioPolynomial(NamedTuple):
         return ratios
 
 
-def fit_dc_cascade(ratios: Mapping[tuple[int, float], Any]) -> RatioPolynomial:
+def fit_dc_cascade(ratios: Mapping[tuple[int, float], Array]) -> RatioPolynomial:
     """DC-Solver's ratios as a polynomial in step, evaluations and guidance, from known ones.
 
     rho(i, NFE, scale) = sum_k c_k (i / NFE)^k, every c_k a quadratic in scale / 12 whose
@@ -180,11 +181,11 @@ def _cascade_basis(i: np.ndarray, nfe: int, scale: float) -> np.ndarray:
 
 def fit_iia(
     score_fn: ScoreFn,
-    times: Any,
-    x_T: Any,
+    times: Times,
+    x_T: PyTree,
     *,
     method: str = "ddim",
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     refine: int = 10,
     ridge: float = 1e-6,
     progress: Progress | None = None,
@@ -244,12 +245,12 @@ def fit_iia(
 
 def model_statistics(
     score_fn: ScoreFn,
-    x_0: Any,
+    x_0: PyTree,
     *,
-    key: Any,
-    log_snr: Any = None,
+    key: Key,
+    log_snr: Array = None,
     per_element: bool = False,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     progress: Progress | None = None,
 ) -> ModelStatistics:
     """The statistics of a network that DPM-Solver-v3 puts into its coefficients.
@@ -308,7 +309,7 @@ def model_statistics(
     return ModelStatistics(log_snr, l, np.stack(s), np.stack(b))
 
 
-def _noise(score_fn: Any, log_snr: Any, scaled: Any, cond: Any) -> Any:
+def _noise(score_fn: Network, log_snr: Array, scaled: PyTree, cond: Conditions | None) -> PyTree:
     """The noise prediction at x = alpha * scaled, as a function of log-SNR."""
     process: Process = score_fn.process
     t = process.time(log_snr)
@@ -317,12 +318,14 @@ def _noise(score_fn: Any, log_snr: Any, scaled: Any, cond: Any) -> Any:
     return score_fn.predict(level.alpha.astype(scaled.dtype) * scaled, bound, cond)
 
 
-def _diffused(x_0: Any, keys: Any, n: Any, rho: Any) -> Any:
+def _diffused(x_0: PyTree, keys: Key, n: Array, rho: Array) -> PyTree:
     return x_0 + rho * random.normal_like(keys, n, x_0)
 
 
 @jax.jit
-def _linear_part(score_fn: Any, x_0: Any, keys: Any, n: Any, log_snr: Any, cond: Any) -> Any:
+def _linear_part(
+    score_fn: Network, x_0: PyTree, keys: Key, n: Array, log_snr: Array, cond: Conditions | None
+) -> PyTree:
     """sigma v (d eps / dx) v, whose mean over random signs v is the diagonal."""
     log_snr = jnp.asarray(log_snr, x_0.dtype)
     rho = jnp.exp(-log_snr)
@@ -336,8 +339,15 @@ def _linear_part(score_fn: Any, x_0: Any, keys: Any, n: Any, log_snr: Any, cond:
 
 @jax.jit
 def _remainder(
-    score_fn: Any, x_0: Any, keys: Any, n: Any, log_snr: Any, linear: Any, slope: Any, cond: Any
-) -> Any:
+    score_fn: Network,
+    x_0: PyTree,
+    keys: Key,
+    n: Array,
+    log_snr: Array,
+    linear: PyTree,
+    slope: PyTree,
+    cond: Conditions | None,
+) -> PyTree:
     """f and its derivative by log-SNR along the ODE, d(x / alpha) = -rho eps d log-SNR."""
     log_snr = jnp.asarray(log_snr, x_0.dtype)
     rho = jnp.exp(-log_snr)
@@ -357,7 +367,9 @@ def _at_least(tableau: Tableau, shape: Mapping[str, int]) -> dict[str, int]:
     return {name: max(size, getattr(tableau, name)) for name, size in shape.items()}
 
 
-def _fine_states(score_fn: ScoreFn, times: np.ndarray, x: Any, refine: int, cond: Any) -> Any:
+def _fine_states(
+    score_fn: ScoreFn, times: np.ndarray, x: PyTree, refine: int, cond: Conditions | None
+) -> PyTree:
     """The ODE's states at `times`, by `refine` steps of Heun's method between each two.
 
     The steps are uniform in log-SNR, or in time where that is infinite.
@@ -378,6 +390,6 @@ def _fine_states(score_fn: ScoreFn, times: np.ndarray, x: Any, refine: int, cond
     return points[:: 2 * refine] if times[-1] > process.t_clean else _with_last(points, refine)
 
 
-def _with_last(points: Any, refine: int) -> Any:
+def _with_last(points: PyTree, refine: int) -> PyTree:
     """Every (2 refine)-th state and the last: Heun's step to sigma = 0 is one row."""
     return jnp.concatenate([points[: -1 : 2 * refine], points[-1:]])

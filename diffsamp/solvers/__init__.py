@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Array, Times, Value
 from diffsamp.processes import Process
 from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm
 from diffsamp.solvers.afs import analytic_first_step
@@ -111,7 +111,7 @@ class Solver:
 
     name: str
     function: Callable[..., Tableau]
-    options: Mapping[str, Any]
+    options: Mapping[str, Value]
     order: int
     source: str
     aliases: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ class Solver:
     least: int = 1
     schedule: str = "logsnr"
 
-    def __call__(self, process: Process, times: Any, **options: Any) -> Tableau:
+    def __call__(self, process: Process, times: Times, **options: Value) -> Tableau:
         """The tableau on these times; `options` override the solver's own.
 
         Falling times sample. Deterministic solvers also take rising ones, which encode.
@@ -145,7 +145,7 @@ def _listed(*solvers: Solver) -> dict[str, Solver]:
     return {solver.name: solver for solver in solvers}
 
 
-def _euler_end(**options: Any) -> dict[str, Any]:
+def _euler_end(**options: Value) -> dict[str, Array]:
     """What the registry counts on: one evaluation for the step to sigma = 0."""
     return {**options, "clean_end": "euler"}
 

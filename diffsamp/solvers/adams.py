@@ -10,11 +10,11 @@ with E interpolated over the last evaluations in the variable that names the met
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     NOISE,
@@ -43,7 +43,7 @@ _WORN = 1e3
 
 def deis(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 3,
     variable: str = "t",
@@ -95,7 +95,7 @@ def deis(
     return _adams(process, times, order + 1, weights, name, source, lower_order_final)
 
 
-def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
+def ipndm(process: Process, times: Times, *, order: int = 4) -> Tableau:
     """iPNDM: DDIM steps along Adams-Bashforth's fixed-step mean of the noise predictions.
 
     One evaluation a step; the order ramps up over the first ones. On a grid that is not uniform in
@@ -126,7 +126,7 @@ def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
     return _adams(process, times, order, weights, f"ipndm{order}", source, False)
 
 
-def accelerated_ddim(process: Process, times: Any) -> Tableau:
+def accelerated_ddim(process: Process, times: Times) -> Tableau:
     """Accelerated DDIM: the noise prediction extrapolated linearly in abar = alpha^2.
 
     A DEIS of order 1 in the variable abar (variance-preserving, alpha^2 / (alpha^2 + sigma^2)
@@ -166,9 +166,9 @@ def accelerated_ddim(process: Process, times: Any) -> Tableau:
 
 def _adams(
     process: Process,
-    times: Any,
+    times: Times,
     history_length: int,
-    weights: Any,
+    weights: Array,
     name: str,
     source: str,
     lower_order_final: bool,

@@ -15,9 +15,9 @@ D0 = (D_n - D_{n-1}) / r_0, D1 = (D_{n-1} - D_{n-2}) / r_1:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, Combination, total
 from diffsamp.solvers._weights import phis, spread
@@ -28,7 +28,7 @@ __all__ = ["dpmpp", "multistep_weights"]
 
 def dpmpp(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 2,
     variant: str = "midpoint",

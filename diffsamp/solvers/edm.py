@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Times
 from diffsamp.processes import Flow, Process
 from diffsamp.solvers._builder import (
     NOISE,
@@ -21,7 +21,7 @@ __all__ = ["dpm2", "euler", "heun", "runge_kutta"]
 
 def euler(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     churn: float = 0.0,
     churn_min: float = 0.0,
@@ -68,7 +68,7 @@ def euler(
 
 def heun(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     coordinates: str | None = None,
     clean_end: str | None = None,
@@ -122,7 +122,7 @@ def heun(
 
 def runge_kutta(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     method: str = "rk4",
     coordinates: str | None = None,
@@ -164,7 +164,7 @@ def runge_kutta(
     )
 
 
-def dpm2(process: Process, times: Any) -> Tableau:
+def dpm2(process: Process, times: Times) -> Tableau:
     """k-diffusion's DPM-2: the midpoint method with its midpoint at the geometric mean of rho.
 
     Order 2, two evaluations a step, one on a step to sigma = 0. From alpha = 0, where that mean is
@@ -200,7 +200,7 @@ def dpm2(process: Process, times: Any) -> Tableau:
 
 def _runge_kutta(
     process: Process,
-    times: Any,
+    times: Times,
     method: str,
     coordinates: str | None,
     clean_end: str | None,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     DATA,
@@ -27,7 +26,12 @@ FEATURES = {"ddim": 2, "guided": 1, "heun": 4, "dpmpp": 2, "dpm_solver": 4}
 
 
 def iia(
-    process: Process, times: Any, *, coefficients: Any, method: str = "ddim", check: str = "none"
+    process: Process,
+    times: Times,
+    *,
+    coefficients: Array,
+    method: str = "ddim",
+    check: str = "none",
 ) -> Tableau:
     """IIA: a solver's step plus a fitted combination of what is known already.
 
@@ -59,7 +63,7 @@ def iia(
 
 
 def iia_features(
-    process: Process, times: Any, coefficients: Any, method: str, check: str = "none"
+    process: Process, times: Times, coefficients: Array, method: str, check: str = "none"
 ) -> tuple[Tableau, list[list[Combination]], list[int]]:
     """What `iia` is made of, for the fit of its coefficients.
 

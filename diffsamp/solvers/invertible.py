@@ -6,9 +6,8 @@ runs the other way without a new approximation.
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import NOISE, Answer, Builder, Combination, Point, transfer
 from diffsamp.tableau import Tableau
@@ -16,7 +15,7 @@ from diffsamp.tableau import Tableau
 __all__ = ["bdia", "belm"]
 
 
-def bdia(process: Process, times: Any, *, gamma: float = 1.0, base: str = "ddim") -> Tableau:
+def bdia(process: Process, times: Times, *, gamma: float = 1.0, base: str = "ddim") -> Tableau:
     """BDIA: u_{n+1} = gamma (u_{n-1} - f(u_n; n -> n-1)) + f(u_n; n -> n+1), f a one-step method.
 
     "ddim": f the DDIM step, one evaluation a step. Order 2 for gamma = 1, 1 below; gamma = 0 is
@@ -69,7 +68,7 @@ def _heun(builder: Builder, answer: Answer, t: Point) -> Combination:
     return t.alpha * (answer.state / s.alpha + (t.rho - s.rho) * slope)
 
 
-def belm(process: Process, times: Any) -> Tableau:
+def belm(process: Process, times: Times) -> Tableau:
     """O-BELM: the two-step bidirectional method with the smallest local error.
 
     In x' = x / alpha and rho = sigma / alpha, with d_1 the last step of rho and d_2 the coming one:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, total, transfer
 from diffsamp.solvers._weights import exponential_weights, spread
@@ -27,7 +27,7 @@ __all__ = ["er_sde", "sa_solver"]
 
 def sa_solver(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 3,
     corrector: bool | int = True,
@@ -143,7 +143,7 @@ _SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def er_sde(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 3,
     scale: str | Callable[[np.ndarray], np.ndarray] = "er_sde",

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     DATA,
@@ -35,7 +35,7 @@ __all__ = ["dpm2_ancestral", "dpmpp_sde", "seeds"]
 
 def seeds(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 2,
     nodes: tuple[float, ...] | None = None,
@@ -82,7 +82,7 @@ def seeds(
     )
 
 
-def dpmpp_sde(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
+def dpmpp_sde(process: Process, times: Times, *, stage: float = 0.5) -> Tableau:
     """DPM-Solver++ (SDE) of k-diffusion: two stages with independent noises; weak order 1.
 
     Two evaluations a step, one on a step to sigma = 0.
@@ -107,7 +107,7 @@ def dpmpp_sde(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
     )
 
 
-def dpm2_ancestral(process: Process, times: Any, *, eta: float = 1.0) -> Tableau:
+def dpm2_ancestral(process: Process, times: Times, *, eta: float = 1.0) -> Tableau:
     """DPM-2 with ancestral noise: the midpoint method down to rho_down, then noise up to rho_t.
 
     rho_up = min(rho_t, eta rho_t sqrt(1 - rho_t^2 / rho_s^2)), rho_down^2 = rho_t^2 - rho_up^2, and
@@ -157,7 +157,7 @@ def dpm2_ancestral(process: Process, times: Any, *, eta: float = 1.0) -> Tableau
 
 def _staged(
     process: Process,
-    times: Any,
+    times: Times,
     nodes: tuple[float, ...],
     *,
     shared: bool,

@@ -15,11 +15,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int, expect_times
+from diffsamp._core.types import Array, PyTree, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, Combination, Point, total
 from diffsamp.solvers._weights import exponential_weights, lagrange
@@ -30,7 +30,7 @@ __all__ = ["dc_solver", "unipc"]
 
 def unipc(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 3,
     variant: str = "bh2",
@@ -70,9 +70,9 @@ def unipc(
 
 def dc_solver(
     process: Process,
-    times: Any,
+    times: Times,
     *,
-    ratios: Any,
+    ratios: Array,
     order: int = 2,
     variant: str = "bh2",
     lower_order_final: bool = True,
@@ -122,7 +122,7 @@ def dc_solver(
 
 def _multistep(
     process: Process,
-    times: Any,
+    times: Times,
     order: int,
     variant: str,
     lower_order_final: bool,
@@ -183,7 +183,7 @@ def _predictor_weights(used: list[Answer], t: Point, variant: str) -> np.ndarray
     return exponential_weights([a.point.log_snr - present for a in used], h)
 
 
-def _correct(x: Any, answer: Answer, used: list[Answer], variant: str) -> Any:
+def _correct(x: PyTree, answer: Answer, used: list[Answer], variant: str) -> Array:
     """The state x at the answer's point, corrected for the step that led there."""
     t = answer.point
     present = used[0].point.log_snr

@@ -6,10 +6,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     DATA,
@@ -61,7 +61,7 @@ def with_rows(tableau: Tableau, other: Tableau, rows: list[int]) -> Tableau:
 # -- DDIM with diffusers' own intervals ---------------------------------------------------------
 
 
-def ddim_strided(process: Process, times: Any, *, stride: int, end: float) -> Tableau:
+def ddim_strided(process: Process, times: Times, *, stride: int, end: float) -> Tableau:
     """DDIMScheduler as it is: a step ends at t - stride, wherever the next one begins."""
     builder = Builder(process, times)
     x = builder.start
@@ -73,7 +73,7 @@ def ddim_strided(process: Process, times: Any, *, stride: int, end: float) -> Ta
     return builder.finish(x, to, name="ddim(strided)", source="diffusers 0.42.1", check="none")
 
 
-def ddim_forward(process: Process, times: Any, *, prediction: str) -> Tableau:
+def ddim_forward(process: Process, times: Times, *, prediction: str) -> Tableau:
     """DDIMInverseScheduler: up to the noise, the network asked at the time where a step ends."""
     builder = Builder(process, times, NOISE)
     x, points = builder.start, builder.points
@@ -110,7 +110,7 @@ def _noise_from_data(state: Combination, data: Combination, s: Point) -> Combina
 # -- PNDM ---------------------------------------------------------------------------------------
 
 
-def adams_prk(process: Process, times: Any, *, prediction: str, skip_prk: bool) -> Tableau:
+def adams_prk(process: Process, times: Times, *, prediction: str, skip_prk: bool) -> Tableau:
     """PNDMScheduler: fourth-order Adams-Bashforth behind a start of Heun's or of Runge-Kutta's.
 
     `skip_prk`: the first step is taken twice, n + 1 evaluations; else three Runge-Kutta steps,
@@ -167,7 +167,7 @@ def adams_prk(process: Process, times: Any, *, prediction: str, skip_prk: bool) 
     )
 
 
-def ipndm(process: Process, times: Any) -> Tableau:
+def ipndm(process: Process, times: Times) -> Tableau:
     """IPNDMScheduler: as `ds.solvers.ipndm`, but its first step takes the data to be 0.
 
     It starts at alpha = 0, where it takes the state for the noise and divides nothing by nothing.
@@ -227,7 +227,7 @@ def _dpm_step(
 
 
 def dpm_multistep(
-    process: Process, times: Any, *, orders: Sequence[int], algorithm: str, variant: str
+    process: Process, times: Times, *, orders: Sequence[int], algorithm: str, variant: str
 ) -> Tableau:
     """DPM-Solver multistep of noise predictions, with the order of every step.
 
@@ -260,7 +260,7 @@ def dpm_multistep(
 
 
 def dpm_singlestep(
-    process: Process, times: Any, *, orders: Sequence[int], algorithm: str, variant: str
+    process: Process, times: Times, *, orders: Sequence[int], algorithm: str, variant: str
 ) -> Tableau:
     """DPMSolverSinglestepScheduler: evaluation n is stage `orders[n]` of a step that began before.
 
@@ -301,7 +301,7 @@ def dpm_singlestep(
 
 def jumps(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     boundary: Callable[[Point], tuple[float, float]],
     floor: float = 0.0,
@@ -326,7 +326,7 @@ def jumps(
     )
 
 
-def tcd(process: Process, times: Any, *, eta: float = 0.3) -> Tableau:
+def tcd(process: Process, times: Times, *, eta: float = 0.3) -> Tableau:
     """TCDScheduler: DDIM down to (1 - eta) of the next label, then noise up to it.
 
     `eta` is the paper's gamma: 0 is deterministic. (arXiv:2402.19159, algorithm 3.)
@@ -350,7 +350,7 @@ def tcd(process: Process, times: Any, *, eta: float = 0.3) -> Tableau:
 
 
 def ancestral_flow(
-    process: Process, times: Any, *, eta: float = 1.0, noise_scale: float = 1.0
+    process: Process, times: Times, *, eta: float = 1.0, noise_scale: float = 1.0
 ) -> Tableau:
     """LTXEulerAncestralRFScheduler: Euler to sigma' (1 + (sigma' / sigma - 1) eta), then noise."""
     builder = Builder(process, times)
