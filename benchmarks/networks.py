@@ -92,9 +92,11 @@ def transformer_params(depth: int = DEPTH) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     pixels, tokens = PATCH * PATCH * IMAGE[-1], IMAGE[0] * IMAGE[1] // PATCH**2
     shapes = {
-        "qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH),
+        "qkv": (WIDTH, 3 * WIDTH),
+        "out": (WIDTH, WIDTH),
+        "up": (WIDTH, 4 * WIDTH),
         "down": (4 * WIDTH, WIDTH),
-    }  # fmt: skip
+    }
     return {
         "patch": _matrix(rng, (pixels, WIDTH)),
         "position": _matrix(rng, (tokens, WIDTH)),

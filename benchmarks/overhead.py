@@ -35,12 +35,40 @@ ROUNDS = 5  # at least
 WINDOW = 4  # rows of `sample_parallel` that are evaluated together
 # one or more of every family; those of the last lines add noise
 SOLVERS = (
-    "ddim", "conjugate_ddim", "dpm_solver_2s", "dpmpp_2m", "dpmpp_3m", "res_2s", "dpm_solver_v3",
-    "iia", "deis_tab3", "ipndm4", "pndm", "heun", "dpm2", "rho_rk4", "unipc3", "dc_solver",
-    "ghvb2.8", "heavy_ball", "mixed", "analytic_first_step", "bdia", "belm",
-    "ddpm", "accelerated_ddpm", "dpmpp_2m_sde", "dpmpp_sde", "sa_solver", "er_sde3", "seeds2",
-    "dpm2_ancestral", "interpolant_em", "consistency", "restart",
-)  # fmt: skip
+    "ddim",
+    "conjugate_ddim",
+    "dpm_solver_2s",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "res_2s",
+    "dpm_solver_v3",
+    "iia",
+    "deis_tab3",
+    "ipndm4",
+    "pndm",
+    "heun",
+    "dpm2",
+    "rho_rk4",
+    "unipc3",
+    "dc_solver",
+    "ghvb2.8",
+    "heavy_ball",
+    "mixed",
+    "analytic_first_step",
+    "bdia",
+    "belm",
+    "ddpm",
+    "accelerated_ddpm",
+    "dpmpp_2m_sde",
+    "dpmpp_sde",
+    "sa_solver",
+    "er_sde3",
+    "seeds2",
+    "dpm2_ancestral",
+    "interpolant_em",
+    "consistency",
+    "restart",
+)
 
 
 def composed(name: str, process: Any) -> ds.Tableau | None:
@@ -260,16 +288,36 @@ def around(net: Network) -> dict[str, tuple[Callable[..., Any], Any, int, int]]:
     steps = ds.few_step.uniform_tableau(process, 16)
     found = {
         "`guidance.cfg`": (
-            scanned(tableau, label), ds.guidance.cfg(given, 3.0, {"label": 0.0}), NFE, 2),
+            scanned(tableau, label),
+            ds.guidance.cfg(given, 3.0, {"label": 0.0}),
+            NFE,
+            2,
+        ),
         "`guidance.static_thresholding`": (
-            scanned(tableau), ds.guidance.static_thresholding(score_fn), NFE, 1),
+            scanned(tableau),
+            ds.guidance.static_thresholding(score_fn),
+            NFE,
+            1,
+        ),
         "`guidance.dynamic_thresholding`": (
-            scanned(tableau), ds.guidance.dynamic_thresholding(score_fn), NFE, 1),
+            scanned(tableau),
+            ds.guidance.dynamic_thresholding(score_fn),
+            NFE,
+            1,
+        ),
         "`time_shift.time_shift`": (
-            scanned(tableau), ds.time_shift.time_shift(score_fn, window=0.1, cutoff=0.2), NFE, 1),
+            scanned(tableau),
+            ds.time_shift.time_shift(score_fn, window=0.1, cutoff=0.2),
+            NFE,
+            1,
+        ),
         "`few_step.shortcut`": (
-            scanned(steps), ds.few_step.shortcut(given, name="label"), steps.nfe, 1),
-    }  # fmt: skip
+            scanned(steps),
+            ds.few_step.shortcut(given, name="label"),
+            steps.nfe,
+            1,
+        ),
+    }
 
     def in_pairs(params: Any, z: Any, t: Any) -> Any:
         return net.apply(params, z.reshape(-1, *net.shape), t).reshape(z.shape)
@@ -361,10 +409,17 @@ def main() -> None:
         "(`jax.checkpoint_policies.everything_saveable`). True: the states only.\n\n"
     )
     text += table(
-        ["network", "a call, ms", "`ds.sample`", "a gradient, ms", "gradient of `ds.sample`",
-         "`checkpoint`: all", "`checkpoint=True`"],
+        [
+            "network",
+            "a call, ms",
+            "`ds.sample`",
+            "a gradient, ms",
+            "gradient of `ds.sample`",
+            "`checkpoint`: all",
+            "`checkpoint=True`",
+        ],
         gradients,
-    )  # fmt: skip
+    )
     text += (
         "\nMemory over a bare scan, in states, as the compiler counts it; p + q is what the "
         "equation refers to.\n\n"

@@ -141,9 +141,12 @@ def load(name: str) -> ds.ScoreFn:
     """
     params = load_params(WEIGHTS / f"unet_{name}.safetensors")
     return ds.ScoreFn(
-        apply_for(name), params, ds.processes.edm(), prediction="edm_f",
+        apply_for(name),
+        params,
+        ds.processes.edm(),
+        prediction="edm_f",
         sigma_data=SETTINGS[name][2],
-    )  # fmt: skip
+    )
 
 
 def load_data(name: str, path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -197,9 +197,16 @@ def compare(arguments: argparse.Namespace) -> int:
     score_fn, x_T, cond = _problem(arguments, arguments.starts)
     bar = ds.ProgressBar()
     result = ds.search.compare(
-        score_fn, x_T, nfe=arguments.nfe, solver=arguments.solver, schedule=arguments.schedule,
-        cond=cond, batch=arguments.batch, population=arguments.together, progress=bar,
-    )  # fmt: skip
+        score_fn,
+        x_T,
+        nfe=arguments.nfe,
+        solver=arguments.solver,
+        schedule=arguments.schedule,
+        cond=cond,
+        batch=arguments.batch,
+        population=arguments.together,
+        progress=bar,
+    )
     bar.close()
     print(f"PSNR (dB) to the ODE's solution at equal noise, {arguments.starts} starts; * best")
     print(result.table(rows=arguments.rows))
@@ -214,11 +221,22 @@ def search(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     bar = ds.ProgressBar()
     front = ds.search.best(
-        score_fn, x_T, nfe=arguments.nfe, key=jax.random.fold_in(jax.random.key(arguments.seed), 1),
-        cond=cond, solver=arguments.solver, schedule=arguments.schedule, steps=arguments.steps,
-        rounds=arguments.rounds, batch=arguments.batch, together=arguments.together,
-        seconds=arguments.seconds, state=out / "state", progress=bar,
-    )  # fmt: skip
+        score_fn,
+        x_T,
+        nfe=arguments.nfe,
+        key=jax.random.fold_in(jax.random.key(arguments.seed), 1),
+        cond=cond,
+        solver=arguments.solver,
+        schedule=arguments.schedule,
+        stages=arguments.stages,
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        batch=arguments.batch,
+        together=arguments.together,
+        seconds=arguments.seconds,
+        state=out / "state",
+        progress=bar,
+    )
     bar.close()
     paths = front.save(out)
     print("PSNR (dB) to the ODE's solution on held-out noise:")
@@ -304,13 +322,21 @@ def build_parser() -> argparse.ArgumentParser:
     three.set_defaults(function=compare)
     four = commands.add_parser("search", help="find the best sampler for a network and a budget")
     _network_options(four)
+    four.add_argument(
+        "--stages",
+        nargs="+",
+        choices=ds.search.STAGES,
+        help="what to run (default: regress and refine)",
+    )
     four.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
     four.add_argument("--rounds", type=int, default=8, help="rounds of evolution (default: 8)")
     four.add_argument("--seconds", type=float, help="begin no stage after this time")
     four.add_argument(
-        "--out", default="plans", help="folder of the plans and of the state (default: plans); run "
+        "--out",
+        default="plans",
+        help="folder of the plans and of the state (default: plans); run "
         "the same command again to go on after a stop",
-    )  # fmt: skip
+    )
     four.set_defaults(function=search)
     five = commands.add_parser("show", help="what a plan or a tableau does at each step")
     five.add_argument("path", help="a plan-<nfe>.json or a tableau's file")

@@ -86,8 +86,15 @@ def quality_against_nfe(
         for i, (nfe, psnr, other) in enumerate(found):
             height = psnr if name == "psnr" else other
             if height is not None:
-                axis.plot([nfe], [height], marker="*", markersize=13, color="black", linestyle="",
-                          label="distilled" if i == 0 else None)  # fmt: skip
+                axis.plot(
+                    [nfe],
+                    [height],
+                    marker="*",
+                    markersize=13,
+                    color="black",
+                    linestyle="",
+                    label="distilled" if i == 0 else None,
+                )
         axis.set_xlabel("network evaluations (NFE)")
         axis.set_ylabel(label)
         axis.set_xticks(budgets)
@@ -218,8 +225,15 @@ def tableau(sampler: Tableau) -> Value:
             for j in range(n + 1):
                 value = facts.shares[n, j]
                 dark = abs(value) > 0.6 * largest
-                left.text(j, n, f"{value:.2f}", ha="center", va="center", fontsize=7,
-                          color="white" if dark else "black")  # fmt: skip
+                left.text(
+                    j,
+                    n,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                )
     figure.colorbar(image, ax=left, shrink=0.8)
     left.set(title="weight of each prediction", xlabel="prediction D_j", ylabel="row n")
     kept = np.isfinite(facts.rho) & (facts.rho > 0)

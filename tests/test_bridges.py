@@ -134,9 +134,15 @@ def paired(params, x, t, x_T):
 
 @pytest.mark.parametrize(
     ("name", "nfe"),
-    [("ddim", 41), ("dpmpp_2m_heun", 21), ("dpmpp_3m", 21), ("ddpm", 301), ("unipc2", 21),
-     ("heun", 41)],
-)  # fmt: skip
+    [
+        ("ddim", 41),
+        ("dpmpp_2m_heun", 21),
+        ("dpmpp_3m", 21),
+        ("ddpm", 301),
+        ("unipc2", 21),
+        ("heun", 41),
+    ],
+)
 def test_samples_of_an_exact_bridge(name, nfe):
     base = BASES["vp"]
     variance = np.float32(0.09)
@@ -233,8 +239,10 @@ def test_dbim_of_higher_order_is_the_authors(name):
         np.testing.assert_allclose(on_end * x_T + norm * u, want, atol=1e-7)
     # to the clean end, which is of order 1 by itself
     times = bridges.times(bridged.process, 7)
-    ends = [solvers.dpmpp(bridged.process, times, order=3, variant="heun", lower_order_final=low)
-            for low in ("last", False)]  # fmt: skip
+    ends = [
+        solvers.dpmpp(bridged.process, times, order=3, variant="heun", lower_order_final=low)
+        for low in ("last", False)
+    ]
     np.testing.assert_array_equal(ends[0].b, ends[1].b)
     with pytest.raises(ValueError, match="`lower_order_final` must be one of 'last'"):
         solvers.dpmpp(bridged.process, times, lower_order_final="first")

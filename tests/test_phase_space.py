@@ -241,9 +241,12 @@ def test_bad_input():
         with pytest.raises(ValueError, match=message):
             call()
     steps, tableau = phase_space.sampler(score_fn, [1.0, 0.5, 0.1])
-    short = ds.Tableau(**{k: getattr(tableau, k)[:1 if k not in ("times", "alpha", "sigma") else 2]
-                          for k in ("times", "alpha", "sigma", "target", "a", "b", "c",
-                                    "evaluates")})  # fmt: skip
+    short = ds.Tableau(
+        **{
+            k: getattr(tableau, k)[: 1 if k not in ("times", "alpha", "sigma") else 2]
+            for k in ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates")
+        }
+    )
     with pytest.raises(ValueError, match="made for 4 rows; the tableau has 1"):
         ds.sample(steps, short, jnp.zeros((1, 2)))
     # what would read the steps as a data prediction

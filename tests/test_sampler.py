@@ -37,8 +37,13 @@ def test_is_jittable_and_independent_of_the_batch(network):
 
 
 def test_networks_without_a_batch_axis():
-    alone = ds.ScoreFn(lambda p, x, t: x * p, jnp.ones(()), ds.processes.flow(), batched=False,
-                       prediction="velocity")  # fmt: skip
+    alone = ds.ScoreFn(
+        lambda p, x, t: x * p,
+        jnp.ones(()),
+        ds.processes.flow(),
+        batched=False,
+        prediction="velocity",
+    )
     assert ds.sampler(alone, "ddpm", nfe=3)(jax.random.key(0), (4,)).shape == (4,)
 
 

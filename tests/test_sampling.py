@@ -286,8 +286,14 @@ def test_a_network_sharded_over_a_model_axis_keeps_its_own_collectives_only():
     np.testing.assert_allclose(x, ds.sample(one, tableau, x_T), rtol=1e-4, atol=1e-5)
     call = jax.jit(network).lower(split, placed(x_T, "batch"), jnp.ones(8)).compile().as_text()
     whole = jax.jit(ds.sample).lower(ours, tableau, placed(x_T, "batch")).compile().as_text()
-    for kind in ("all-reduce(", "all-gather(", "all-to-all(", "collective-permute(", "outfeed(",
-                 "callback"):  # fmt: skip
+    for kind in (
+        "all-reduce(",
+        "all-gather(",
+        "all-to-all(",
+        "collective-permute(",
+        "outfeed(",
+        "callback",
+    ):
         assert whole.count(kind) == call.count(kind)
     assert call.count("all-reduce(") == 1
 

@@ -43,10 +43,17 @@ __all__ = ["fast_convolutions"]
 SWITCH = "DIFFSAMP_FAST_CONVOLUTIONS"
 # what JAX 0.10 passes to a lowering rule; with others the meaning may have moved
 PARAMETERS = {
-    "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
-    "feature_group_count", "batch_group_count", "precision", "preferred_element_type",
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "batch_group_count",
+    "precision",
+    "preferred_element_type",
     "out_sharding",
-}  # fmt: skip
+}
 TERMS = 49  # at most, in a sum of products written out: 7 x 7, one input
 FEW = 4  # inputs per group with which XLA's plain loops are faster than its grouped convolution
 

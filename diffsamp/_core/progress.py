@@ -31,9 +31,13 @@ class ProgressBar:
             self._what, self._tenth = what, -1
             # without a terminal it only keeps the time
             self._bar = self._make(
-                total=total, initial=done, desc=what, leave=False, file=sys.stderr,
+                total=total,
+                initial=done,
+                desc=what,
+                leave=False,
+                file=sys.stderr,
                 **({} if terminal else {"mininterval": float("inf"), "delay": float("inf")}),
-            )  # fmt: skip
+            )
         bar: Value = self._bar
         bar.update(done - bar.n)
         if not terminal:

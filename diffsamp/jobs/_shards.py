@@ -223,9 +223,10 @@ def differing(one: Mapping[str, PyTree], other: Mapping[str, PyTree]) -> list[st
     return sorted(
         name
         for name in one.keys() | other.keys()
-        if name != "n" and one.get(name) != other.get(name)
+        if name != "n"
+        and one.get(name) != other.get(name)
         and not (name == "labels" and None in (one.get(name), other.get(name)))
-    )  # fmt: skip
+    )
 
 
 def scan(folder: Path) -> tuple[dict[str, PyTree] | None, tuple[Shard, ...]]:

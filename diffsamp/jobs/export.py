@@ -212,11 +212,17 @@ def export(
     except NotImplementedError as error:
         raise ValueError(f"the network's program cannot be exported: {error}") from error
     meta = {
-        "format": _FORMAT, "version": _VERSION, "shape": list(shape),
-        "dtype": str(jnp.dtype(dtype)), "nfe": sampler.tableau.nfe, "cond": conditions,
-        "platforms": list(platforms), "weights": [str(leaf.dtype) for leaf in weights],
-        "name": sampler.tableau.name, "random": str(jax.random.key_impl(empty)),
-    }  # fmt: skip
+        "format": _FORMAT,
+        "version": _VERSION,
+        "shape": list(shape),
+        "dtype": str(jnp.dtype(dtype)),
+        "nfe": sampler.tableau.nfe,
+        "cond": conditions,
+        "platforms": list(platforms),
+        "weights": [str(leaf.dtype) for leaf in weights],
+        "name": sampler.tableau.name,
+        "random": str(jax.random.key_impl(empty)),
+    }
     arrays = {
         "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
         "program": np.frombuffer(program.serialize(), np.uint8),
@@ -307,9 +313,16 @@ def _built(meta: dict[str, PyTree], arrays: dict[str, np.ndarray]) -> ExportedSa
     ]
     cond = {name: (tuple(tail), d) for name, (tail, d) in meta["cond"].items()}
     return ExportedSampler(
-        tuple(meta["shape"]), meta["dtype"], meta["nfe"], tuple(meta["platforms"]), cond,
-        meta["random"], program, prior, weights,
-    )  # fmt: skip
+        tuple(meta["shape"]),
+        meta["dtype"],
+        meta["nfe"],
+        tuple(meta["platforms"]),
+        cond,
+        meta["random"],
+        program,
+        prior,
+        weights,
+    )
 
 
 def _flatbuffers() -> None:

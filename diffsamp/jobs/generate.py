@@ -143,11 +143,17 @@ def generate(
         return None if cond is None else expect_cond(cond(numbers), batch)
 
     settings = {
-        "n": n, "batch": batch, "shape": list(shape), "format": format, "key": seed_of(key),
-        "random": str(jax.random.key_impl(key)), "network": fingerprint(score_fn),
-        "tableau": digest(tableau), **_outline(conditions(0), n >= batch),
+        "n": n,
+        "batch": batch,
+        "shape": list(shape),
+        "format": format,
+        "key": seed_of(key),
+        "random": str(jax.random.key_impl(key)),
+        "network": fingerprint(score_fn),
+        "tableau": digest(tableau),
+        **_outline(conditions(0), n >= batch),
         "arrays": _expect_arrays(finish, (batch, *shape), format),
-    }  # fmt: skip
+    }
     folder = _expect_folder(out)
     found, done = scan(folder)
     if found is not None:

@@ -148,8 +148,10 @@ class Bridged(Transform):
 
         # the network is asked at x, and what it says is a data prediction: x_0 is u's x_0
         network = self.score_fn
-        inner = bound.inner._replace(r=jnp.zeros_like(jnp.asarray(bound.inner.r)),
-                                     s=jnp.ones_like(jnp.asarray(bound.inner.s)))  # fmt: skip
+        inner = bound.inner._replace(
+            r=jnp.zeros_like(jnp.asarray(bound.inner.r)),
+            s=jnp.ones_like(jnp.asarray(bound.inner.s)),
+        )
         data = network.predict(jax.tree.map(mix, x, end), inner, cond)
 
         def convert(u: jax.Array, d: jax.Array) -> jax.Array:

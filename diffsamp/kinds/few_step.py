@@ -199,8 +199,9 @@ class Piecewise(Process):
     def time(self, log_snr: Array) -> Array:
         log_snr = as_float(log_snr, self.times)
         xp = namespace(log_snr, self.times)
-        times, alphas, sigmas = (as_float(v, log_snr) for v in
-                                 (self.times, self.alphas, self.sigmas))  # fmt: skip
+        times, alphas, sigmas = (
+            as_float(v, log_snr) for v in (self.times, self.alphas, self.sigmas)
+        )
         rho = xp.exp(-log_snr)
         i = xp.clip(xp.searchsorted(sigmas / alphas, rho), 1, np.shape(times)[0] - 1)
         step_alpha, step_sigma = alphas[i] - alphas[i - 1], sigmas[i] - sigmas[i - 1]

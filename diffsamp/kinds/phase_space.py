@@ -325,11 +325,17 @@ def sampler(
     level = level_at(process, asked)
     one = np.ones((len(steps), 1))
     tableau = Tableau.create(
-        times=asked, alpha=level.alpha, sigma=level.sigma, target=one * [0.0, 1.0],
-        a=0 * one if stochastic else one, b=one, c=[step.spread is not None for step in steps],
-        name=f"psld_{method}", source="arXiv:2303.01748" if stochastic else "arXiv:2310.07894",
+        times=asked,
+        alpha=level.alpha,
+        sigma=level.sigma,
+        target=one * [0.0, 1.0],
+        a=0 * one if stochastic else one,
+        b=one,
+        c=[step.spread is not None for step in steps],
+        name=f"psld_{method}",
+        source="arXiv:2303.01748" if stochastic else "arXiv:2310.07894",
         check="none",
-    )  # fmt: skip
+    )
     return PhaseSpaceSampler(PhaseSpaceSteps(score_fn, on_state, on_noise, basis), tableau)
 
 

@@ -117,9 +117,15 @@ def ode_solution(
     batch = expect_state(x, "x", score_fn.batched)
     numbers, to_clean = _prepare(score_fn, x, t_start, t_end, save_at, rtol, atol)
     return _solve(
-        score_fn, x, numbers, dict(cond or {}), solver=solver, batch=batch,
-        max_steps=expect_int(max_steps, "max_steps", 1), to_clean=to_clean,
-    )  # fmt: skip
+        score_fn,
+        x,
+        numbers,
+        dict(cond or {}),
+        solver=solver,
+        batch=batch,
+        max_steps=expect_int(max_steps, "max_steps", 1),
+        to_clean=to_clean,
+    )
 
 
 def log_likelihood(
@@ -179,9 +185,16 @@ def log_likelihood(
             )
         keys = random.sample_keys(key, batch)
     return _change_of_variables(
-        score_fn, x_0, numbers, keys, dict(cond or {}), solver=solver, batch=batch, probes=probes,
+        score_fn,
+        x_0,
+        numbers,
+        keys,
+        dict(cond or {}),
+        solver=solver,
+        batch=batch,
+        probes=probes,
         max_steps=expect_int(max_steps, "max_steps", 1),
-    )  # fmt: skip
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "batch", "max_steps", "to_clean"))
@@ -259,14 +272,19 @@ def _integrate(slope, y, v_start, v_end, saved, tolerances, solver, max_steps):
     known = int(solver.tableau.fsal)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda v, y, _: slope(v, y)),
-        solver, v_start, v_end, 0.1 * tolerances[0] ** 0.2 * (v_end - v_start), y,
+        solver,
+        v_start,
+        v_end,
+        0.1 * tolerances[0] ** 0.2 * (v_end - v_start),
+        y,
         saveat=diffrax.SaveAt(subs=subs),
         solver_state=(jnp.asarray(False), slope(v_start, y)) if known else None,
         stepsize_controller=diffrax.PIDController(
             *tolerances, norm=_norm, dtmin=float(jnp.finfo(v_start.dtype).eps), force_dtmin=False
         ),
-        max_steps=max_steps, throw=False,
-    )  # fmt: skip
+        max_steps=max_steps,
+        throw=False,
+    )
     good = solution.result == diffrax.RESULTS.successful
     ys = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), solution.ys)
     end, points = jax.tree.map(lambda leaf: leaf[0], ys[0]), None

@@ -93,17 +93,26 @@ def inverse(tableau: Tableau) -> Tableau:
     error[1] = 1.0
     for k in range(1, rows):  # an error of the second state, in x / alpha, which DDIM carries as is
         error[k + 1] = new_a[k, 0] * error[k] + new_a[k, 1] * error[k - 1]
-        growth = max(growth, abs(error[k + 1]) * np.hypot(alpha[1], sigma[1])
-                     / np.hypot(alpha[k + 1], sigma[k + 1]))  # fmt: skip
+        growth = max(
+            growth,
+            abs(error[k + 1]) * np.hypot(alpha[1], sigma[1]) / np.hypot(alpha[k + 1], sigma[k + 1]),
+        )
     if growth > _MOST_GROWTH:
         raise ValueError(
             f"running {tableau.name!r} backwards multiplies rounding errors by {growth:.1g}: "
             "take gamma in [0.92, 1], fewer steps, or a more even grid."
         )
     return Tableau.create(
-        times=tableau.times[::-1], alpha=alpha, sigma=sigma, target=target, a=new_a, b=new_b,
-        name=f"inverse of {tableau.name}", source=tableau.source, check="none",
-    )  # fmt: skip
+        times=tableau.times[::-1],
+        alpha=alpha,
+        sigma=sigma,
+        target=target,
+        a=new_a,
+        b=new_b,
+        name=f"inverse of {tableau.name}",
+        source=tableau.source,
+        check="none",
+    )
 
 
 def encode(

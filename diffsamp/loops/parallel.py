@@ -112,9 +112,17 @@ def sample_parallel(
     x_T = jax.tree.map(jnp.asarray, x_T)
     keys = random.sample_keys(key, batch) if noisy.size else None
     return _sweep(
-        score_fn, bound, weights, x_T, keys, noisy, dict(cond or {}), tolerance,
-        window=min(window or live.size, live.size), batch=batch,
-    )  # fmt: skip
+        score_fn,
+        bound,
+        weights,
+        x_T,
+        keys,
+        noisy,
+        dict(cond or {}),
+        tolerance,
+        window=min(window or live.size, live.size),
+        batch=batch,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("window", "batch"))

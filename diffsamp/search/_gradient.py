@@ -78,9 +78,21 @@ def arrays_of(
     jax.jit, static_argnames=("loss_of_samples", "optimizer", "checkpoint", "radius", "pieces")
 )
 def fit_step(
-    moved, optimizer_state, fixed, score_fn, x_T, own, cond, reference,
-    *, loss_of_samples, optimizer, checkpoint, radius, pieces,
-):  # fmt: skip
+    moved,
+    optimizer_state,
+    fixed,
+    score_fn,
+    x_T,
+    own,
+    cond,
+    reference,
+    *,
+    loss_of_samples,
+    optimizer,
+    checkpoint,
+    radius,
+    pieces,
+):
     """The numbers, the optimizer's state, the loss and the relaxed starts after one step."""
 
     def loss_of(moved: PyTree, x: PyTree, cond: Conditions | None, reference: PyTree) -> jax.Array:

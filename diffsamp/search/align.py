@@ -186,9 +186,15 @@ def align_steps(
     found = np.zeros(0)
     for i in range(rounds):
         costs = align_costs(
-            score_fn, data, levels, key=jax.random.fold_in(key, i), cond=cond, batch=batch,
-            sharding=sharding, progress=progress,
-        )  # fmt: skip
+            score_fn,
+            data,
+            levels,
+            key=jax.random.fold_in(key, i),
+            cond=cond,
+            batch=batch,
+            sharding=sharding,
+            progress=progress,
+        )
         found = levels[costs.path(steps)]
         logs = np.log(found)
         each = max(2, points // max(steps - 1, 1))

@@ -244,13 +244,25 @@ def compare(
             f"none of {[s.name for s in chosen]} can make exactly {budgets} evaluations."
         )
     reference = make_reference(
-        score_fn, reference, x_T, key=key, cond=cond, batch=batch, sharding=sharding,
+        score_fn,
+        reference,
+        x_T,
+        key=key,
+        cond=cond,
+        batch=batch,
+        sharding=sharding,
         progress=progress,
-    )  # fmt: skip
+    )
     samples = run_many(
-        score_fn, [tableau for _, _, tableau in todo], x_T, key=key, cond=cond, batch=batch,
-        population=population, sharding=sharding,
-    )  # fmt: skip
+        score_fn,
+        [tableau for _, _, tableau in todo],
+        x_T,
+        key=key,
+        cond=cond,
+        batch=batch,
+        population=population,
+        sharding=sharding,
+    )
     entries = []
     for done, ((name, grid, tableau), x) in enumerate(zip(todo, samples, strict=True)):
         finite = bool(jnp.all(jnp.isfinite(x)))

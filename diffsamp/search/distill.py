@@ -166,10 +166,15 @@ def distill(
         if nfe is None:
             raise ValueError("give `nfe`, the budget, or a tableau to `start` from.")
         found = compare(
-            score_fn, x_T[:batch], nfe=[nfe], cond=slice_batch(cond, 0, batch),
-            reference=slice_batch(reference, 0, batch), data_range=data_range,
-            sharding=sharding, progress=progress,
-        )  # fmt: skip
+            score_fn,
+            x_T[:batch],
+            nfe=[nfe],
+            cond=slice_batch(cond, 0, batch),
+            reference=slice_batch(reference, 0, batch),
+            data_range=data_range,
+            sharding=sharding,
+            progress=progress,
+        )
         starts = candidates(found, nfe)
     else:
         starts = [start] if isinstance(start, Tableau) else list(start)
@@ -181,10 +186,24 @@ def distill(
     if optimizer is None:
         optimizer = default_optimizer(steps, float(learning_rate))
     problem = _Problem(
-        score_fn, x_T, cond, reference, fit, fit + held // 2, batch, key, optimizer, objective,
-        _LEARNED[learn] if consistent else None, memory, float(radius), checkpoint, pieces,
-        evaluate_every, sharding,
-    )  # fmt: skip
+        score_fn,
+        x_T,
+        cond,
+        reference,
+        fit,
+        fit + held // 2,
+        batch,
+        key,
+        optimizer,
+        objective,
+        _LEARNED[learn] if consistent else None,
+        memory,
+        float(radius),
+        checkpoint,
+        pieces,
+        evaluate_every,
+        sharding,
+    )
     if len(starts) > 1:
         # a short run from each: what is best to start from is not what is best as it stands
         trial = max(evaluate_every, steps // 8)
@@ -219,14 +238,28 @@ def distill(
                 value = judge(x, slice_batch(reference, first, last))
                 scores[name].setdefault(span, {})[sampler] = value
     settings = {
-        "nfe": chosen.nfe, "starts": size, "held_out": held, "steps": steps, "batch": batch,
-        "learning_rate": learning_rate, "objective": objective.name, "learn": learn,
-        "memory": memory, "radius": radius, "consistent": consistent,
-    }  # fmt: skip
+        "nfe": chosen.nfe,
+        "starts": size,
+        "held_out": held,
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "objective": objective.name,
+        "learn": learn,
+        "memory": memory,
+        "radius": radius,
+        "consistent": consistent,
+    }
     return Plan(
-        tableau, "distill", chosen.name, scores, best.history, time.perf_counter() - began,
-        settings, seed_of(key),
-    )  # fmt: skip
+        tableau,
+        "distill",
+        chosen.name,
+        scores,
+        best.history,
+        time.perf_counter() - began,
+        settings,
+        seed_of(key),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,9 +310,13 @@ class _Problem:
             return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x_T)
         tableau = Tableau.create(**arrays, check="none")
         return run(
-            self.score_fn, tableau, x_T, cond=slice_batch(self.cond, first, last),
-            batch=self.batch, sharding=self.sharding,
-        )  # fmt: skip
+            self.score_fn,
+            tableau,
+            x_T,
+            cond=slice_batch(self.cond, first, last),
+            batch=self.batch,
+            sharding=self.sharding,
+        )
 
     def value(self, candidate: _Candidate) -> float:
         """The objective on the stopping samples; inf if anything is not finite."""
@@ -322,10 +359,20 @@ class _Problem:
                 return put(jax.tree.map(lambda leaf: leaf[at], tree), self.sharding)
 
             moved, state, loss, new = fit_step(
-                moved, state, best.fixed, self.score_fn, pick(fit_x), pick(own), pick(self.cond),
-                pick(self.reference), loss_of_samples=self.objective.loss, optimizer=self.optimizer,
-                checkpoint=self.checkpoint, radius=self.radius, pieces=self.pieces,
-            )  # fmt: skip
+                moved,
+                state,
+                best.fixed,
+                self.score_fn,
+                pick(fit_x),
+                pick(own),
+                pick(self.cond),
+                pick(self.reference),
+                loss_of_samples=self.objective.loss,
+                optimizer=self.optimizer,
+                checkpoint=self.checkpoint,
+                radius=self.radius,
+                pieces=self.pieces,
+            )
             if own is not None:
                 own = jax.tree.map(lambda all_, part, at=index: all_.at[at].set(part), own, new)
             if step % self.evaluate_every == 0 or step == steps:

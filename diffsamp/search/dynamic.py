@@ -197,13 +197,18 @@ def step_costs(
     for start in range(0, size, batch):
         stop = min(start + batch, size)
         run = trajectory(
-            score_fn, tableau, put(slice_batch(x_T, start, stop), sharding),
+            score_fn,
+            tableau,
+            put(slice_batch(x_T, start, stop), sharding),
             cond=put(slice_batch(cond, start, stop), sharding),
-        )  # fmt: skip
+        )
         part = pair_costs(
-            run.points, run.outputs, jnp.asarray(alpha, jnp.float32),
-            jnp.asarray(sigma, jnp.float32), kind=kind,
-        )  # fmt: skip
+            run.points,
+            run.outputs,
+            jnp.asarray(alpha, jnp.float32),
+            jnp.asarray(sigma, jnp.float32),
+            kind=kind,
+        )
         total += np.asarray(part, np.float64)
         if free_start and kind == "local" and begin is None:
             own = put(slice_batch(cond, start, stop), sharding)

@@ -157,11 +157,17 @@ def evolve(
     )
     seeds = np.asarray(jax.random.key_data(key)).ravel().tolist()
     settings = {
-        "nfe": nfe, "key": seeds, "population": population, "rounds": rounds, "grids": list(grids),
-        "predictor": predictor, "objective": objective.name,
-        "starts": state and digest(x_T, cond), "network": state and fingerprint(score_fn),
+        "nfe": nfe,
+        "key": seeds,
+        "population": population,
+        "rounds": rounds,
+        "grids": list(grids),
+        "predictor": predictor,
+        "objective": objective.name,
+        "starts": state and digest(x_T, cond),
+        "network": state and fingerprint(score_fn),
         "from": [] if start is None else [e.solver for e in _encodable(start, nfe)],
-    }  # fmt: skip
+    }
     known = _read(state, settings)
 
     def measure(genomes: Sequence[Genome]) -> None:
@@ -250,8 +256,12 @@ def _children(
         return children
     worst = max((v for v in known.values() if math.isfinite(v)), default=0.0) + 1
     values = np.array([v if math.isfinite(v) else worst for v in known.values()])
-    ranked = _rank(rng, np.stack([features(g) for g in known]), values,
-                   np.stack([features(g) for g in children]))  # fmt: skip
+    ranked = _rank(
+        rng,
+        np.stack([features(g) for g in known]),
+        values,
+        np.stack([features(g) for g in children]),
+    )
     best = [children[i] for i in ranked[: size - size // 4]]
     rest = [children[i] for i in rng.permutation(ranked[size - size // 4 :])[: size // 4]]
     return best + rest
@@ -275,8 +285,9 @@ def _packages() -> tuple[PyTree, PyTree]:
 @functools.cache
 def _ranker() -> tuple[PyTree, PyTree]:
     linen, optax = _packages()
-    net = linen.Sequential([linen.Dense(64), linen.gelu, linen.Dense(64), linen.gelu,
-                            linen.Dense(1)])  # fmt: skip
+    net = linen.Sequential(
+        [linen.Dense(64), linen.gelu, linen.Dense(64), linen.gelu, linen.Dense(1)]
+    )
     return net, optax.adam(3e-3)
 
 

@@ -87,9 +87,11 @@ def fit_dc(
     steps = len(times) - 1
     truth = _fine_states(score_fn, times, x_T, refine, cond)
     options: dict[str, Value] = {
-        "order": order, "variant": variant, "lower_order_final": lower_order_final,
+        "order": order,
+        "variant": variant,
+        "lower_order_final": lower_order_final,
         "correct_first": correct_first,
-    }  # fmt: skip
+    }
     ratios, errors = np.ones(steps), np.full((steps, 2), np.nan)
     shape = {"rows": steps, "p": 1, "q": steps}  # one program for all trials
 
@@ -104,9 +106,12 @@ def fit_dc(
         errors[n] = before
         if n >= 2:
             found = minimize_scalar(
-                error, bounds=bounds, args=(n,), method="bounded",
+                error,
+                bounds=bounds,
+                args=(n,),
+                method="bounded",
                 options={"xatol": 1e-3, "maxiter": 25},
-            )  # fmt: skip
+            )
             if found.fun < before:
                 ratios[n], errors[n, 1] = found.x, found.fun
         if progress is not None:

@@ -224,9 +224,16 @@ def make_reference(
         reference = reference_tableau(score_fn.process)
     if isinstance(reference, Tableau):
         reference = run(
-            score_fn, reference, x_T, key=key, cond=cond, batch=batch, sharding=sharding,
-            progress=progress, what="reference",
-        )  # fmt: skip
+            score_fn,
+            reference,
+            x_T,
+            key=key,
+            cond=cond,
+            batch=batch,
+            sharding=sharding,
+            progress=progress,
+            what="reference",
+        )
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(reference)):
         raise ValueError(
             "the reference samples are not all finite: the network returned NaN or inf on the way. "
@@ -360,9 +367,12 @@ def run_many(
             own = jax.tree.map(lambda array, k=stop - start: np.repeat(array, k, axis=-1), stacked)
             numbers = np.tile(np.arange(start, stop), population)
             x = sample(
-                for_samples(score_fn, numbers), own, put(tile(x_T), sharding),
-                key=None if keys is None else tile(keys), cond=put(tile(cond), sharding),
-            )  # fmt: skip
+                for_samples(score_fn, numbers),
+                own,
+                put(tile(x_T), sharding),
+                key=None if keys is None else tile(keys),
+                cond=put(tile(cond), sharding),
+            )
             parts.append(
                 jax.tree.map(lambda leaf: leaf.reshape(population, -1, *leaf.shape[1:]), x)
             )

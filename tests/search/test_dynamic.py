@@ -106,9 +106,11 @@ def test_start_costs_and_deviations_of_a_gaussian():
     assert straight.start is None
     # a network that says a constant direction off the ray
     turned = ds.ScoreFn(
-        lambda p, x, t: jnp.tile(jnp.array([1.0, -1.0]), (x.shape[0], 1)), None, EDM,
+        lambda p, x, t: jnp.tile(jnp.array([1.0, -1.0]), (x.shape[0], 1)),
+        None,
+        EDM,
         prediction="data",
-    )  # fmt: skip
+    )
     off = search.step_costs(turned, jnp.ones((2, 2)), times=[4.0, 2.0, 1.0, 0.5], kind="deviation")
     assert np.abs(off.cost).max() < 1e-5  # D is constant: its trajectories are straight, too
 
@@ -151,11 +153,14 @@ def test_a_schedule_of_least_cost_helps_ddim():
     costs = search.step_costs(score_fn, EDM.prior_sample(jax.random.key(0), (64, 4)), points=60)
     fresh = EDM.prior_sample(jax.random.key(1), (256, 4))
     table = search.compare(
-        score_fn, fresh, nfe=(4, 6, 10), solver=("ddim",),
+        score_fn,
+        fresh,
+        nfe=(4, 6, 10),
+        solver=("ddim",),
         schedule={name: schedules.get(name) for name in schedules.GRIDS}
         | {"local": costs, "later": costs.with_weight(1.2)},
         scores={"rmse": search.objective.rmse()},
-    )  # fmt: skip
+    )
     for n in (4, 6, 10):
         # the squared error, which the costs add up; and with more weight on later steps the log
         grids = table.best(n, by="rmse", where=lambda e: e.schedule in schedules.GRIDS)
@@ -208,16 +213,18 @@ def test_aligned_steps_are_the_optimum(aligned):
     def inner(logs):
         return total([50.0, *np.exp(logs), 0.02])
 
-    best = minimize(inner, np.log(aligned[1:-1]), method="Nelder-Mead",
-                    options={"maxiter": 3000, "fatol": 1e-9})  # fmt: skip
+    best = minimize(
+        inner, np.log(aligned[1:-1]), method="Nelder-Mead", options={"maxiter": 3000, "fatol": 1e-9}
+    )
     assert found < 1.03 * best.fun
     np.testing.assert_allclose(np.log(aligned[1:-1]), best.x, atol=0.2)
     for name in ("logsnr", "karras", "kl_optimal"):
         assert found < 0.95 * total(schedules.get(name)(EDM, 8, final="t_min"))
     # one round, without refinement, is worse
     data = WIDTH * jax.random.normal(jax.random.key(0), (512, 4))
-    once = search.align_steps(gaussian(), data, 8, key=jax.random.key(2), final="t_min",
-                              batch=256, rounds=1, points=20)  # fmt: skip
+    once = search.align_steps(
+        gaussian(), data, 8, key=jax.random.key(2), final="t_min", batch=256, rounds=1, points=20
+    )
     assert found < total(once)
 
 

@@ -109,9 +109,12 @@ def test_statistics_of_a_gaussian_are_closed_forms():
     shifted = ds.targets.gaussian([0.7, -1.2], variance)
     x_0 = shifted.sample(jax.random.key(0), 256)
     got = search.model_statistics(
-        shifted.score_fn(PROCESS, "noise"), x_0, key=jax.random.key(1), log_snr=levels,
+        shifted.score_fn(PROCESS, "noise"),
+        x_0,
+        key=jax.random.key(1),
+        log_snr=levels,
         per_element=True,
-    )  # fmt: skip
+    )
     # f = -l m is known at every level, so f' = b = -l' m and there is nothing for s to explain; up
     # to central differences of l
     inner = slice(2, -2)
@@ -148,9 +151,12 @@ def test_the_bias_of_dpm_solver_v3_integrates_a_mean_exactly(tmp_path):
     network = target.score_fn(PROCESS, "noise")
     levels = np.linspace(-3.5, 3.5, 200)
     own = search.model_statistics(
-        network, target.sample(jax.random.key(0), 64), key=jax.random.key(1), log_snr=levels,
+        network,
+        target.sample(jax.random.key(0), 64),
+        key=jax.random.key(1),
+        log_snr=levels,
         per_element=True,
-    )  # fmt: skip
+    )
     own.save(tmp_path / "statistics.npz")
     own = solvers.ModelStatistics.load(tmp_path / "statistics.npz")
     times = PROCESS.time(np.array([-3.0, -1.0, 3.0]))

@@ -71,8 +71,9 @@ def test_dpm_solver_fast_and_fixed_on_the_authors_grid(form):
         for orders, given in ((rule, None), (fixed, fixed)):
             if orders is None:
                 continue
-            lam = np.linspace(*process.log_snr(np.array([process.t_max, process.t_min])),
-                              len(orders) + 1)  # fmt: skip
+            lam = np.linspace(
+                *process.log_snr(np.array([process.t_max, process.t_min])), len(orders) + 1
+            )
             x = want = X * float(process.prior_std)
             for k, (s, t) in zip(orders, itertools.pairwise(lam), strict=True):
                 want = single_step(process, want, s, t, k, form)
@@ -97,8 +98,12 @@ def test_dpm_fast_is_the_registrys_grid_and_beats_log_snr():
         ]
         assert errors[0] < errors[1]
     network = skewed_mixture().score_fn(VP)
-    for name, order in (("dpm_solver_2s", 2), ("dpm_solver_3s", 3), ("dpmpp_2s", 2),
-                        ("dpmpp_3s", 3)):  # fmt: skip
+    for name, order in (
+        ("dpm_solver_2s", 2),
+        ("dpm_solver_3s", 3),
+        ("dpmpp_2s", 2),
+        ("dpmpp_3s", 3),
+    ):
         for n in (1, 7, 9):
             tableau = ds.sampler(network, name, nfe=n).tableau
             assert tableau.nfe == n
@@ -203,10 +208,12 @@ def v3_as_published(x, lam, order, p_pseudo, corrector, c_pseudo, lower, l, s, b
         if pseudo:
             table, derivatives = [g], []
             for k in range(1, len(g)):
-                table.append([
-                    (table[-1][j] - table[-1][j + 1]) / (at[j] - at[j + k])
-                    for j in range(len(g) - k)
-                ])  # fmt: skip
+                table.append(
+                    [
+                        (table[-1][j] - table[-1][j + 1]) / (at[j] - at[j + k])
+                        for j in range(len(g) - k)
+                    ]
+                )
                 derivatives.append(table[-1][0])
         else:
             powers = np.array([(at[1:] - at[0]) ** k for k in range(1, len(g))]).T
@@ -266,9 +273,17 @@ def test_ghvb_with_fixed_weights_is_the_authors(order):
             np.array([2 + beta, -(2 - beta)]) / 2,
             np.array([18 + 5 * beta, -24 + 8 * beta, 6 - beta]) / 12,
             np.array([46 + 9 * beta, -78 + 19 * beta, 42 - 5 * beta, -10 + beta]) / 24,
-            np.array([1650 + 251 * beta, -3420 + 646 * beta, 2880 - 264 * beta, -1380 + 106 * beta,
-                      270 - 19 * beta]) / 720,
-        ]  # fmt: skip
+            np.array(
+                [
+                    1650 + 251 * beta,
+                    -3420 + 646 * beta,
+                    2880 - 264 * beta,
+                    -1380 + 106 * beta,
+                    270 - 19 * beta,
+                ]
+            )
+            / 720,
+        ]
         start = x = X * float(process.prior_std)
         velocities = []
         for s, t in itertools.pairwise(times):

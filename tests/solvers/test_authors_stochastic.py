@@ -55,8 +55,9 @@ def test_churn_in_every_row_that_edm_churns(s_max):
         assert (noisy == 18) == (s_min == 0 and s_max == np.inf)
         assert (tableau.times[1] > process.t_max) == (s_max == np.inf)
         np.testing.assert_allclose(run(tableau, start), x, rtol=1e-9, atol=1e-9)
-    got = ds.sample(skewed_mixture().score_fn(process), tableau, np.float32(start),
-                    key=jax.random.key(0))  # fmt: skip
+    got = ds.sample(
+        skewed_mixture().score_fn(process), tableau, np.float32(start), key=jax.random.key(0)
+    )
     assert np.all(np.isfinite(got))
 
 
@@ -162,8 +163,10 @@ def test_sa_solvers_rescaling_is_of_second_order():
     gaps = []
     for n in (5, 160, 320):
         times = schedules.logsnr(VP, n, final="t_min")
-        both = [solvers.sa_solver(VP, times, order=2, corrector=2, tau=0.0, rescale=few)
-                for few in (True, False)]  # fmt: skip
+        both = [
+            solvers.sa_solver(VP, times, order=2, corrector=2, tau=0.0, rescale=few)
+            for few in (True, False)
+        ]
         gaps.append(np.abs(run(both[0]) - run(both[1])).max())
     assert gaps[0] > 0.01
     assert 1.8 < np.log2(gaps[1] / gaps[2]) < 2.3
@@ -283,8 +286,9 @@ def test_er_sde_with_the_authors_scales(scale):
                 new = new + alpha[n + 1] * weight * slopes[-1]
             if order == 3 and n >= 2:
                 bend = 2 * (slopes[-1] - slopes[-2]) / (rho[n] - rho[n - 2])
-                first = quad(lambda r, s=rho[n]: (r - s) / phi(r), rho[n + 1], rho[n],
-                             epsrel=1e-11)[0]  # fmt: skip
+                first = quad(
+                    lambda r, s=rho[n]: (r - s) / phi(r), rho[n + 1], rho[n], epsrel=1e-11
+                )[0]
                 weight = (rho[n + 1] - rho[n]) ** 2 / 2 + phi(rho[n + 1]) * first
                 new = new + alpha[n + 1] * weight * bend
             variance = rho[n + 1] ** 2 - (rho[n] * kept) ** 2

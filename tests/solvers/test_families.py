@@ -467,9 +467,14 @@ def test_statistics_are_checked_and_saved(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "name", "width"),
-    [("ddim", "ddim", 2), ("guided", "ddim", 1), ("heun", "heun", 4), ("dpmpp", "dpmpp_2m", 2),
-     ("dpm_solver", "dpm2", 4)],
-)  # fmt: skip
+    [
+        ("ddim", "ddim", 2),
+        ("guided", "ddim", 1),
+        ("heun", "heun", 4),
+        ("dpmpp", "dpmpp_2m", 2),
+        ("dpm_solver", "dpm2", 4),
+    ],
+)
 def test_iia_without_coefficients_is_its_solver(method, name, width):
     times = grid(VP, final="clean")
     zero = np.zeros((9, width))

@@ -29,11 +29,23 @@ __all__ = [
 ]
 
 # classes that hold x / alpha, and take real timesteps by interpolating sigma
-REAL = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete",
-        "KDPM2AncestralDiscrete", "DPMSolverSDE")  # fmt: skip
+REAL = (
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "LMSDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "DPMSolverSDE",
+)
 # multistep classes: they space n + 1 timesteps and drop the last
-_ONE_MORE = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep",
-             "SASolver")  # fmt: skip
+_ONE_MORE = (
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+    "DEISMultistep",
+    "SASolver",
+)
 
 
 # -- flow models --------------------------------------------------------------------------------
@@ -202,9 +214,12 @@ def table_times(
         # verbatim, not through the inverse
         spaced[-1] = ends[1] if given[1] is None and n > 1 else spaced[-1]
         spaced[0] = ends[0] if given[0] is None else spaced[0]
-    if spaced[-1] <= last and not grid and values.get("timestep_spacing") == "linspace" and not (
-        values.get("final_sigmas_type") or multistep
-    ):  # fmt: skip
+    if (
+        spaced[-1] <= last
+        and not grid
+        and values.get("timestep_spacing") == "linspace"
+        and not (values.get("final_sigmas_type") or multistep)
+    ):
         last = process.t_clean  # the last step of diffusers would have size zero
     if spaced[-1] <= last:
         raise ValueError(
