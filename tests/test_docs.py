@@ -14,6 +14,7 @@ GUIDES = (
     "README.md",
     "choosing.md",
     "diffusers.md",
+    "guidance.md",
     "performance.md",
     "scaling.md",
     "schedules.md",
