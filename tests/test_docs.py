@@ -15,6 +15,7 @@ GUIDES = (
     "choosing.md",
     "diffusers.md",
     "guidance.md",
+    "guidance_data.md",
     "performance.md",
     "scaling.md",
     "schedules.md",

@@ -7,6 +7,7 @@ evaluations one of its own costs, `gradients_per_call` how many vector-Jacobian 
 tableau's `nfe` counts calls of the transform.
 """
 
+from diffsamp.guidance._numbers import mixture
 from diffsamp.guidance.data import (
     Rule,
     dynamic_thresholding,
@@ -18,28 +19,50 @@ from diffsamp.guidance.data import (
 )
 from diffsamp.guidance.learned_range import LearnedRange, learned_range
 from diffsamp.guidance.linear import Combined, cfg, cfg_pp, combine
-from diffsamp.guidance.numbers import mixture
+from diffsamp.guidance.losses import Loss, dps, freedom, loss, posterior_std, step_units
+from diffsamp.guidance.measurements import Measurement, measurement
+from diffsamp.guidance.methods import bias_table, calibrate, ddnm, inpaint, mpgd, omegance
+from diffsamp.guidance.rules import apg, cfg_zero_star, rescale, tcfg, zero_first
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.guidance.unfolded import Selected, select, unfold
 
 __all__ = [
     "Combined",
     "LearnedRange",
+    "Loss",
+    "Measurement",
     "Rule",
     "Selected",
     "Transform",
+    "apg",
+    "bias_table",
+    "calibrate",
     "cfg",
     "cfg_pp",
+    "cfg_zero_star",
     "combine",
+    "ddnm",
+    "dps",
     "dynamic_thresholding",
+    "freedom",
+    "inpaint",
     "keep_noise",
     "learned_range",
+    "loss",
+    "measurement",
     "mixture",
+    "mpgd",
+    "omegance",
     "on_data",
     "on_noise",
     "per_row",
+    "posterior_std",
+    "rescale",
     "rule",
     "select",
     "static_thresholding",
+    "step_units",
+    "tcfg",
     "unfold",
+    "zero_first",
 ]

@@ -12,8 +12,8 @@ import numpy as np
 
 from diffsamp import predictions
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
-from diffsamp.guidance.numbers import Numbers, as_partial, scale_numbers
-from diffsamp.guidance.terms import Terms, make_terms, without
+from diffsamp.guidance._numbers import Numbers, as_partial, scale_numbers
+from diffsamp.guidance._terms import Terms, make_terms, without
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
@@ -190,6 +190,19 @@ def rule(
     numbers = None if scale is None else scale_numbers(scale)
     wrapped = jax.tree_util.Partial(_plain if scale is None else _scaled, as_partial(f, "f"))
     return Rule(made, wrapped, numbers, None, predictions.canonical_name(prediction), ())
+
+
+def scaled_rule(terms: Terms, f: jax.tree_util.Partial, scale: Numbers, prediction: str) -> Rule:
+    """A rule f(parts, level, scale) on terms that are made already.
+
+    Args:
+      terms: from `make_terms`.
+      f: the rule.
+      scale: what it takes.
+      prediction: in which it is meant.
+    """
+    name = predictions.canonical_name(prediction)
+    return Rule(terms, jax.tree_util.Partial(_scaled, f), scale, None, name, ())
 
 
 def on_data(

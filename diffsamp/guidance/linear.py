@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
+from diffsamp.guidance._numbers import Mixture, Numbers, scale_numbers, weight_numbers
+from diffsamp.guidance._terms import Terms, make_terms, without
 from diffsamp.guidance.data import keep_noise
-from diffsamp.guidance.numbers import Mixture, Numbers, scale_numbers, weight_numbers
-from diffsamp.guidance.terms import Terms, make_terms, without
 from diffsamp.guidance.transform import Transform
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows

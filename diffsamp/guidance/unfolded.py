@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import is_concrete
-from diffsamp.guidance.numbers import scale_numbers
-from diffsamp.guidance.terms import make_terms
+from diffsamp.guidance._numbers import scale_numbers
+from diffsamp.guidance._terms import make_terms
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn

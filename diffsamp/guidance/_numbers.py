@@ -111,12 +111,16 @@ class Numbers:
         return column * namespace(level.alpha, column).ones_like(level.alpha)
 
 
-def scale_numbers(value: Any, what: str = "scale", *, pair: bool = False) -> Numbers:
+def scale_numbers(
+    value: Any, what: str = "scale", *, pair: bool = False, rows: bool = False
+) -> Numbers:
     """A number, one per sample (an array or the name of an entry of `cond`), or f(level)."""
     if isinstance(value, str):
         return Numbers(None, "cond", value, what, None, pair)
     if callable(value):
         return Numbers(as_partial(value, what), "function", None, what, None, pair)
+    if rows and np.ndim(value) == 1:  # an array follows the rows, not the samples
+        return Numbers(value, "rows", None, what, None, pair)
     if np.ndim(value) > 1:
         raise ValueError(
             f"`{what}` must be a number, one per sample, shape (batch,), the name of an entry of "
