@@ -16,6 +16,7 @@ GUIDES = (
     "diffusers.md",
     "guidance.md",
     "guidance_data.md",
+    "guidance_losses.md",
     "performance.md",
     "scaling.md",
     "schedules.md",
