@@ -8,6 +8,7 @@ tableau's `nfe` counts calls of the transform.
 """
 
 from diffsamp.guidance._numbers import mixture
+from diffsamp.guidance.conditions import Annealed, anneal_condition
 from diffsamp.guidance.data import (
     Rule,
     dynamic_thresholding,
@@ -27,6 +28,7 @@ from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.guidance.unfolded import Selected, select, unfold
 
 __all__ = [
+    "Annealed",
     "Combined",
     "LearnedRange",
     "Loss",
@@ -34,6 +36,7 @@ __all__ = [
     "Rule",
     "Selected",
     "Transform",
+    "anneal_condition",
     "apg",
     "bias_table",
     "calibrate",

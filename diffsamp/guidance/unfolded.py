@@ -20,6 +20,7 @@ from diffsamp.guidance._terms import make_terms
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn
+from diffsamp.solvers._rows import spread_rows
 from diffsamp.tableau import Tableau
 
 __all__ = ["Selected", "select", "unfold"]
@@ -167,45 +168,20 @@ def _unfold(tableau: Tableau, w: np.ndarray) -> tuple[Tableau, np.ndarray]:
     rows = int(last[-1]) + 1
     which = np.zeros(rows, bool)
     which[first[both]] = which[last[asks & (w == 0)]] = True
-    source = np.repeat(np.arange(tableau.rows), 1 + both)  # the old row of every new one
-
-    entries: list[tuple[str, int, int, Any]] = []
+    spread = spread_rows(tableau, last, rows)
+    evaluates = np.array(spread.evaluates)
+    evaluates[first[both]] = True
+    # m = w m_given + (1 - w) m_free, the two outputs side by side
+    b = np.zeros((rows, spread.b.shape[1] + 1, *spread.b.shape[2:]))
     for n in range(tableau.rows):
-        for i in range(min(tableau.p, n + 1)):
-            entries.append(("a", int(last[n]), int(last[n] - first[n - i]), tableau.a[n, i]))
         for j in range(min(tableau.q, n + 1)):
-            k, weight = n - j, tableau.b[n, j]
+            k, weight = n - j, np.asarray(tableau.b)[n, j]
+            if not np.any(weight):
+                continue
+            b[last[n], last[n] - last[k]] += (w[k] if both[k] else 1.0) * weight
             if both[k]:
-                entries.append(("b", int(last[n]), int(last[n] - first[k]), (1 - w[k]) * weight))
-                weight = w[k] * weight
-            entries.append(("b", int(last[n]), int(last[n] - last[k]), weight))
-    entries = [entry for entry in entries if np.any(entry[3] != 0)]
-    new: dict[str, Any] = {}
-    for name in ("a", "b"):
-        width = 1 + max((lag for kind, _, lag, _ in entries if kind == name), default=0)
-        new[name] = np.zeros((rows, width, *np.shape(tableau.a)[2:]))
-    new["a"][first[both], 0] = 1.0
-    for name, row, lag, weight in entries:
-        new[name][row, lag] += weight
-
-    evaluates = np.ones(rows, bool)
-    evaluates[last] = asks
-    moves = np.zeros(rows, bool)
-    moves[last] = True
-
-    def at_moves(values: Any) -> Any:
-        spread = np.asarray(values)[source]
-        spread[~moves] = 0.0
-        return spread
-
-    levels = np.append(source, tableau.rows)
+                b[last[n], last[n] - first[k]] += (1 - w[k]) * weight
+    used = np.flatnonzero(np.any(b != 0, axis=(0, *range(2, b.ndim))))
+    b = b[:, : 1 + int(used.max(initial=0))]
     name = f"{tableau.name}, guided" if np.any(w[asks] != 1) else tableau.name
-    unfolded = dataclasses.replace(
-        tableau, **new, **{k: np.asarray(getattr(tableau, k))[levels] for k in _LEVELS},
-        target=np.asarray(tableau.target)[source], c=at_moves(tableau.c),
-        evaluates=evaluates, d=None if tableau.d is None else at_moves(tableau.d), name=name,
-    )  # fmt: skip
-    return unfolded, which
-
-
-_LEVELS = ("times", "alpha", "sigma")
+    return dataclasses.replace(spread, b=b, evaluates=evaluates, name=name), which

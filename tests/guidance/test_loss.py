@@ -48,7 +48,7 @@ def test_the_change_is_the_covariance_times_the_gradient(emits, wanted, x64):
 
 
 def test_the_law_of_the_overconfident_likelihood(x64):
-    """Mean (1.000, .970), variance (.044, .313) where the posterior has (.917, .734), (.083, .413)."""
+    """Mean (1.000, .970), variance (.044, .313); the posterior has (.917, .734), (.083, .413)."""
     network = PAIR.score_fn(PROCESS, "data")
     tableau = ds.solvers.ddpm(PROCESS, schedules.logsnr(PROCESS, 1000))
     mean, cov = law(guidance.loss(network, misfit), tableau, 2)
