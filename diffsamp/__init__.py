@@ -19,6 +19,7 @@ from diffsamp.jobs.sampler import Sampler, sampler
 from diffsamp.kinds import bridges, few_step, phase_space
 from diffsamp.loops import adaptive, inversion, parallel
 from diffsamp.loops.brownian import brownian_key
+from diffsamp.loops.policies import log_prob, replay, row_kl
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
 from diffsamp.score import ScoreFn
@@ -49,6 +50,7 @@ __all__ = [
     "init",
     "inversion",
     "load_exported",
+    "log_prob",
     "metrics",
     "parallel",
     "phase_space",
@@ -56,8 +58,10 @@ __all__ = [
     "predictions",
     "processes",
     "random",
+    "replay",
     "resume",
     "reversed_flow_apply",
+    "row_kl",
     "sample",
     "sampler",
     "schedules",

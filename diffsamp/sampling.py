@@ -233,7 +233,7 @@ def _rest(score_fn, rows, state, cond, *, plain):
 
 def _start(score_fn, tableau, x_T, key, cond, *, checkpoint, record):
     """Check what can be checked, bind model and tableau, and enter the compiled part."""
-    expect_score_fn(score_fn)
+    expect_score_fn(score_fn, cond)
     expect_tableau(tableau)
     batch = expect_state(x_T, "x_T", score_fn.batched)
     expect_key(tableau, key)

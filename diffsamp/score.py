@@ -62,12 +62,19 @@ def scale_rows(number: Value, leaf: jax.Array) -> jax.Array:
     return number.reshape(number.shape + (1,) * (leaf.ndim - number.ndim))
 
 
-def expect_score_fn(score_fn: Network) -> None:
-    """Raise unless it is a ScoreFn or a transform of one.
+def expect_score_fn(score_fn: Any, cond: Any = None) -> None:
+    """Raise unless it is a ScoreFn or a transform of one, and `cond` holds arrays.
 
     Raises:
-      TypeError: something else, such as the network's own function.
+      TypeError: something else, such as the network's own function, or a condition that is text.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
+            raise TypeError(
+                f"cond{jax.tree_util.keystr(path)} must be an array or a number; got "
+                f"{type(leaf).__name__}. Static arguments belong into `apply`: make the ScoreFn "
+                "with functools.partial(apply, name=value), made once."
+            )
     if not (hasattr(score_fn, "bind") and hasattr(score_fn, "predict")):
         raise TypeError(
             "`score_fn` must be a diffsamp.ScoreFn, ScoreFn(apply, params, process), or a "

@@ -1,152 +1,222 @@
-"""Guidance that is linear in the network's outputs."""
+"""Guidance that is linear in the outputs: combinations of networks and of conditions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp._core.numeric import as_float, namespace, working_dtype
+from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
+from diffsamp.guidance._numbers import Mixture, Numbers, scale_numbers, weight_numbers
+from diffsamp.guidance._terms import Terms, make_terms, without
+from diffsamp.guidance.data import keep_noise
 from diffsamp.guidance.transform import Transform
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
 
-__all__ = ["Guided", "cfg"]
+__all__ = ["Combined", "cfg", "cfg_pp", "combine"]
 
 
-class _GuidedBound(NamedTuple):
+class _CombinedBound(NamedTuple):
     inner: Any
-    scale: Any
+    weights: Any
+    first_alone: Any
+    of_state: Any
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Guided(Transform):
-    """Classifier-free guidance; made by `cfg`.
+class Combined(Transform):
+    """A combination of several predictions; made by `combine`, `cfg` and their relatives.
 
-    A scale that is a function may be 1 on some rows, where the null half says nothing: it is not
-    asked there. That takes a branch with the network in each arm, which a constant scale does
-    without.
+    Weights that differ from row to row may be 0 for all terms but the first: these are not asked
+    there. That takes a branch with the network in each arm, which constant weights do without.
     """
 
-    score_fn: Any
-    scale: Any
-    null: Mapping[str, Any]
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        function = callable(self.scale)
-        return (self.score_fn, None if function else self.scale, self.null), (
-            self.scale if function else None
-        )
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: tuple[Any, ...]) -> Guided:
-        score_fn, scale, null = children
-        new = object.__new__(cls)
-        values = score_fn, scale if static is None else static, null
-        for name, value in zip(("score_fn", "scale", "null"), values, strict=True):
-            object.__setattr__(new, name, value)
-        return new
+    terms: Terms
+    weights: Numbers | Mixture
 
     @property
-    def nfe_factor(self) -> int:
-        """Network evaluations per call: with and without the condition."""
-        return 2 * self.score_fn.nfe_factor
+    def score_fn(self) -> Any:
+        """The first term's network."""
+        return self.terms.networks[0]
 
-    def nfe(self, tableau: Tableau) -> int:
-        """Network evaluations of a run, per sample: one on rows of scale 1, two on the others.
+    @property
+    def nfe_factor(self) -> float:
+        """Network evaluations per call: one per term, times its cost."""
+        return self.terms.cost()
+
+    @property
+    def gradients_per_call(self) -> float:
+        """Vector-Jacobian products per call, likewise."""
+        return self.terms.cost("gradients_per_call")
+
+    def nfe(self, tableau: Tableau) -> float:
+        """Network evaluations of a run, per sample: rows where the first term is alone cost less.
 
         Args:
           tableau: the sampler.
         """
         level = Level(*(v[:-1] for v in (tableau.times, tableau.alpha, tableau.sigma)))
-        alone = np.asarray(self._scales(level)) == 1 if callable(self.scale) else False
-        calls = np.where(tableau.evaluates, np.where(alone, 1, 2), 0)
-        return int(calls.sum()) * self.score_fn.nfe_factor
+        alone = self._first_alone(self.weights.bind(level))
+        calls = np.where(
+            False if alone is None else alone, self.terms.cost(terms=1), self.nfe_factor
+        )
+        total = np.sum(np.where(tableau.evaluates, calls, 0))
+        return int(total) if float(total).is_integer() else float(total)
 
-    def _scales(self, level: Level) -> Any:
-        scale = self.scale(level) if callable(self.scale) else self.scale
-        scale = as_float(scale, level.alpha)
-        if np.shape(scale) not in ((), np.shape(level.alpha)):
-            raise ValueError(
-                "`scale` must be one number, or a function of the level that gives one per row, "
-                f"shape {np.shape(level.alpha)}; got shape {np.shape(scale)}. For a scale per "
-                "sample stack tableaux (Tableau.stack), or vmap over the scale."
-            )
-        return scale * namespace(level.alpha, scale).ones_like(level.alpha)
+    def for_samples(self, numbers: Any) -> Combined:
+        """As `Transform.for_samples`."""
+        own = {name: getattr(self, name).for_samples(numbers) for name in ("terms", "weights")}
+        return dataclasses.replace(self, **own)
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _GuidedBound:
-        """As `ScoreFn.bind`, and the guidance scale of every row."""
-        return _GuidedBound(self.score_fn.bind(level, target), self._scales(level))
-
-    def predict(self, x: Any, bound: _GuidedBound, cond: Mapping[str, Any] | None = None) -> Any:
-        """Both predictions in one call of the network, on a batch twice as long."""
-        self._expect_conditions(cond)
-        if not callable(self.scale):
-            return self._both(x, bound, cond)
-        return jax.lax.cond(
-            jnp.all(bound.scale == 1),
-            lambda: self.score_fn.predict(x, bound.inner, cond),
-            lambda: self._both(x, bound, cond),
+    @silence
+    def bind(self, level: Level, target: tuple[Any, Any]) -> _CombinedBound:
+        """As `ScoreFn.bind`, with every term's weight in each row."""
+        bound = self.weights.bind(level)
+        of_state: Any = None
+        if not isinstance(self.weights, Mixture) and not self.weights.pair:
+            # E = sum w_i E_i is, in what the row wants, the same sum and this share of the state
+            xp = namespace(level.alpha, *(bound or ()))
+            w0 = as_float(target[0], level.alpha)
+            of_state = xp.where(w0 == 0, xp.zeros_like(w0), w0 / level.alpha)
+            if bound is not None:
+                of_state = _of_state(bound, of_state)
+                if is_concrete(of_state) and not np.any(of_state):
+                    of_state = None
+        return _CombinedBound(
+            self.terms.bind(level, target), bound, self._first_alone(bound), of_state
         )
 
-    def _expect_conditions(self, cond: Mapping[str, Any] | None) -> None:
-        if not cond:
+    def _first_alone(self, bound: Any) -> Any:
+        """Where all terms but the first have no weight; None if nowhere, or if rows are alike."""
+        if not self.weights.varies or len(bound) == 1:
+            return None
+        xp = namespace(*bound)
+        alone = xp.all(xp.stack([weight == 0 for weight in bound[1:]]), axis=0)
+        alone = alone & (bound[0] == 1)
+        return alone if not is_concrete(alone) or np.any(alone) else None
+
+    def check_bound(self, bound: _CombinedBound, level: Level, evaluates: Any) -> None:
+        """As `ScoreFn.check_bound`; weights that do not sum to 1 need some signal in the state."""
+        self.terms.check_bound(bound.inner, level, evaluates)
+        if bound.of_state is None or not is_concrete(bound.of_state, evaluates):
+            return
+        if np.any(np.asarray(evaluates) & ~np.isfinite(np.asarray(bound.of_state))):
             raise ValueError(
-                "guidance needs the condition it strengthens: pass `cond`, such as "
-                f"cond={{{', '.join(f'{name!r}: ..' for name in self.null)}}}."
+                "weights that do not sum to 1 combine the noise, which does not determine the data "
+                "at alpha = 0: start the times below it, or let the weights sum to 1 there."
             )
-        missing = [name for name in self.null if name not in cond]
-        if missing:
-            raise ValueError(f"`cond` lacks {missing}, for which `null` says what no condition is.")
 
-    def _both(self, x: Any, bound: _GuidedBound, cond: Any) -> Any:
-        # each sample beside itself, so that a batch spread over devices stays where it is
-        def twice(leaf: Any) -> Any:
-            return jnp.repeat(leaf, 2, axis=0)
+    def predict(self, x: Any, bound: _CombinedBound, cond: Mapping[str, Any] | None = None) -> Any:
+        """The combination; terms of one network are one call of it."""
+        if bound.first_alone is None:
+            return self.with_parts(x, bound, cond)[0]
+        own = without(cond, self.weights.names)
+        return jax.lax.cond(
+            jnp.all(bound.first_alone),
+            lambda: self.terms.predict(x, bound.inner, own, terms=1)[0],
+            lambda: self.with_parts(x, bound, cond)[0],
+        )
 
-        def pair(name: str, given: Any) -> Any:
-            if name not in self.null:
-                return twice(given)
-            empty = jnp.broadcast_to(jnp.asarray(self.null[name]).astype(given.dtype), given.shape)
-            return jnp.stack([given, empty], axis=1).reshape(-1, *given.shape[1:])
+    def with_parts(
+        self, x: Any, bound: _CombinedBound, cond: Mapping[str, Any] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """The combination and what every term says, from the same calls."""
+        parts = self.terms.predict(x, bound.inner, without(cond, self.weights.names))
+        share = self.weights.read(bound.weights, x, cond)
+        if len(share) != len(parts):
+            raise ValueError(f"the mixture has {len(share)} weights; there are {len(parts)} terms.")
+        rest = bound.of_state
+        if rest is not None and bound.weights is None:  # weights that only this call knows
+            rest = _of_state(share, jnp.asarray(rest, share[0].dtype))
 
-        inner = jax.tree.map(lambda v: twice(jnp.asarray(v)) if jnp.ndim(v) else v, bound.inner)
-        pairs = {name: pair(name, jnp.asarray(v)) for name, v in cond.items()}
-        both = self.score_fn.predict(jax.tree.map(twice, x), inner, pairs)
+        def add(state: jax.Array, *leaves: jax.Array) -> jax.Array:
+            dtype = working_dtype(state.dtype)
+            terms = [scale_rows(w, m) * m.astype(dtype) for w, m in zip(share, leaves, strict=True)]
+            if rest is not None:
+                terms.append(scale_rows(rest, state) * state.astype(dtype))
+            return sum(terms[1:], terms[0]).astype(state.dtype)
 
-        def combine(leaf: jax.Array) -> jax.Array:
-            leaf = leaf.reshape(-1, 2, *leaf.shape[1:])
-            given, free = (leaf[:, i].astype(working_dtype(leaf.dtype)) for i in (0, 1))
-            return (free + scale_rows(bound.scale, free) * (given - free)).astype(leaf.dtype)
+        return jax.tree.map(add, x, *parts), parts
 
-        return jax.tree.map(combine, both)
+
+def _of_state(share: Sequence[Any], per_missing: Any) -> Any:
+    """What weights that do not sum to 1 add of the state; exactly 0 where they do."""
+    xp = namespace(per_missing, *share)
+    missing = 1 - sum(share[1:], share[0])
+    none = xp.abs(missing) < (1e-12 if xp is np else 1e-6)
+    return xp.where(none, xp.zeros_like(missing * 1.0), missing * per_missing)
+
+
+def combine(
+    terms: Sequence[tuple[ScoreFn | Transform, Mapping[str, Any]]],
+    weights: Any,
+    *,
+    batched: bool = True,
+    costs: Sequence[float] | None = None,
+) -> Combined:
+    """E = sum_i w_i E_i, of several networks, of one under several conditions, or both.
+
+    Where the weights sum to 1 this is the same in every prediction; else it is meant in the noise,
+    D = sum_i w_i D_i + (1 - sum_i w_i) x / alpha. Guidance is (w, 1 - w), composition of k
+    conditions (1 - sum w_i, w_1, .. w_k) with the unconditional network first, autoguidance
+    (w, 1 - w) of a good and a bad network, a product of experts (1, 1), a negation (1, w, -w).
+
+    Args:
+      terms: pairs (score_fn, conditions), the conditions being those the term overrides; {} for
+        none. Values broadcast to what `cond` holds, or from one sample to the batch. Terms with the
+        same network object are one call of it, on a batch that holds each sample as often; the
+        networks may differ in everything but the process.
+      weights: (terms,), one per term; (rows, terms), which follows the tableau's rows; a function
+        of the `Level` (arrays over the rows) that returns one array, or number, per term, or an
+        array (.., terms); the name of an entry of `cond`, (batch, terms), which the network is not
+        given; or a `mixture`. Rows where the first term has weight 1 and the others 0 ask only it.
+      batched: False asks the terms of a network one after another, which needs less memory.
+      costs: what an evaluation of each term costs, for `nfe`: 1 by default, 0.2 for a network a
+        fifth as large. None: 1 each.
+
+    Returns:
+      A transform to sample with.
+
+    Raises:
+      TypeError: terms that are no pairs.
+      ValueError: no terms, or weights or costs of another number.
+
+    Reference: Liu et al. 2022, arXiv:2206.01714; Du et al. 2023, arXiv:2302.11552; Karras et al.
+    2024, arXiv:2406.02507.
+    """
+    made = make_terms(terms, batched, costs)
+    return Combined(made, weight_numbers(weights, len(made.which)))
 
 
 def cfg(
     score_fn: ScoreFn | Transform,
-    scale: float | Callable[[Level], Any],
+    scale: float | jax.Array | str | Callable[[Level], Any],
     null: Mapping[str, Any],
-) -> Guided:
+) -> Combined:
     """Classifier-free guidance: T = T_free + scale (T_given - T_free).
 
     Affine, so it is the same in every prediction. Both halves are one call of the network on a
     batch twice as long; `nfe_factor` is 2. Where a scale that is a function gives exactly 1, the
-    network is called on the batch as it is; `nfe(tableau)` of the result says what a run costs.
+    network is called on the batch as it is; `nfe(tableau)` of the result says what a run costs. A
+    negative prompt is a `null` that says what not to show. `unfold` makes the same rows of a
+    tableau.
 
     Args:
       score_fn: a conditional network, with a batch axis.
-      scale: 1 is the conditional network, 0 the unconditional, above 1 guidance. Or a function of
-        the `Level` (arrays over the rows) for guidance that changes along the way, such as
+      scale: 1 is the conditional network, 0 the unconditional, above 1 guidance. One number; one
+        per sample, (batch,) or the name of an entry of `cond` that holds them; or a function of the
+        `Level` (arrays over the rows) for guidance that changes along the way, such as
         `lambda level: np.where(level.sigma < 2, 3.0, 1.0)` (a limited interval; Kynkaanniemi et al.
         2024, arXiv:2404.07724).
       null: what "no condition" is, by name of the condition; broadcast to each sample. Conditions
-        it does not name are given to both halves.
+        it does not name are given to both halves, as they are if the batch shares them.
 
     Returns:
       A transform to sample with `cond=...`.
@@ -156,8 +226,46 @@ def cfg(
 
     Reference: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, with their w = scale - 1.
     """
+    return Combined(null_terms(score_fn, null), scale_numbers(scale, pair=True))
+
+
+def null_terms(score_fn: ScoreFn | Transform, null: Mapping[str, Any]) -> Terms:
+    """The two terms of guidance: the condition given, and none.
+
+    Raises:
+      ValueError: a network without a batch axis, or an empty `null`.
+    """
     if not score_fn.batched:
         raise ValueError("guidance needs a network with a batch axis, ScoreFn(batched=True).")
     if not null:
         raise ValueError('`null` must say what no condition is, such as {"label": 10}.')
-    return Guided(score_fn, scale, dict(null))
+    return make_terms([(score_fn, {}), (score_fn, null)], True, None)
+
+
+def cfg_pp(
+    score_fn: ScoreFn | Transform,
+    tableau: Tableau,
+    strength: float,
+    null: Mapping[str, Any],
+) -> Combined:
+    """CFG++: guide the data prediction and keep the noise of the unconditional network.
+
+    x' = alpha' D_w + (the row's noise) E_free, with D_w the guided data prediction of scale
+    `strength` in [0, 1]. That is classifier-free guidance with scale strength * g_n, g_n the gain
+    of `keep_noise`; so its effect grows with the number of steps, and has no limit.
+
+    Args:
+      score_fn: a conditional network, with a batch axis.
+      tableau: the sampler to be used, of one output per row.
+      strength: the paper's lambda; 0.6 in its scripts for 50 steps.
+      null: as for `cfg`.
+
+    Raises:
+      ValueError: a tableau with more than one output per row; a network without a batch axis.
+
+    Reference: Chung et al. 2024, arXiv:2406.08070.
+    """
+    scale = strength * keep_noise(tableau)
+    return Combined(
+        null_terms(score_fn, null), weight_numbers(np.stack([scale, 1 - scale], axis=-1), 2)
+    )

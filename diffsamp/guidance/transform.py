@@ -47,17 +47,33 @@ class Transform:
         return self.score_fn.sigma_data
 
     @property
-    def nfe_factor(self) -> int:
+    def nfe_factor(self) -> float:
         """Network evaluations per call."""
         return self.score_fn.nfe_factor
 
-    def nfe(self, tableau: Tableau) -> int:
+    @property
+    def gradients_per_call(self) -> float:
+        """Vector-Jacobian products of the network per call, which `nfe_factor` does not count.
+
+        One costs about two evaluations, and the memory of the network's activations.
+        """
+        return getattr(self.score_fn, "gradients_per_call", 0)
+
+    def nfe(self, tableau: Tableau) -> float:
         """Network evaluations of a run, per sample.
 
         Args:
           tableau: the sampler.
         """
         return tableau.nfe * self.nfe_factor
+
+    def gradients(self, tableau: Tableau) -> float:
+        """Vector-Jacobian products of the network in a run, per sample.
+
+        Args:
+          tableau: the sampler.
+        """
+        return tableau.nfe * self.gradients_per_call
 
     def __call__(
         self,
@@ -103,7 +119,7 @@ def per_row(level: Level, what: str, *arrays: Any) -> list[Any]:
     Args:
       level: what `bind` was given.
       what: the transform, for the error.
-      *arrays: (n,) each, of the tableau the transform was made for.
+      *arrays: (n, ...) each, of the tableau the transform was made for.
 
     Raises:
       ValueError: a level that is no tableau's (a single time), or one with fewer rows.
@@ -117,4 +133,4 @@ def per_row(level: Level, what: str, *arrays: Any) -> list[Any]:
     own = max((np.shape(v)[0] for v in arrays), default=0)
     if rows < own:
         raise ValueError(f"{what} was made for {own} rows; the tableau has {rows}.")
-    return [namespace(v).pad(v, (0, rows - own)) for v in arrays]
+    return [namespace(v).pad(v, [(0, rows - own)] + [(0, 0)] * (np.ndim(v) - 1)) for v in arrays]

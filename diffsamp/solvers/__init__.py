@@ -22,6 +22,7 @@ from diffsamp.solvers.edm import dpm2, euler, heun, runge_kutta
 from diffsamp.solvers.iia import iia
 from diffsamp.solvers.interpolant import interpolant
 from diffsamp.solvers.invertible import bdia, belm
+from diffsamp.solvers.langevin import langevin, predictor_corrector, renoise, ula
 from diffsamp.solvers.mixed import MixedStep, mixed
 from diffsamp.solvers.momentum import ghvb, heavy_ball
 from diffsamp.solvers.pndm import pndm
@@ -71,13 +72,17 @@ __all__ = [
     "iia",
     "interpolant",
     "ipndm",
+    "langevin",
     "mixed",
     "names",
     "pndm",
+    "predictor_corrector",
+    "renoise",
     "restart",
     "runge_kutta",
     "sa_solver",
     "seeds",
+    "ula",
     "unipc",
 ]
 
