@@ -136,7 +136,9 @@ def step_costs(
       points: M.
       kind: "local": mean squared error of the step's end, in units of alpha there, which sums to
         the squared error of the sample if errors neither grow nor shrink (BOSS); "distance": its
-        root, the mean distance (GITS).
+        root, the mean distance (GITS with the metric "l2"); "deviation": how much further than the
+        trajectory the step's end is from the straight line between the trajectory's ends, as root
+        mean square over the elements, in x / alpha (GITS's default, "dev"). It may be negative.
       cond: keyword arguments for the network, every array with the leading axis n.
       batch: starts at a time: `points` x `batch` states are in memory.
       sharding: over the batch axis, as for `run`.
@@ -146,9 +148,9 @@ def step_costs(
       The `Costs`.
 
     Raises:
-      ValueError: an unknown kind, or a trajectory that is not finite.
+      ValueError: an unknown kind, a trajectory that is not finite, or "deviation" from alpha = 0.
     """
-    expect_choice(kind, "kind", ("local", "distance"))
+    expect_choice(kind, "kind", ("local", "distance", "deviation"))
     process = score_fn.process
     if times is None:
         times = schedules.logsnr(process, expect_int(points, "points", at_least=2))
@@ -159,6 +161,11 @@ def step_costs(
     score_fn = on_mesh(score_fn, sharding)
     tableau = solvers.unipc(process, times, order=3)
     alpha, sigma = (np.asarray(v, np.float64) for v in (tableau.alpha, tableau.sigma))
+    if kind == "deviation" and alpha[0] == 0:
+        raise ValueError(
+            f'kind="deviation" measures x / alpha, which is infinite at t = {times[0]:g}, where '
+            'alpha = 0; pass `times` that start below it, or take kind="distance".'
+        )
     total = np.zeros((len(times), len(times)))
     for start in range(0, size, batch):
         stop = min(start + batch, size)
@@ -166,10 +173,11 @@ def step_costs(
             score_fn, tableau, put(slice_batch(x_T, start, stop), sharding),
             cond=put(slice_batch(cond, start, stop), sharding),
         )  # fmt: skip
-        part = pair_costs(
-            run.points, run.outputs, jnp.asarray(alpha, jnp.float32),
-            jnp.asarray(sigma, jnp.float32), root=kind == "distance",
-        )  # fmt: skip
+        levels = (jnp.asarray(v, jnp.float32) for v in (alpha, sigma))
+        if kind == "deviation":
+            part = _deviation_costs(run.points, run.outputs, *levels)
+        else:
+            part = pair_costs(run.points, run.outputs, *levels, root=kind == "distance")
         total += np.asarray(part, np.float64)
         if progress is not None:
             progress("measuring steps", stop, size)
@@ -201,3 +209,34 @@ def pair_costs(points, outputs, alpha, sigma, *, root):
 
     costs = jax.lax.map(from_point, jnp.arange(rows))
     return jnp.concatenate([costs, jnp.zeros((1, rows + 1), costs.dtype)])
+
+
+@jax.jit
+def _deviation_costs(points, outputs, alpha, sigma):
+    """Sum over samples of how much further each step i -> j leads from the line of the ends."""
+    shape = (-1,) + (1,) * (points.ndim - 1)
+    states = points / alpha.reshape(shape)
+    axes = tuple(range(1, points.ndim - 1))  # of a state, (batch, ..)
+    first, last = states[0], states[-1]
+    along = last - first
+    length = jnp.sum(jnp.square(along), axis=axes, keepdims=True)
+
+    def deviation(state):
+        rest = last - state
+        rest = rest - jnp.sum(rest * along, axis=axes, keepdims=True) / length * along
+        return jnp.sqrt(jnp.mean(jnp.square(rest), axis=axes))
+
+    own = jax.lax.map(deviation, states)
+
+    def from_point(i):
+        ratio = sigma / sigma[i]
+        kappa = alpha - alpha[i] * ratio
+
+        def further(ratio, kappa, scale, of_state):
+            end = (ratio * points[i] + kappa * outputs[i]) / scale
+            return jnp.sum(deviation(end) - of_state)
+
+        return jax.lax.map(lambda v: further(*v), (ratio, kappa, alpha, own))
+
+    costs = jax.lax.map(from_point, jnp.arange(outputs.shape[0]))
+    return jnp.concatenate([costs, jnp.zeros((1, len(alpha)), costs.dtype)])
