@@ -926,15 +926,27 @@ def trig(sigma_data: float = 1.0, *, end: float = 1.0) -> Trig:
     return Trig(float(sigma_data), float(end))
 
 
-def reversed_flow_apply(apply: Array) -> Array:
+def reversed_flow_apply(apply: Array, *, offset: float = 0.0) -> Array:
     """Adapt a flow model trained with t = 0 noise, t = 1 data, velocity = x_0 - eps.
 
     Returns `apply` with t replaced by 1 - t and the output negated, which is the convention of
     `flow`: t = 1 noise, velocity = eps - x_0. Call it once and keep the result: a new function
     each time would compile anew each time.
+
+    Args:
+      apply: (params, x, t, **cond) -> velocity, of the network's own time.
+      offset: in [0, 1): the network is asked at offset + (1 - offset) (1 - t), which starts at
+        `offset` instead of 0, while the state steps over all of [0, 1]. Rectified flow's code does
+        so with 0.001 (Liu et al. 2022, arXiv:2209.03003).
+
+    Raises:
+      ValueError: an offset outside [0, 1).
     """
+    if not 0 <= offset < 1:
+        raise ValueError(f"`offset` must lie in [0, 1); got {offset}.")
 
     def adapted(params: PyTree, x: PyTree, t: Array, **cond: Conditions | None) -> Array:
-        return jax.tree.map(jnp.negative, apply(params, x, 1 - t, **cond))
+        own = 1 - t if offset == 0 else offset + (1 - offset) * (1 - t)
+        return jax.tree.map(jnp.negative, apply(params, x, own, **cond))
 
     return adapted

@@ -62,7 +62,7 @@ def scale_rows(number: Value, leaf: jax.Array) -> jax.Array:
     return number.reshape(number.shape + (1,) * (leaf.ndim - number.ndim))
 
 
-def expect_score_fn(score_fn: Any, cond: Any = None) -> None:
+def expect_score_fn(score_fn: Network, cond: Conditions | None = None) -> None:
     """Raise unless it is a ScoreFn or a transform of one, and `cond` holds arrays.
 
     Raises:

@@ -1,5 +1,6 @@
 """Noise of one Brownian path: its law, and samples that do not depend on the number of steps."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -133,3 +134,24 @@ def test_where_it_goes():
         generate(ds.brownian_key(jax.random.key(0), tableau), (4, 2))
     with pytest.raises(ValueError, match="one tableau; make it before stacking"):
         ds.brownian_key(jax.random.key(0), ds.Tableau.stack(pair))
+
+
+def test_every_kind_of_state_and_the_other_ways_to_run():
+    def halve(params, x, t):
+        return jax.tree.map(lambda v: 0.5 * v, x)
+
+    tableau = solvers.ddpm(VP, schedules.logsnr(VP, 4))
+    key = ds.brownian_key(jax.random.key(0), tableau)
+    tree = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones((2, 2, 2))}
+    f = ds.ScoreFn(halve, None, VP, prediction="data")
+    out = ds.sample(f, tableau, tree, key=key)
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), out) == jax.tree.map(
+        lambda v: (v.shape, v.dtype), tree
+    )
+    state = ds.resume(f, tableau, ds.init(tableau, tree, key))
+    np.testing.assert_allclose(state.x["b"], out["b"], atol=1e-5)
+    single = dataclasses.replace(f, batched=False)
+    assert ds.sample(single, tableau, jnp.ones(3), key=key).shape == (3,)
+    x_T = VP.prior_sample(jax.random.key(1), (3, 2))
+    picard = ds.parallel.sample_parallel(f, tableau, x_T, key=key, tolerance=1e-6)
+    np.testing.assert_allclose(picard.x, ds.sample(f, tableau, x_T, key=key), atol=1e-4)

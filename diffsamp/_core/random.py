@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from diffsamp._core.numeric import working_dtype
 from diffsamp._core.types import Array, Key, PyTree
 
 __all__ = ["Brownian", "normal_like", "sample_keys", "typed"]
@@ -72,9 +73,7 @@ class Brownian:
 
     def _path(self, index: Array, tree: PyTree) -> PyTree:
         """W at a point of the grid: LEVELS halvings towards it."""
-        wide = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), tree
-        )
+        wide = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, working_dtype(leaf.dtype)), tree)
         fold = functools.partial(jax.random.fold_in, data=self._BRANCH)
         keys = jax.vmap(fold)(self.keys) if self.keys.ndim else fold(self.keys)
 

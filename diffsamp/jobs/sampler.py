@@ -103,7 +103,8 @@ def sampler(
       A `Sampler`: call it with (key, x_T or shape); its `tableau` says what it does.
 
     Raises:
-      ValueError: an unknown name, or a budget the solver cannot meet, with the nearest it can.
+      ValueError: an unknown name, a budget the solver cannot meet, with the nearest it can, or
+        options that change how many evaluations a step takes.
     """
     found = solvers.get(solver)
     closed = final == "clean"
@@ -116,4 +117,10 @@ def sampler(
             f"{' and '.join(str(n) for n in sorted(near[:2]))}."
         )
     times = schedules.get(schedule or found.schedule)(score_fn.process, steps, final=final)
-    return Sampler(score_fn, found(score_fn.process, times, **options))
+    tableau = found(score_fn.process, times, **options)
+    if tableau.nfe != nfe:
+        raise ValueError(
+            f"with {options} {found.name} makes {tableau.nfe} evaluations in {steps} steps, not "
+            f"{nfe}; build the tableau with ds.solvers and pass it to ds.sample or ds.Sampler."
+        )
+    return Sampler(score_fn, tableau)

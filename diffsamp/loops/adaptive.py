@@ -7,7 +7,8 @@ With y = x / (alpha + sigma) and v = sigma / (alpha + sigma) the probability-flo
 without a linear part and finite from v = 0 (clean) to v = 1 (no signal), for every process. diffrax
 integrates it with steps that follow from a tolerance; the number of evaluations is then an outcome.
 For a budget take a tableau. Each sample takes its own steps, so it does not depend on its batch; a
-batch runs until its slowest sample is done.
+batch runs until its slowest sample is done. `dpm_solver`, which needs no diffrax, is DPM-Solver's
+own adaptive method.
 """
 
 from __future__ import annotations
@@ -25,24 +26,12 @@ from diffsamp._core import random
 from diffsamp._core.checks import expect_choice, expect_int, expect_state
 from diffsamp._core.numeric import is_concrete
 from diffsamp._core.types import Conditions, Key, Network, PyTree, Times, Value
+from diffsamp.loops._dpm_adaptive import dpm_solver
+from diffsamp.loops._samples import OdeSolution, each, number
 from diffsamp.predictions import level_at
 from diffsamp.score import scale_rows
 
-__all__ = ["LogLikelihood", "OdeSolution", "log_likelihood", "ode_solution"]
-
-
-class OdeSolution(NamedTuple):
-    """What `ode_solution` returns.
-
-    Attributes:
-      x: the state at `t_end`, like the given one.
-      nfe: (batch,) int32, calls of `score_fn` that each sample needed, rejected steps included.
-      points: like x with len(save_at) in front, the states there; None without `save_at`.
-    """
-
-    x: PyTree
-    nfe: PyTree
-    points: PyTree
+__all__ = ["LogLikelihood", "OdeSolution", "dpm_solver", "log_likelihood", "ode_solution"]
 
 
 class LogLikelihood(NamedTuple):
@@ -215,7 +204,7 @@ def _solve(score_fn, x, numbers, cond, *, solver, batch, max_steps, to_clean):
             )
         return y, nfe, points
 
-    return OdeSolution(*_each(one, x, cond, None, batch, (0, 0, 1)))
+    return OdeSolution(*each(one, x, cond, None, batch, (0, 0, 1)))
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "batch", "probes", "max_steps"))
@@ -243,7 +232,7 @@ def _change_of_variables(score_fn, x, numbers, keys, cond, *, solver, batch, pro
         x_T = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(x_T), x)
         return log_prob + change, x_T, nfe
 
-    return LogLikelihood(*_each(one, x, cond, keys, batch, 0))
+    return LogLikelihood(*each(one, x, cond, keys, batch, 0))
 
 
 def _slope(score_fn: Network, cond: Conditions | None, v: PyTree, y: PyTree) -> PyTree:
@@ -301,20 +290,7 @@ def _norm(tree: PyTree) -> PyTree:
     return jnp.sqrt(jnp.max(jnp.where(jnp.isnan(squares), jnp.inf, squares)))
 
 
-def _each(function, x, cond, keys, batch, out_axes):
-    """`function(x, cond, key)` of each sample."""
-    if batch is None:
-        return function(x, cond, keys)
-    mapped = jax.tree.map(lambda leaf: jnp.shape(leaf)[:1] == (batch,), cond)
-
-    def one(x, cond, key):
-        return function(x, jax.tree.map(lambda m, v: v[None] if m else v, mapped, cond), key)
-
-    in_axes = (0, jax.tree.map(lambda m: 0 if m else None, mapped), 0)
-    return jax.vmap(one, in_axes, out_axes)(x, cond, keys)
-
-
-def _diffrax() -> Value:
+def _diffrax() -> PyTree:
     try:
         import diffrax
     except ModuleNotFoundError as error:
@@ -324,22 +300,14 @@ def _diffrax() -> Value:
     return diffrax
 
 
-def _number(value: Value, name: str, low: float, high: float) -> float:
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(f"`{name}` must be known outside `jit`; got a traced value.")
-    if not low <= float(value) <= high:
-        raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}]; got {float(value):g}.")
-    return float(value)
-
-
 def _prepare(score_fn, x, t_start, t_end, save_at, rtol, atol):
     """The numbers of a solve in the dtype of x, and whether it ends at the clean end; checked."""
     process = score_fn.process
     if not is_concrete(process):
         raise TypeError("`score_fn.process` must be known outside `jit`: close over it.")
     clean, low, high = process.t_clean, process.t_min, process.t_max
-    t_start = _number(t_start, "t_start", clean, high)
-    t_end = _number(t_end, "t_end", clean, high)
+    t_start = number(t_start, "t_start", clean, high)
+    t_end = number(t_end, "t_end", clean, high)
     t_stop = low if t_end == clean else t_end
     if t_start == clean:
         raise ValueError(
@@ -362,8 +330,8 @@ def _prepare(score_fn, x, t_start, t_end, save_at, rtol, atol):
     within = sorted((t_start, t_stop))
     saved = None
     if save_at is not None:
-        saved = coordinates([_number(t, "save_at", *within) for t in np.atleast_1d(save_at)])
-    tolerances = _number(rtol, "rtol", 1e-15, 1), _number(atol, "atol", 1e-15, 1)
+        saved = coordinates([number(t, "save_at", *within) for t in np.atleast_1d(save_at)])
+    tolerances = number(rtol, "rtol", 1e-15, 1), number(atol, "atol", 1e-15, 1)
     numbers = coordinates([t_start, t_stop, t_end]), saved, tolerances, process.prior_std
     wide = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(x))
     dtype = jax.dtypes.canonicalize_dtype(np.float64 if wide else np.float32)

@@ -179,7 +179,7 @@ def step_costs(
       The `Costs`, whose paths may begin below t_max.
 
     Raises:
-      ValueError: an unknown kind, or a trajectory that is not finite.
+      ValueError: an unknown kind, a trajectory that is not finite, or "deviation" from alpha = 0.
     """
     expect_choice(kind, "kind", ("local", "distance", "deviation"))
     process = score_fn.process
@@ -192,6 +192,11 @@ def step_costs(
     score_fn = on_mesh(score_fn, sharding)
     tableau = solvers.unipc(process, times, order=3)
     alpha, sigma = (np.asarray(v, np.float64) for v in (tableau.alpha, tableau.sigma))
+    if kind == "deviation" and alpha[0] == 0:
+        raise ValueError(
+            f'kind="deviation" measures x / alpha, which is infinite at t = {times[0]:g}, where '
+            'alpha = 0; pass `times` that start below it, or take kind="distance".'
+        )
     total = np.zeros((len(times), len(times)))
     begin = None
     for start in range(0, size, batch):
@@ -255,8 +260,7 @@ def pair_costs(points, outputs, alpha, sigma, *, kind):
     rows = outputs.shape[0]
     weights = jnp.maximum(alpha, jnp.finfo(jnp.float32).tiny)
 
-    # where alpha = 0 the state is taken for x / alpha: the noise's direction is all that counts
-    scaled = points / jnp.where(alpha > 0, weights, 1.0).reshape((-1,) + (1,) * (points.ndim - 1))
+    scaled = points / weights.reshape((-1,) + (1,) * (points.ndim - 1))
     straight = scaled[-1] - scaled[0]
 
     def from_line(end):

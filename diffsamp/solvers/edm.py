@@ -86,8 +86,9 @@ def heun(
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
-      coordinates: "edm" or "flow"; None: "flow" for the flow process and for times that start at
-        alpha = 0, else "edm".
+      coordinates: "edm", "flow", or "time": the process's own time, without its linear part taken
+        out, as the VP sampler that EDM compares with; its step to sigma = 0 is Euler's in t.
+        None: "flow" for the flow process and for times that start at alpha = 0, else "edm".
       clean_end: the step to sigma = 0. "euler": one evaluation, at its start, as EDM's. "full": all
         stages, the last at t = 0, which keeps the order; for a velocity network on the flow
         process, which is defined there (one of data or noise says nothing of the velocity at sigma
@@ -216,7 +217,8 @@ def _runge_kutta(
         x, s = churning.lift(builder, x, s)
         first = builder.evaluate(x, s)
         if t.sigma == 0 and not full:
-            x = transfer(first, t)
+            timed = chart.name == "time"
+            x = chart.step(first.state, chart.slope(first), s, t) if timed else transfer(first, t)
             continue
         x = runge_kutta_step(builder, chart, first, t, method)
     return builder.finish(
@@ -224,7 +226,7 @@ def _runge_kutta(
         builder.points[-1],
         name=churning.label(name),
         source=source,
-        check=churning.check,
+        check="none" if chart.name == "time" else churning.check,
     )
 
 

@@ -36,6 +36,8 @@ def iia(
     """IIA: a solver's step plus a fitted combination of what is known already.
 
     "ddim": x_t = DDIM + c_0 (D_n - D_{n-1}) + c_1 (E_n - E_{n-1}); "guided": DDIM + c_0 E_n;
+    (around DPM-Solver++ 2M "ddim" is the same method: 2M's step is DDIM's and a multiple of the
+    first difference, and a fit finds the same sum);
     "heun": Heun's step plus c times (x_n - D_n, D'_n - D_n, x_{n-1} - D_{n-1}, D'_{n-1} - D_{n-1}),
     D' the data prediction at a step's end and x scaled by 1 / alpha. "dpmpp" has the features of
     "ddim" around DPM-Solver++ 2M, "dpm_solver" those of "heun" around DPM-Solver-2, D' that of its

@@ -15,57 +15,87 @@ from diffsamp.tableau import Tableau
 __all__ = ["bdia", "belm"]
 
 
-def bdia(process: Process, times: Times, *, gamma: float = 1.0, base: str = "ddim") -> Tableau:
-    """BDIA: u_{n+1} = gamma (u_{n-1} - f(u_n; n -> n-1)) + f(u_n; n -> n+1), f a one-step method.
+def bdia(
+    process: Process, times: Times, *, gamma: float = 1.0, method: str = "ddim", back: str = "heun"
+) -> Tableau:
+    """BDIA-DDIM: u_{n+1} = gamma (u_{n-1} - f(u_n; n -> n-1)) + f(u_n; n -> n+1), f the DDIM step.
 
-    "ddim": f the DDIM step, one evaluation a step. Order 2 for gamma = 1, 1 below; gamma = 0 is
-    DDIM. Running it backwards multiplies rounding errors by 1 / gamma a step: use gamma in
-    [0.92, 1] for that. "heun" (BDIA around EDM's sampler): f Heun's step both ways, three
-    evaluations a step and two on the first, of order 2 for any gamma; gamma = 0 is Heun's method.
-    With Euler's step for the way back instead it would be of order 1.
+    One evaluation a step. Order 2 for gamma = 1, 1 below; gamma = 0 is DDIM. Running it backwards
+    multiplies rounding errors by 1 / gamma a step: use gamma in [0.92, 1] for that.
+
+    BDIA-EDM, `method` "heun", is the same around EDM's sampler: f is Heun's step, u the state over
+    alpha; gamma = 0 is `heun`. The integral back over the last step, from u_n, is Heun's too, for
+    three evaluations a step and order 2, or Euler's with the evaluation there is, for two a step
+    and order 1.
 
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
       gamma: in [0, 1].
-      base: "ddim" or "heun". Around "heun" a step to sigma = 0 or from alpha = 0 is DDIM's.
+      method: "ddim" or "heun".
+      back: "heun" or "euler", the integral back of `method` "heun".
 
     Returns:
-      A deterministic tableau with p = 2 around "ddim", of n evaluations, in noise prediction.
+      A deterministic tableau, of n evaluations with p = 2 for "ddim", in noise prediction. Only
+      that one is run backwards by `diffsamp.inversion`.
 
     Raises:
-      ValueError: times not sorted, gamma outside [0, 1], another base.
+      ValueError: times not sorted, gamma outside [0, 1], another method, "heun" from alpha = 0.
 
-    Reference: Zhang, Lewis & Kleijn 2023, arXiv:2307.10829.
+    Reference: Zhang, Lewis & Kleijn 2023, arXiv:2307.10829. Of BDIA-EDM the authors published no
+    code, and `back` is not known.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"`gamma` must lie in [0, 1]; got {gamma}.")
-    expect_choice(base, "base", ("ddim", "heun"))
+    expect_choice(method, "method", ("ddim", "heun"))
+    if method == "heun":
+        return _bdia_heun(process, times, gamma, expect_choice(back, "back", ("heun", "euler")))
     builder = Builder(process, times, NOISE, reduce=False)
     points = builder.points
-    x, states = builder.start, list[Combination]()
+    x = builder.start
     for n in range(len(points) - 1):
         answer = builder.evaluate(x, points[n])
-        states.append(answer.state)
-        step = _heun if base == "heun" else _ddim
-        x = step(builder, answer, points[n + 1])
-        if n > 0 and gamma > 0 and (base == "ddim" or points[n + 1].sigma > 0):
-            x = x + gamma * (states[n - 1] - step(builder, answer, points[n - 1]))
-    name = f"bdia{'_heun' if base == 'heun' else ''}(gamma={gamma:g})"
+        x = transfer(answer, points[n + 1])
+        if n > 0 and gamma > 0:
+            x = x + gamma * (builder.symbol(n - 1) - transfer(answer, points[n - 1]))
+    name = f"bdia(gamma={gamma:g})"
     return builder.finish(x, points[-1], name=name, source="arXiv:2307.10829")
 
 
-def _ddim(builder: Builder, answer: Answer, t: Point) -> Combination:
-    return transfer(answer, t)
+def _bdia_heun(process: Process, times: Times, gamma: float, back: str) -> Tableau:
+    builder = Builder(process, times, NOISE, reduce=False)
+    points = builder.points
+    if points[0].alpha == 0:
+        raise ValueError(
+            f'method="heun" steps in x / alpha, which is infinite at the first time, t = '
+            f"{points[0].t:g}; start below it, or take method="
+            '"ddim".'
+        )
 
+    def heun(first: Answer, to: Point) -> Combination:
+        """Heun's increment of u / alpha, from where the answer was given."""
+        span = to.rho - first.point.rho
+        if to.sigma == 0:
+            return span * first.noise
+        end = builder.evaluate(transfer(first, to), to)
+        return span / 2 * (first.noise + end.noise)
 
-def _heun(builder: Builder, answer: Answer, t: Point) -> Combination:
-    s = answer.point
-    if t.sigma == 0 or s.alpha == 0 or t.alpha == 0:
-        return transfer(answer, t)
-    end = builder.evaluate(transfer(answer, t), t)
-    slope = (answer.noise + end.noise) / 2
-    return t.alpha * (answer.state / s.alpha + (t.rho - s.rho) * slope)
+    x = builder.start
+    before = Combination({})
+    for n in range(len(points) - 1):
+        s, t = points[n], points[n + 1]
+        first = builder.evaluate(x, s)
+        scaled = first.state / s.alpha
+        new = scaled + heun(first, t)
+        if n > 0 and gamma > 0:
+            last = points[n - 1]
+            euler = (last.rho - s.rho) * first.noise
+            new = new + gamma * (
+                before - scaled - (euler if back == "euler" else heun(first, last))
+            )
+        before, x = scaled, t.alpha * new
+    name = f"bdia_heun(gamma={gamma:g})"
+    return builder.finish(x, points[-1], name=name, source="arXiv:2307.10829")
 
 
 def belm(process: Process, times: Times) -> Tableau:

@@ -53,8 +53,8 @@ def seeds(
       order: 1, 2 or 3.
       nodes: where the stages lie, as fractions of the log-SNR step: order - 1 rising numbers in
         (0, 1). None: equally spaced.
-      prediction: "data" or "noise", what is taken as constant over a stage. A step that multiplies
-        alpha by more than 200 takes the data form, whatever is chosen.
+      prediction: "data" or "noise", what is taken as constant over a stage; "noise" is of use with
+        short steps only. A step that multiplies alpha by more than 200 takes the data form.
 
     Returns:
       A stochastic tableau.

@@ -147,6 +147,36 @@ def test_a_later_start_in_compare_and_distill():
     np.testing.assert_allclose(plan.tableau.a[0, 0], 8 / 50)
 
 
+def test_the_deviation_is_gits_dev():
+    """Distances from the line of the trajectory's ends: of the step's end less the trajectory's."""
+    process = ds.processes.vp_linear()
+    score_fn = mixture().score_fn(process)
+    x_T = process.prior_sample(jax.random.key(0), (7, 4))
+    grid = schedules.logsnr(process, 20, final="t_min")
+    costs = search.step_costs(score_fn, x_T, times=grid, kind="deviation", batch=5)
+    run = ds.trajectory(score_fn, ds.solvers.unipc(process, grid, order=3), x_T)
+    alpha, sigma = process.alpha(grid)[:, None, None], process.sigma(grid)[:, None, None]
+    points, outputs = np.asarray(run.points, np.float64), np.asarray(run.outputs, np.float64)
+    path, rho = points / alpha, (sigma / alpha)[:, 0, 0]
+    slope = (points[:-1] - alpha[:-1] * outputs) / sigma[:-1]  # eps, the slope in x / alpha
+
+    def deviation(x):
+        unit = (path[-1] - path[0]) / np.linalg.norm(path[-1] - path[0], axis=1, keepdims=True)
+        rest = path[-1] - x
+        rest = rest - np.sum(rest * unit, axis=1, keepdims=True) * unit
+        return np.linalg.norm(rest, axis=1)
+
+    for i, j in ((0, 1), (0, 12), (5, 9), (14, 20)):
+        end = path[i] + (rho[j] - rho[i]) * slope[i]
+        want = np.mean(deviation(end) - deviation(path[j])) / 2  # root mean square of 4 elements
+        assert costs.cost[i, j] == pytest.approx(want, abs=3e-6 * np.abs(path[i]).max())
+    assert np.all(np.isfinite(costs.schedule(5)))
+    flow = ds.processes.flow()
+    times = schedules.uniform(flow, 5)
+    with pytest.raises(ValueError, match='pass `times` that start below it, or take kind="dis'):
+        search.step_costs(mixture().score_fn(flow), x_T, times=times, kind="deviation")
+
+
 def test_a_schedule_of_least_cost_helps_ddim():
     """Fewer errors than the usual grids, for the solver whose steps were measured."""
     score_fn = mixture().score_fn(EDM)

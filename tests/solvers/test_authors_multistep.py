@@ -1,4 +1,4 @@
-"""SA-Solver, 2M-HB and BDIA around Heun, step by step as their authors' code runs, in NumPy."""
+"""SA-Solver and 2M-HB, step by step as their authors' code runs, in NumPy."""
 
 import numpy as np
 import pytest
@@ -71,42 +71,3 @@ def test_two_m_hb(beta):
     assert np.abs(run(other) - x).max() > 0.01  # which runs through all steps
     with pytest.raises(ValueError, match="below 1 it needs order=2 and eta=0"):
         solvers.dpmpp(VP, times, order=3, beta=beta)
-
-
-@pytest.mark.parametrize("gamma", [1.0, 0.6])
-def test_bdia_around_heun(gamma):
-    """x / alpha in rho; the way back is Heun's step, too."""
-    times = schedules.karras(EDM, 8, t_max=5.0, final="t_min")
-    rho = np.asarray(EDM.sigma(times))
-
-    def heun(x, s, t):
-        first = perfect(EDM, x, s)[1]
-        second = perfect(EDM, x + (t - s) * first, t)[1]
-        return x + (t - s) * (first + second) / 2
-
-    states = [5 * X, heun(5 * X, rho[0], rho[1])]
-    for n in range(1, 8):
-        back = states[n - 1] - heun(states[n], rho[n], rho[n - 1])
-        states.append(gamma * back + heun(states[n], rho[n], rho[n + 1]))
-    tableau = solvers.bdia(EDM, times, gamma=gamma, base="heun")
-    assert tableau.nfe == 2 + 3 * 7
-    np.testing.assert_allclose(run(tableau, 5 * X), states[-1], rtol=0, atol=1e-11)
-
-
-def test_bdia_around_heun_has_order_two():
-    truth = skewed_mixture().ode_solution(X, VP, 0.9, 0.1)
-    for gamma in (0.5, 1.0):
-        errors = [
-            np.abs(
-                run(solvers.bdia(VP, np.linspace(0.9, 0.1, n + 1), gamma=gamma, base="heun"))
-                - truth
-            ).max()
-            for n in (80, 160)
-        ]
-        assert 1.7 < np.log2(errors[0] / errors[1]) < 3.3, errors
-    times = schedules.logsnr(VP, 6)
-    one, two = solvers.bdia(VP, times, gamma=0.0, base="heun"), solvers.heun(VP, times)
-    assert one.nfe == two.nfe
-    np.testing.assert_allclose(run(one), run(two), rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match="base"):
-        solvers.bdia(VP, times, base="euler")

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import gaussian_moments, skewed_mixture, twin
@@ -309,3 +310,93 @@ def test_er_sde_keeps_the_noise_that_the_authors_code_drops():
     assert 0 < solvers.er_sde(process, times).c[-1] < 1e-3
     with pytest.raises(ValueError, match="noise of negative variance"):
         solvers.er_sde(EDM, schedules.karras(EDM, 6), scale=lambda rho: rho**0.5)
+
+
+# -- EDM's ablation: Heun in the time of the VP process --------------------------------------------
+
+
+@pytest.mark.parametrize("churn", [0.0, 20.0])
+def test_heun_in_vp_time_is_edms_ablation(churn):
+    """Their sampler with discretization, schedule and scaling "vp", beta_d 19.9, beta_min 0.1."""
+    n = 12
+
+    def sigma(t):
+        return np.sqrt(np.expm1(19.9 / 2 * t**2 + 0.1 * t))
+
+    def sigma_dot(t):
+        return 0.5 * (0.1 + 19.9 * t) * (sigma(t) + 1 / sigma(t))
+
+    def inverse(v):
+        return (np.sqrt(0.1**2 + 2 * 19.9 * np.log1p(v**2)) - 0.1) / 19.9
+
+    def s(t):
+        return 1 / np.sqrt(1 + sigma(t) ** 2)
+
+    def slope(x, t):
+        data = skewed_mixture().posterior(x, s(t), s(t) * sigma(t))[0]
+        s_dot = -sigma(t) * sigma_dot(t) * s(t) ** 3
+        return (sigma_dot(t) / sigma(t) + s_dot / s(t)) * x - sigma_dot(t) * s(t) / sigma(t) * data
+
+    times = np.append(np.linspace(1, 1e-3, n - 1), 0.0)
+    x, drawn, steps = X, iter(NOISES), len(times) - 1
+    for t, after in itertools.pairwise(times):
+        gamma = min(churn / steps, np.sqrt(2) - 1)
+        hat = inverse(sigma(t) * (1 + gamma)) if gamma else t
+        if gamma:
+            x = s(hat) / s(t) * x + np.sqrt(sigma(hat) ** 2 - sigma(t) ** 2) * s(hat) * next(drawn)
+        d = slope(x, hat)
+        end = x + (after - hat) * d
+        x = end if after == 0 else x + (after - hat) / 2 * (d + slope(end, after))
+    tableau = solvers.heun(VP, times, coordinates="time", churn=churn)
+    assert tableau.nfe == 2 * steps - 1
+    np.testing.assert_allclose(run(tableau), x, rtol=1e-8, atol=1e-8)
+
+
+def test_time_coordinates_of_flow_models_are_their_own():
+    """There alpha + sigma is 1 and t is sigma, so they are "flow"; elsewhere of the named order."""
+    flow = ds.processes.flow()
+    times = schedules.uniform(flow, 6)
+    for method in ("heun2", "rk4"):
+        one, two = (
+            run(solvers.runge_kutta(flow, times, method=method, coordinates=c, clean_end="euler"))
+            for c in ("time", "flow")
+        )
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-12)
+    truth = skewed_mixture().ode_solution(X, VP, 0.8, 0.05)
+    for method, order in (("heun2", 2), ("rk4", 4)):
+        errors = [
+            np.abs(run(solvers.runge_kutta(VP, np.linspace(0.8, 0.05, n + 1), method=method,
+                                           coordinates="time")) - truth).max()
+            for n in (80, 160)
+        ]  # fmt: skip
+        assert order - 0.3 < np.log2(errors[0] / errors[1]) < order + 0.5, (method, errors)
+
+
+# -- rectified flow --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+def test_rectified_flow_asks_at_shifted_times():
+    """Their loop: dt = 1 / N, the network asked at 999 (i / N (1 - eps) + eps)."""
+
+    def net(params, x, label):
+        return jnp.sin(label / 300.0)[:, None] * x - 0.3
+
+    def apply(params, x, t):
+        return net(params, x, 999 * t)
+
+    eps, n = 1e-3, 5
+    x = jnp.asarray(X)
+    for i in range(n):
+        t = jnp.full(7, i / n * (1 - eps) + eps)
+        x = x + net(None, x, 999 * t) / n
+    flow = ds.processes.flow()
+    adapted = ds.reversed_flow_apply(apply, offset=eps)
+    f = ds.ScoreFn(adapted, None, flow, prediction="velocity")
+    got = ds.sample(f, solvers.euler(flow, schedules.uniform(flow, n)), jnp.asarray(X))
+    np.testing.assert_allclose(got, x, rtol=0, atol=1e-12)
+    plain = ds.ScoreFn(ds.reversed_flow_apply(apply), None, flow, prediction="velocity")
+    other = ds.sample(plain, solvers.euler(flow, schedules.uniform(flow, n)), jnp.asarray(X))
+    assert 1e-4 < np.abs(other - x).max() < 0.1
+    with pytest.raises(ValueError, match=r"`offset` must lie in \[0, 1\)"):
+        ds.reversed_flow_apply(apply, offset=1.0)
