@@ -19,7 +19,7 @@ import math
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.types import Times
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import Answer, Builder, Combination, total
+from diffsamp.solvers._builder import DATA, NOISE, Answer, Builder, Combination, total, transfer
 from diffsamp.solvers._weights import phis, spread
 from diffsamp.tableau import Tableau
 
@@ -36,8 +36,12 @@ def dpmpp(
     lower_order_final: bool | str = True,
     compatible: bool = False,
     beta: float = 1.0,
+    prediction: str = "data",
 ) -> Tableau:
     """DPM-Solver++ of order 1, 2M or 3M, and its SDE forms: one evaluation a step.
+
+    With `prediction` "noise" it is DPM-Solver's multistep method, the same formulas on the noise
+    prediction, where a step out of alpha = 0 or to sigma = 0 is DDIM's.
 
     Order 1 is DDIM. 2M "midpoint" equals UniP-2 (bh2); 3M equals UniP-3. The first steps ramp the
     order up, so from a cold start a third-order run converges at order 2.
@@ -62,9 +66,10 @@ def dpmpp(
         authors take (2M-HB, arXiv:2307.11118). They take D itself in steps of order 1, and begin
         the velocity with the first step of order 2, where `solvers.heavy_ball` has it run through
         all steps.
+      prediction: "data", or "noise", which takes no eta.
 
     Returns:
-      A tableau of n evaluations, in data prediction; stochastic if `eta` is positive.
+      A tableau of n evaluations, in that prediction; stochastic if `eta` is positive.
 
     Raises:
       ValueError: times not sorted, another order or variant, a negative eta, a beta out of range
@@ -83,7 +88,10 @@ def dpmpp(
         )
     if isinstance(lower_order_final, str):
         expect_choice(lower_order_final, "lower_order_final", ("last",))
-    builder = Builder(process, times)
+    noisy = expect_choice(prediction, "prediction", ("data", "noise")) == "noise"
+    if noisy and eta > 0:
+        raise ValueError('prediction="noise" is of the ODE alone; leave `eta` at 0.')
+    builder = Builder(process, times, NOISE if noisy else DATA)
     if eta > 0:
         builder.expect_falling("dpmpp with eta > 0")
     points = builder.points
@@ -99,20 +107,26 @@ def dpmpp(
         elif lower_order_final:
             now = min(now, steps - n)
         now = min(now, sum(math.isfinite(a.point.log_snr) for a in history) or 1)
+        if noisy and (t.sigma == 0 or s.alpha == 0):
+            x = transfer(history[0], t)
+            continue
         h = t.log_snr - s.log_snr
-        weights = multistep_weights(history[:now], h, variant, 1 if compatible else 2, 1 + eta)
+        rate = -1.0 if noisy else 1 + eta
+        weights = multistep_weights(history[:now], h, variant, 1 if compatible else 2, rate)
         kept = math.exp(-eta * h) if eta > 0 else 1.0
-        x = (t.sigma / s.sigma) * kept * history[0].state
-        change = total(weights, [a.data for a in history[:now]])
+        ratio = t.alpha / s.alpha if noisy else t.sigma / s.sigma * kept
+        x = ratio * history[0].state
+        change = total(weights, [a.noise if noisy else a.data for a in history[:now]])
         if beta < 1 and now == 2:
             direction = change / sum(weights)
             before = direction if velocity is None else velocity
             velocity = (1 - beta) * before + beta * direction
             change = sum(weights) * velocity
-        x = x + t.alpha * change
+        x = x + (t.sigma if noisy else t.alpha) * change
         if eta > 0 and t.sigma > 0:
             x = x + t.sigma * spread(eta * h) * builder.fresh_noise()
-    label = f"dpmpp_{order}m" if order > 1 else "dpmpp_1"
+    family = "dpm_solver" if noisy else "dpmpp"
+    label = f"{family}_{order}m" if order > 1 else f"{family}_1"
     label += "" if eta == 0 else "_sde" if eta == 1 else f"_sde(eta={eta:g})"
     label += "_heun" if order == 2 and variant == "heun" else ""
     label += f"_hb({beta:g})" if beta < 1 else ""
@@ -130,7 +144,7 @@ def multistep_weights(
       h: the step in log-SNR, nats.
       variant: "midpoint" or "heun", the second-order formula.
       kappa: factor of the third-order correction.
-      rate: of the exponential; 1 is the ODE.
+      rate: of the exponential; 1 is the ODE, -1 the ODE in noise form, divided by sigma_t.
 
     Returns:
       As many numbers as answers.

@@ -142,6 +142,7 @@ def _unipc(name: str, values: Values) -> MakeTableau:
             order=values["solver_order"],
             variant=values["solver_type"],
             lower_order_final=bool(values["lower_order_final"]),
+            prediction="data" if values["predict_x0"] else "noise",
         )
         rows = [n + 1 for n in values["disable_corrector"] if 0 <= n < len(times) - 2]
         plain = build(process, times, corrector=False) if rows else None

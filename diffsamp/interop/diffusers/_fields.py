@@ -93,7 +93,7 @@ CLASSES: dict[str, _Class] = {
                             f"lambda_min_clipped {_RESOLUTION} invert_sigmas",
                             "thresholding variance_type", {"lower_order_final": False}),
     "UniPCMultistep": (f"{_MULTISTEP} {_FINAL} solver_type disable_corrector shift_terminal "
-                       f"{_RESOLUTION} invert_sigmas", "thresholding predict_x0 solver_p",
+                       f"{_RESOLUTION} invert_sigmas predict_x0", "thresholding solver_p",
                        {"solver_type": "bh2"}),
     "DEISMultistep": (f"{_MULTISTEP} algorithm_type solver_type {_DYNAMIC}", "thresholding",
                       {"algorithm_type": "deis", "solver_type": "logrho"}),
@@ -139,8 +139,6 @@ _WAYS = {
 _INSTEAD = {
     "interpolation_type": "Its labels are not those of its sigmas. Pass the sigmas you mean: "
                           "times(n, sigmas=[..]), with interpolation_type 'linear'.",
-    "predict_x0": "UniPC in noise form is not here; 'predict_x0' = True is its data form, another "
-                  "sampler of the same network.",
     "solver_p": "Build the predictor's own tableau: ds.solvers.unipc(.., corrector=False).",
     "tau_func": "Pass the function to ds.solvers.sa_solver(process, times, tau=..).",
     "trained_betas": "Its sigmas are then arcsin-spaced by hand: ds.solvers.ipndm on "
@@ -371,6 +369,11 @@ def _expect_consistent(name: str, values: dict[str, Value]) -> None:
         raise ValueError(
             f"{name}: 'algorithm_type' = {algorithm!r} is not finite at sigma = 0: give it "
             "'final_sigmas_type' = 'sigma_min'."
+        )
+    if name == "UniPCMultistep" and not values["predict_x0"] and final == "zero":
+        raise ValueError(
+            f"{name}: 'predict_x0' = False predicts noise, which is not finite at sigma = 0: give "
+            "it 'final_sigmas_type' = 'sigma_min'."
         )
     if (
         name == "UniPCMultistep"
