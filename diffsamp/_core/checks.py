@@ -50,6 +50,16 @@ def expect_times(times: Times, name: str = "times", *, may_rise: bool = False) -
     return array
 
 
+def lowers(lower_order_final: bool | int, steps: int) -> bool:
+    """Whether a solver of so many steps lowers its order over the last of them.
+
+    A number means: only if there are fewer steps than that (the authors' codes: 10; diffusers: 15).
+    """
+    if isinstance(lower_order_final, bool | np.bool_):
+        return bool(lower_order_final)
+    return steps < expect_int(lower_order_final, "lower_order_final", 0)
+
+
 def expect_int(value: Value, name: str, at_least: int, at_most: int | None = None) -> int:
     """`value` as an int within bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

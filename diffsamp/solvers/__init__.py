@@ -216,14 +216,14 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver(
         "deis_logrhoab1",
         deis,
-        {"order": 1, "variable": "log_rho"},
+        {"order": 1, "variable": "log_rho", "lower_order_final": 15},
         2,
         "arXiv:2204.13902",
         ("DEISMultistepScheduler",),
     ),
     Solver("ipndm2", ipndm, {"order": 2}, 2, "arXiv:2202.09778"),
     Solver("ipndm3", ipndm, {"order": 3}, 2, "arXiv:2202.09778"),
-    Solver("ipndm4", ipndm, {"order": 4}, 2, "arXiv:2202.09778", ("IPNDMScheduler", "ipndm")),
+    Solver("ipndm4", ipndm, {"order": 4}, 2, "arXiv:2202.09778", ("ipndm",)),
     Solver(
         "pndm",
         pndm,
@@ -329,7 +329,6 @@ SOLVERS: dict[str, Solver] = _listed(
         {},
         2,
         "arXiv:2309.05019, alg. 1",
-        ("SASolverScheduler",),
         stochastic=True,
     ),
     Solver("er_sde1", er_sde, {"order": 1}, 1, "arXiv:2309.06169", stochastic=True),
@@ -383,5 +382,11 @@ def get(name: str) -> Solver:
     Raises:
       ValueError: an unknown name.
     """
+    if name.endswith("Scheduler") and name not in _ALIASES:
+        known = sorted(alias for alias in _ALIASES if alias.endswith("Scheduler"))
+        raise ValueError(
+            f"{name!r} with its default fields is no solver of the registry; of diffusers' classes "
+            f'{known} are. ds.from_diffusers({{"_class_name": {name!r}}}) reads those that can be.'
+        )
     name = _ALIASES.get(name, name)
     return SOLVERS[expect_choice(name, "solver", tuple(SOLVERS))]

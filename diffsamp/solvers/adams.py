@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int, lowers
 from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
@@ -47,7 +47,7 @@ def deis(
     *,
     order: int = 3,
     variable: str = "t",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
 ) -> Tableau:
     """DEIS: exponential integrator with polynomial extrapolation; one evaluation a step.
 
@@ -68,7 +68,8 @@ def deis(
       order: 0 to 3.
       variable: "t", "rho" or "log_rho". With "t" and "log_rho" a step to sigma = 0, where the
         integrand is singular, is of order 0.
-      lower_order_final: lower the order over the last steps, to 0 in the last.
+      lower_order_final: lower the order over the last steps, to 0 in the last. A number:
+        only if there are fewer steps than that.
 
     Returns:
       A deterministic tableau of n evaluations, in noise prediction.
@@ -171,7 +172,7 @@ def _adams(
     weights: Array,
     name: str,
     source: str,
-    lower_order_final: bool,
+    lower_order_final: bool | int,
 ) -> Tableau:
     builder = Builder(process, times, NOISE)
     steps = len(builder.points) - 1
@@ -181,7 +182,7 @@ def _adams(
         history = [builder.evaluate(x, s), *history[: history_length - 1]]
         x = history[0].state
         usable = [a for a in history if math.isfinite(a.point.rho)]
-        if lower_order_final:
+        if lowers(lower_order_final, steps):
             usable = usable[: steps - n]
         if not usable or usable[0] is not history[0]:  # a start at alpha = 0, where rho = inf
             x = transfer(history[0], t)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 
-from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int, lowers
 from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import DATA, NOISE, Answer, Builder, Combination, total, transfer
@@ -33,7 +33,7 @@ def dpmpp(
     order: int = 2,
     variant: str = "midpoint",
     eta: float = 0.0,
-    lower_order_final: bool | str = True,
+    lower_order_final: bool | int | str = True,
     compatible: bool = False,
     beta: float = 1.0,
     prediction: str = "data",
@@ -59,7 +59,8 @@ def dpmpp(
         order 1 is DDPM's posterior), between them as k-diffusion's `eta`. The drift keeps its
         order, the noise is of weak order 1.
       lower_order_final: lower the order over the last steps (3 to 2 to 1), which is more robust
-        for few evaluations. "last": the last step alone, to 1, as DBIM does. A step to sigma = 0 is
+        for few evaluations; a number: only if there are fewer steps than that (the authors' 10,
+        diffusers' 15). "last": the last step alone, to 1, as DBIM does. A step to sigma = 0 is
         always of order 1.
       compatible: kappa = 1 in third-order steps.
       beta: heavy-ball momentum on steps of order 2, in (0, 1]; 1 is none. 0.8 to 0.9 is what its
@@ -102,9 +103,9 @@ def dpmpp(
         s, t = points[n], points[n + 1]
         history = [builder.evaluate(x, s), *history[:2]]
         now = 1 if t.sigma == 0 else order
-        if lower_order_final == "last":
+        if isinstance(lower_order_final, str):
             now = now if n < steps - 1 else 1
-        elif lower_order_final:
+        elif lowers(lower_order_final, steps):
             now = min(now, steps - n)
         now = min(now, sum(math.isfinite(a.point.log_snr) for a in history) or 1)
         if noisy and (t.sigma == 0 or s.alpha == 0):

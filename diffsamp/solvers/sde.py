@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int, lowers
 from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, total, transfer
@@ -32,7 +32,7 @@ def sa_solver(
     order: int = 3,
     corrector: bool | int = True,
     tau: float | Callable[[float], float] = 1.0,
-    lower_order_final: bool = True,
+    lower_order_final: bool | int = True,
     rescale: bool = False,
     mode: str = "PEC",
     tau_at: str = "end",
@@ -51,7 +51,8 @@ def sa_solver(
       corrector: correct each state with the evaluation made there: how many evaluations that
         uses, itself included, 1 to 5; True: one more than the predictor. False: no corrector.
       tau: noise strength, a number or a function of a time. At least 0.
-      lower_order_final: lower the order over the last steps. A step to sigma = 0 has order 1.
+      lower_order_final: lower the order over the last steps; a number: only if there are fewer
+        steps than that. A step to sigma = 0 has order 1.
       rescale: where two evaluations are used, weight the slope of the data prediction by c h^2 / 2,
         c = 1 + tau^2, in place of the integral h - (1 - exp(-c h)) / c: a change of order h^3, like
         UniPC's fixed coefficient.
@@ -98,7 +99,7 @@ def sa_solver(
         if strength:
             builder.expect_falling("sa_solver with tau > 0")
         history = [answer, *history[: max(order, most - 1) - 1]]
-        left = steps - n if lower_order_final else steps
+        left = steps - n if lowers(lower_order_final, steps) else steps
         now, correct = min(order, left), min(most, left + 1)
         now = 1 if t.sigma == 0 else now
         used = ([a for a in history if math.isfinite(a.point.log_snr)] or history[:1])[:now]

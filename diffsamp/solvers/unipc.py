@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffsamp._core.checks import expect_choice, expect_int, expect_times
+from diffsamp._core.checks import expect_choice, expect_int, expect_times, lowers
 from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
@@ -44,7 +44,7 @@ def unipc(
     order: int = 3,
     variant: str = "bh2",
     corrector: bool = True,
-    lower_order_final: bool = True,
+    lower_order_final: bool | int = True,
     prediction: str = "data",
 ) -> Tableau:
     """UniPC of any order: one evaluation a step, order + 1 with the corrector.
@@ -59,8 +59,8 @@ def unipc(
       order: order p of the predictor, at least 1; the authors take 3, with guidance 2.
       variant: "bh1" or "bh2".
       corrector: apply UniC after each evaluation.
-      lower_order_final: lower the order over the last steps. A step to sigma = 0 is always of
-        order 1.
+      lower_order_final: lower the order over the last steps; a number: only if there are fewer
+        steps than that (the authors' 10, diffusers' 15). A step to sigma = 0 is of order 1.
       prediction: "data", or "noise": the same method on noise predictions, where a step out of
         alpha = 0 or to sigma = 0 is DDIM's.
 
@@ -89,7 +89,7 @@ def dc_solver(
     ratios: Array,
     order: int = 2,
     variant: str = "bh2",
-    lower_order_final: bool = True,
+    lower_order_final: bool | int = True,
     correct_first: bool = True,
     stop: int | None = None,
 ) -> Tableau:
@@ -139,7 +139,7 @@ def _multistep(
     times: Times,
     order: int,
     variant: str,
-    lower_order_final: bool,
+    lower_order_final: bool | int,
     corrected: Sequence[bool],
     ratios: np.ndarray | None = None,
     stop: int | None = None,
@@ -162,7 +162,7 @@ def _multistep(
             answer = _compensate([answer, *history[:2]], float(ratios[n]))
         history = [answer, *history[: max(order - 1, 2)]]
         now = 1 if t.sigma == 0 else order
-        if lower_order_final:
+        if lowers(lower_order_final, steps):
             now = min(now, steps - n)
         finite = [a for a in history if math.isfinite(a.point.log_snr)] or history[:1]
         used = finite[:now]

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int, lowers
 from diffsamp._core.files import write_atomically
 from diffsamp._core.numeric import as_float
 from diffsamp._core.types import Array, PyTree, Times
@@ -133,7 +133,7 @@ def dpm_solver_v3(
     order: int = 3,
     pseudo: bool = False,
     corrector: bool | str = True,
-    lower_order_final: bool = True,
+    lower_order_final: bool | int = True,
 ) -> Tableau:
     """DPM-Solver-v3: multistep, with the linear part of the network itself integrated exactly.
 
@@ -159,7 +159,8 @@ def dpm_solver_v3(
       corrector: correct each state with the evaluation made there. True: with one node more than
         the predictor had; "pseudo", the authors' `c_pseudo`: likewise, with derivatives as
         `pseudo`; "lower", their mode without it: with the evaluation in place of the oldest node.
-      lower_order_final: lower the order over the last steps.
+      lower_order_final: lower the order over the last steps. A number:
+        only if there are fewer steps than that.
 
     Returns:
       A deterministic tableau of n evaluations, in noise prediction.
@@ -224,7 +225,7 @@ def dpm_solver_v3(
         if s.alpha == 0 or t.sigma == 0:
             x, last = transfer(answer, t), None
             continue
-        now = min(order, steps - n) if lower_order_final else order
+        now = min(order, steps - n) if lowers(lower_order_final, steps) else order
         used = [a for a in history if a.point.alpha > 0][:now]
         before, bias = weights([a.point.log_snr for a in used], s, t, pseudo)
         shrink = np.exp(-statistics.integral("l", s.log_snr, t.log_snr))
