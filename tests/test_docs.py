@@ -23,6 +23,7 @@ GUIDES = (
     "scaling.md",
     "schedules.md",
     "search.md",
+    "steering.md",
 )  # pages of no family of samplers
 FAMILIES = [page for page in PAGES if page.name not in GUIDES]
 

@@ -16,7 +16,7 @@ LEVELS = [
     ["predictions", "schedules", "tableau"],
     ["score", "solvers"],
     ["sampling", "guidance", "evaluation"],
-    ["search", "interop", "kinds", "loops"],
+    ["search", "interop", "kinds", "loops", "steering", "inverse"],
     ["jobs"],
     ["plot", "models"],
     ["cli"],

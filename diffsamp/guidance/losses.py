@@ -116,6 +116,12 @@ class Loss(Transform):
 
     def predict(self, x: Any, bound: _LossBound, cond: Mapping[str, Any] | None = None) -> Any:
         """The row's prediction from the changed one."""
+        return self.with_plain(x, bound, cond)[0]
+
+    def with_plain(
+        self, x: Any, bound: _LossBound, cond: Mapping[str, Any] | None = None
+    ) -> tuple[Any, Any]:
+        """The changed prediction and the network's own, from one call."""
         own = without(cond, (*self.names, *self.scale.names))
         wide = jax.tree.map(lambda v: v.astype(working_dtype(v.dtype)), x)
 
@@ -150,7 +156,10 @@ class Loss(Transform):
             value = scale_rows(bound.r, d) * state + scale_rows(bound.s, d) * d
             return (value + delta).astype(like.dtype)
 
-        return jax.tree.map(convert, data, wide, change, x)
+        return jax.tree.map(convert, data, wide, change, x), jax.tree.map(
+            lambda d, v, delta, like: convert(d, v, jnp.zeros_like(delta), like),
+            data, wide, change, x,
+        )  # fmt: skip
 
     def _slope(self, at: Any, bound: _LossBound, cond: Any) -> tuple[Any, Any]:
         """The loss per sample, and its gradient."""

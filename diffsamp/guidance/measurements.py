@@ -83,6 +83,12 @@ class Measurement(Transform):
         self, x: Any, bound: _MeasurementBound, cond: Mapping[str, Any] | None = None
     ) -> Any:
         """The row's prediction from the posterior mean given x and y."""
+        return self.with_plain(x, bound, cond)[0]
+
+    def with_plain(
+        self, x: Any, bound: _MeasurementBound, cond: Mapping[str, Any] | None = None
+    ) -> tuple[Any, Any]:
+        """The same, and the network's own prediction, from one call."""
         own = without(cond, () if self.name is None else (self.name,))
         wide = jax.tree.map(lambda v: v.astype(working_dtype(v.dtype)), x)
 
@@ -122,7 +128,10 @@ class Measurement(Transform):
             value = scale_rows(bound.s, d) * (d + delta) + scale_rows(bound.r, d) * state
             return value.astype(like.dtype)
 
-        return jax.tree.map(convert, data, wide, change, x)
+        return jax.tree.map(convert, data, wide, change, x), jax.tree.map(
+            lambda d, v, delta, like: convert(d, v, jnp.zeros_like(delta), like),
+            data, wide, change, x,
+        )  # fmt: skip
 
 
 def _like(value: Any, like: jax.Array) -> jax.Array:
