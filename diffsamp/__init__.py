@@ -6,6 +6,7 @@ with `sample`, and `search` for the best tableau under a budget of network evalu
 
 from diffsamp import (
     guidance,
+    inverse,
     plot,
     predictions,
     processes,
@@ -55,6 +56,7 @@ __all__ = [
     "generate",
     "guidance",
     "init",
+    "inverse",
     "inversion",
     "load_exported",
     "log_prob",

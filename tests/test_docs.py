@@ -17,6 +17,7 @@ GUIDES = (
     "guidance.md",
     "guidance_data.md",
     "guidance_losses.md",
+    "inverse.md",
     "langevin.md",
     "performance.md",
     "policies.md",
