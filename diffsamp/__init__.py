@@ -4,7 +4,17 @@ Three things a user does: wrap a pretrained network in a `ScoreFn`, run a solver
 with `sample`, and `search` for the best tableau under a budget of network evaluations (NFE).
 """
 
-from diffsamp import guidance, plot, predictions, processes, schedules, search, solvers
+from diffsamp import (
+    guidance,
+    inverse,
+    plot,
+    predictions,
+    processes,
+    schedules,
+    search,
+    solvers,
+    steering,
+)
 from diffsamp._core import random
 from diffsamp._core.convolution import fast_convolutions
 from diffsamp._core.progress import ProgressBar
@@ -48,6 +58,7 @@ __all__ = [
     "generate",
     "guidance",
     "init",
+    "inverse",
     "inversion",
     "load_exported",
     "log_prob",
@@ -67,6 +78,7 @@ __all__ = [
     "schedules",
     "search",
     "solvers",
+    "steering",
     "step",
     "targets",
     "time_shift",

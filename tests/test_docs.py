@@ -17,12 +17,14 @@ GUIDES = (
     "guidance.md",
     "guidance_data.md",
     "guidance_losses.md",
+    "inverse.md",
     "langevin.md",
     "performance.md",
     "policies.md",
     "scaling.md",
     "schedules.md",
     "search.md",
+    "steering.md",
 )  # pages of no family of samplers
 FAMILIES = [page for page in PAGES if page.name not in GUIDES]
 

@@ -72,15 +72,27 @@ def test_the_authors_loop(order, form):
         x = np.random.default_rng(0).normal(size=(3, 4, 1)) * float(process.prior_std)
         for rtol, atol in ((0.05, 0.0078), (1e-3, 1e-3)):
             got = ds.adaptive.dpm_solver(
-                network, jnp.asarray(x).reshape(12, 1), process.t_max, process.t_min, order=order,
-                prediction=form, rtol=rtol, atol=atol,
-            )  # fmt: skip
+                network,
+                jnp.asarray(x).reshape(12, 1),
+                process.t_max,
+                process.t_min,
+                order=order,
+                prediction=form,
+                rtol=rtol,
+                atol=atol,
+            )
             assert got.points is None
             for i in (0, 5, 11):
                 want, calls = as_published(
-                    process, x.reshape(12, 1)[i : i + 1], process.t_max, process.t_min, order,
-                    form, atol, rtol,
-                )  # fmt: skip
+                    process,
+                    x.reshape(12, 1)[i : i + 1],
+                    process.t_max,
+                    process.t_min,
+                    order,
+                    form,
+                    atol,
+                    rtol,
+                )
                 np.testing.assert_allclose(got.x[i : i + 1], want, rtol=0, atol=1e-9)
                 assert got.nfe[i] == calls
 

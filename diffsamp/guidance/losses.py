@@ -117,6 +117,12 @@ class Loss(Transform):
 
     def predict(self, x: PyTree, bound: _LossBound, cond: Conditions | None = None) -> PyTree:
         """The row's prediction from the changed one."""
+        return self.with_plain(x, bound, cond)[0]
+
+    def with_plain(
+        self, x: PyTree, bound: _LossBound, cond: Conditions | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """The changed prediction and the network's own, from one call."""
         own = without(cond, (*self.names, *self.scale.names))
         wide = jax.tree.map(lambda v: v.astype(working_dtype(v.dtype)), x)
 
@@ -151,7 +157,13 @@ class Loss(Transform):
             value = scale_rows(bound.r, d) * state + scale_rows(bound.s, d) * d
             return (value + delta).astype(like.dtype)
 
-        return jax.tree.map(convert, data, wide, change, x)
+        return jax.tree.map(convert, data, wide, change, x), jax.tree.map(
+            lambda d, v, delta, like: convert(d, v, jnp.zeros_like(delta), like),
+            data,
+            wide,
+            change,
+            x,
+        )
 
     def _slope(
         self, at: PyTree, bound: _LossBound, cond: Conditions | None
@@ -198,8 +210,9 @@ class Loss(Transform):
         if self.normalise == "noise":  # as large as the noise prediction
             noise = jax.tree.map(
                 lambda v, d: (v - scale_rows(level.alpha, v) * d) / scale_rows(level.sigma, v),
-                x, data,
-            )  # fmt: skip
+                x,
+                data,
+            )
             ratio = _size(noise, self.batched) / jnp.maximum(_size(change, self.batched), 1e-30)
             return jax.tree.map(lambda g: g * scale_rows(ratio, g), change)
         return change
@@ -275,9 +288,17 @@ def loss(
     elif spread is not None:
         raise ValueError("`spread` is for `samples` and for through='data'.")
     return Loss(
-        score_fn, as_partial(f, "f"), scale_numbers(scale, rows=True), numbers, gain,
-        key if samples is not None else None, through, count, normalise, tuple(names),
-    )  # fmt: skip
+        score_fn,
+        as_partial(f, "f"),
+        scale_numbers(scale, rows=True),
+        numbers,
+        gain,
+        key if samples is not None else None,
+        through,
+        count,
+        normalise,
+        tuple(names),
+    )
 
 
 def step_units(tableau: Tableau, step: float) -> np.ndarray:

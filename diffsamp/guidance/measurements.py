@@ -84,6 +84,12 @@ class Measurement(Transform):
         self, x: PyTree, bound: _MeasurementBound, cond: Conditions | None = None
     ) -> PyTree:
         """The row's prediction from the posterior mean given x and y."""
+        return self.with_plain(x, bound, cond)[0]
+
+    def with_plain(
+        self, x: PyTree, bound: _MeasurementBound, cond: Conditions | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """The same, and the network's own prediction, from one call."""
         own = without(cond, () if self.name is None else (self.name,))
         wide = jax.tree.map(lambda v: v.astype(working_dtype(v.dtype)), x)
 
@@ -123,7 +129,13 @@ class Measurement(Transform):
             value = scale_rows(bound.s, d) * (d + delta) + scale_rows(bound.r, d) * state
             return value.astype(like.dtype)
 
-        return jax.tree.map(convert, data, wide, change, x)
+        return jax.tree.map(convert, data, wide, change, x), jax.tree.map(
+            lambda d, v, delta, like: convert(d, v, jnp.zeros_like(delta), like),
+            data,
+            wide,
+            change,
+            x,
+        )
 
 
 def _like(value: Value, like: jax.Array) -> jax.Array:
@@ -218,6 +230,13 @@ def measurement(
         operator = jax.tree_util.Partial(operator)
     name = y if isinstance(y, str) else None
     return Measurement(
-        score_fn, operator, None if name else y, noise, scale_numbers(wide, "spread"), gain,
-        covariance, iterations, name,
-    )  # fmt: skip
+        score_fn,
+        operator,
+        None if name else y,
+        noise,
+        scale_numbers(wide, "spread"),
+        gain,
+        covariance,
+        iterations,
+        name,
+    )

@@ -109,9 +109,16 @@ def dpm_solver(
     dtype = jax.dtypes.canonicalize_dtype(np.float64 if wide else np.float32)
     numbers = jax.tree.map(lambda v: jnp.asarray(v, dtype), (ends, settings))
     return _solve(
-        score_fn, x, numbers, dict(cond or {}), order=order, noise=prediction == "noise",
-        batch=batch, max_steps=expect_int(max_steps, "max_steps", 1), to_clean=t_end == clean,
-    )  # fmt: skip
+        score_fn,
+        x,
+        numbers,
+        dict(cond or {}),
+        order=order,
+        noise=prediction == "noise",
+        batch=batch,
+        max_steps=expect_int(max_steps, "max_steps", 1),
+        to_clean=t_end == clean,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("order", "noise", "batch", "max_steps", "to_clean"))

@@ -74,8 +74,8 @@ def ula(process: Process, t: float, steps: int, *, step: float) -> Tableau:
     """The unadjusted Langevin algorithm, x' = x + step score + sqrt(2 step) z, at one level.
 
     `langevin` is the better row; this is the one of papers. On Gaussian data its stationary
-    variance is S^2 / (1 - step / (2 S^2)), S^2 the state's variance at the level. It adds more
-    noise than a point mass has, so the tableau does not check itself.
+    variance is S^2 / (1 - step / (2 S^2)), S^2 the state's variance there. It adds more noise
+    than a point mass has, so the tableau does not check itself.
 
     Args:
       process: the noise process.

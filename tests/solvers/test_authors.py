@@ -383,10 +383,12 @@ def test_bdia_heun_without_gamma_is_heun_and_its_orders():
     truth = skewed_mixture().ode_solution(X, VP, 0.8, 0.05)
     for back, order in (("heun", 2), ("euler", 1)):
         errors = [
-            np.abs(run(solvers.bdia(VP, np.linspace(0.8, 0.05, n + 1), method="heun", back=back))
-                   - truth).max()
+            np.abs(
+                run(solvers.bdia(VP, np.linspace(0.8, 0.05, n + 1), method="heun", back=back))
+                - truth
+            ).max()
             for n in (160, 320)
-        ]  # fmt: skip
+        ]
         assert np.log2(errors[0] / errors[1]) > order - 0.25, (back, errors)
     with pytest.raises(ValueError, match="is infinite at the first time"):
         solvers.bdia(FLOW, schedules.uniform(FLOW, 4), method="heun")

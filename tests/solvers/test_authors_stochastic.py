@@ -365,10 +365,16 @@ def test_time_coordinates_of_flow_models_are_their_own():
     truth = skewed_mixture().ode_solution(X, VP, 0.8, 0.05)
     for method, order in (("heun2", 2), ("rk4", 4)):
         errors = [
-            np.abs(run(solvers.runge_kutta(VP, np.linspace(0.8, 0.05, n + 1), method=method,
-                                           coordinates="time")) - truth).max()
+            np.abs(
+                run(
+                    solvers.runge_kutta(
+                        VP, np.linspace(0.8, 0.05, n + 1), method=method, coordinates="time"
+                    )
+                )
+                - truth
+            ).max()
             for n in (80, 160)
-        ]  # fmt: skip
+        ]
         assert order - 0.3 < np.log2(errors[0] / errors[1]) < order + 0.5, (method, errors)
 
 
