@@ -62,4 +62,4 @@ def test_options_that_change_the_budget_are_refused():
     for name, options in (("sa_solver", {"mode": "PECE"}), ("bdia", {"method": "heun"})):
         with pytest.raises(ValueError, match=r"build the tableau with ds\.solvers"):
             ds.sampler(network, name, nfe=8, **options)
-    assert ds.sampler(network, "sa_solver", nfe=8, few_steps=True).tableau.nfe == 8
+    assert ds.sampler(network, "sa_solver", nfe=8, rescale=True).tableau.nfe == 8

@@ -35,6 +35,7 @@ from diffsamp.solvers.v3 import ModelStatistics, dpm_solver_v3
 from diffsamp.tableau import Tableau
 
 __all__ = [
+    "AT_ONE_LEVEL",
     "COMPOSED",
     "CONSISTENCY_INDICES",
     "FEW_STEP",
@@ -90,6 +91,8 @@ __all__ = [
 COMPOSED = ("analytic_first_step", "heavy_ball", "mixed", "restart")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
+# that stay at a noise level, or go back to one,
+AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "ula")
 # or for a network that is no diffusion model
 FEW_STEP = ("consistency",)
 

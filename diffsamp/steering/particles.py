@@ -13,7 +13,7 @@ from diffsamp import sampling
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import is_concrete, working_dtype
-from diffsamp._core.types import Array, Bound, Conditions, DType, Key, Network, PyTree, Value
+from diffsamp._core.types import Array, Conditions, DType, Key, Network, PyTree, Value
 from diffsamp.guidance import Combined, Transform
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, expect_score_fn, scale_rows
@@ -169,16 +169,6 @@ def _says_both(proposal: PyTree, score_fn: Network) -> bool:
     return hasattr(proposal, "with_plain") and proposal.score_fn is score_fn
 
 
-class _Fixed:
-    """A network that says what is known already, so that the executor makes the move."""
-
-    def __init__(self, output: PyTree) -> None:
-        self.output = output
-
-    def predict(self, x: PyTree, bound: Bound, cond: Conditions | None = None) -> PyTree:
-        return self.output
-
-
 @functools.partial(jax.jit, static_argnames=("particles", "select_one", "guided"))
 def _run(
     network: Network,
@@ -261,7 +251,8 @@ def _run(
         told, memory = jax.tree.map(take, (told, memory))
         if guided:
             log_w = log_w + _shift(told, row, state, dtype)
-        state, _ = sampling._advance(_Fixed(told.output), row, state, None, False)  # type: ignore[arg-type]
+        # the network has been asked; the executor makes the move
+        state, _ = sampling._advance(lambda *_: told.output, row, state, None, False)
         return (state, log_w, log_Z, memory), None
 
     carry = (state, start, log_Z, start)
