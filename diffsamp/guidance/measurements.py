@@ -107,9 +107,11 @@ class Measurement(Transform):
             posterior = inside = lambda v: scaled(square, v)
         else:
             data, back = jax.vjp(ask, wide)
-            posterior = lambda v: scaled(bound.per_slope, back(v)[0])  # noqa: E731
-            exact = self.covariance == "jacobian"
-            inside = posterior if exact else lambda v: scaled(square, v)
+
+            def posterior(v: PyTree) -> PyTree:
+                return scaled(bound.per_slope, back(v)[0])
+
+            inside = posterior if self.covariance == "jacobian" else lambda v: scaled(square, v)
         measured, forward = jax.linearize(self.operator, data)
         adjoint = jax.linear_transpose(forward, data)
         y = self.y if self.name is None else (cond or {})[self.name]
@@ -148,7 +150,8 @@ def solve(
     """Conjugate gradients, for every sample on its own: u with system(u) = right, from 0.
 
     A sample whose residual is 0, or that meets a direction without positive curvature, stays where
-    it is; so no sample's result depends on another's.
+    it is; so no sample's result depends on another's. Of all iterates the one with the smallest
+    residual is taken, which matters where the system is not quite symmetric.
 
     Args:
       system: a symmetric, positive semidefinite linear map of pytrees like `right`.
@@ -169,7 +172,7 @@ def solve(
         return jax.tree.map(lambda v, w: v + scale_rows(number, w) * w, a, b)
 
     def body(_: PyTree, state: PyTree) -> PyTree:
-        u, residual, direction, size = state
+        u, residual, direction, size, best, least = state
         image = system(direction)
         curvature = dot(direction, image)
         go = (size > floor) & (curvature > 0)
@@ -177,12 +180,19 @@ def solve(
         u, residual = add(u, step, direction), add(residual, -step, image)
         new = dot(residual, residual)
         turn = jnp.where(go, new / jnp.where(go, size, 1), 0)
-        return u, residual, add(residual, turn, direction), jnp.where(go, new, 0)
+        better = go & (new < least)
+        best = jax.tree.map(lambda v, w: _where(better, v, w), u, best)
+        least = jnp.where(better, new, least)
+        return u, residual, add(residual, turn, direction), jnp.where(go, new, 0), best, least
 
     size = dot(right, right)
     floor = size * jnp.finfo(size.dtype).eps ** 2
-    start = (jax.tree.map(jnp.zeros_like, right), right, right, size)
-    return jax.lax.fori_loop(0, iterations, body, start)[0]
+    zero = jax.tree.map(jnp.zeros_like, right)
+    return jax.lax.fori_loop(0, iterations, body, (zero, right, right, size, zero, size))[4]
+
+
+def _where(pick: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(pick.reshape(pick.shape + (1,) * (a.ndim - pick.ndim)), a, b)
 
 
 def measurement(
@@ -214,7 +224,8 @@ def measurement(
         one vector-Jacobian product a call; "scalar" puts r^2 for V everywhere, no gradient at all
         (the proximal point that DiffPIR takes).
       spread: r, as for `loss`: a function of the `Level`, or the data's standard deviation.
-      iterations: of conjugate gradients; as many as y has elements is exact.
+      iterations: of conjugate gradients; as many as y has elements is exact. The Jacobian of a real
+        network is not quite symmetric: the iterate with the smallest residual is taken.
       gain: (rows,), such as `keep_noise(tableau)`; None: 1.
 
     Raises:

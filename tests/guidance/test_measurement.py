@@ -122,6 +122,24 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert np.isfinite(whole).all()
 
 
+def test_a_jacobian_that_is_no_covariance_does_no_harm(x64):
+    """Of networks with any Jacobian: the residual of the system never grows from its start."""
+    from diffsamp.guidance.measurements import solve
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        system = jnp.asarray(rng.normal(size=(6, 6)) + 0.3 * np.eye(6))
+        right = jnp.asarray(rng.normal(size=(1, 6)))
+        for iterations in (1, 4, 12):
+            u = solve(lambda v, s=system: v @ s.T, right, iterations)
+            left = jnp.linalg.norm(u @ system.T - right)
+            assert left <= jnp.linalg.norm(right) * (1 + 1e-12)
+    # and it solves what is symmetric and positive
+    positive = system @ system.T + 0.1 * jnp.eye(6)
+    u = solve(lambda v: v @ positive, right, 8)
+    np.testing.assert_allclose(u @ positive, right, rtol=1e-7, atol=1e-8)
+
+
 def test_a_nonlinear_operator_is_linearised(x64):
     """On a narrow prior the linearised posterior is the exact one to the second order."""
     narrow = ds.targets.gaussian([0.8], 1e-4).score_fn(PROCESS, "data")
