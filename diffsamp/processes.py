@@ -271,6 +271,14 @@ class _VariancePreserving(Process):
     def prior_std(self) -> float:
         return 1.0
 
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_min(self) -> float:
+        return 1e-3
+
 
 @_pytree
 class VPLinear(_VariancePreserving):
@@ -308,14 +316,6 @@ class VPLinear(_VariancePreserving):
         # L = -2 log alpha; the quadratic's root in the form that does not cancel for small L.
         level = xp.logaddexp(xp.zeros_like(log_snr), -2 * log_snr)
         return 2 * level / (xp.sqrt(low * low + 2 * (high - low) * level) + low)
-
-    @property
-    def t_max(self) -> float:
-        return 1.0
-
-    @property
-    def t_min(self) -> float:
-        return 1e-3
 
 
 @_pytree
@@ -380,10 +380,6 @@ class VPCosine(_VariancePreserving):
     @property
     def t_max(self) -> float:
         return 0.9946
-
-    @property
-    def t_min(self) -> float:
-        return 1e-3
 
 
 @_pytree
