@@ -10,7 +10,8 @@ PEERS_ALONE := k-diffusion==0.1.1.post1
 # the leg with 64-bit arrays: modules that touch every part but the gradient searches
 X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py test_calls.py \
           test_few_step.py test_starts.py test_targets.py test_phase_space.py \
-          test_bridges.py solvers/test_clean_end.py solvers/test_large_rho.py search/test_compare.py
+          test_bridges.py test_brownian.py solvers/test_clean_end.py solvers/test_large_rho.py \
+          search/test_compare.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-pages test-x64 test-peers mutations lint format types bench bench-peers train-digits clean

@@ -123,16 +123,24 @@ def losses(found: dict[str, search.Comparison], budgets: tuple[int, ...]) -> str
     cases = [(name, n) for name in found for n in budgets]
     whole = {pair: lost for pair, lost in regret.items() if len(lost) == len(cases)}
     ordered = sorted(whole, key=lambda pair: float(np.mean(list(whole[pair].values()))))
-    named = [("dpmpp_2m", "karras"), ("dpmpp_2m", "logsnr"), ("unipc3", "logsnr"),
-             ("ddim", "uniform")]  # fmt: skip
+    named = [
+        ("dpmpp_2m", "karras"),
+        ("dpmpp_2m", "logsnr"),
+        ("unipc3", "logsnr"),
+        ("ddim", "uniform"),
+    ]
     rows = []
     for pair in [*ordered[:8], *(p for p in named if p in whole and p not in ordered[:8])]:
         lost = whole[pair]
-        rows.append([
-            f"`{pair[0]}`", pair[1], f"{np.mean(list(lost.values())):.1f}",
-            f"{max(lost.values()):.1f}",
-            *(f"{np.mean([lost[name, n] for n in budgets]):.1f}" for name in found),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"`{pair[0]}`",
+                pair[1],
+                f"{np.mean(list(lost.values())):.1f}",
+                f"{max(lost.values()):.1f}",
+                *(f"{np.mean([lost[name, n] for n in budgets]):.1f}" for name in found),
+            ]
+        )
     return table(
         ["solver", "schedule", "mean loss, dB", "worst", *(TITLES[n] for n in found)], rows
     )
@@ -141,8 +149,13 @@ def losses(found: dict[str, search.Comparison], budgets: tuple[int, ...]) -> str
 def main() -> None:
     """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("networks", nargs="*", default=["mixture", "digits"], metavar="network",
-                        help=", ".join(TITLES))  # fmt: skip
+    parser.add_argument(
+        "networks",
+        nargs="*",
+        default=["mixture", "digits"],
+        metavar="network",
+        help=", ".join(TITLES),
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--nfe", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.md")

@@ -123,8 +123,11 @@ def alone(
     for _ in range(runs):
         done = subprocess.run(
             [sys.executable, __file__, "--one", what, str(which), str(n), *["--full"] * full],
-            capture_output=True, text=True, check=False, env=environment,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
         found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -157,10 +160,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             alone("sample", which, cache=folder, **own)
             second = alone("sample", which, cache=folder, **many)["seconds"]
-        rows.append([
-            name, f"{bare:.2f}", f"{sample:.2f}", f"{sample / bare:.2f}", f"{second:.2f}",
-            str(everything["samplers"]), str(everything["compilations"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{bare:.2f}",
+                f"{sample:.2f}",
+                f"{sample / bare:.2f}",
+                f"{second:.2f}",
+                str(everything["samplers"]),
+                str(everything["compilations"]),
+            ]
+        )
         print(rows[-1], flush=True)
         growth += [
             [
@@ -180,9 +190,17 @@ def main() -> None:
         "compiled.\n\n"
     )
     text += table(
-        ["network", "bare scan, s", "`ds.sample`, s", "ratio", "second start, s", "all samplers",
-         "compilations"], rows,
-    )  # fmt: skip
+        [
+            "network",
+            "bare scan, s",
+            "`ds.sample`, s",
+            "ratio",
+            "second start, s",
+            "all samplers",
+            "compilations",
+        ],
+        rows,
+    )
     text += (
         "\nThe same against the number of evaluations: DPM-Solver++ 2M here, and as it is copied "
         "into research code, a Python loop under one jit.\n\n"

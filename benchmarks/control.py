@@ -70,12 +70,20 @@ def inverse_problems(truth: Any) -> tuple[list[list[str]], list[tuple[str, Any]]
             ("ddnm, noise derived", guidance.ddnm(NETWORK, operator, y), DDPM),
             ("ddnm, share 0.85", *inverse.ddnm(NETWORK, operator, y, TIMES)),
             ("diffpir", *inverse.diffpir(NETWORK, operator, y, 0.05, TIMES)),
-            ("measurement, scalar", guidance.measurement(
-                NETWORK, operator, y, 0.05, covariance="scalar", spread=0.75), DDPM),
-            ("measurement, isotropic", guidance.measurement(
-                NETWORK, operator, y, 0.05, covariance="isotropic", spread=0.75), DDPM),
+            (
+                "measurement, scalar",
+                guidance.measurement(NETWORK, operator, y, 0.05, covariance="scalar", spread=0.75),
+                DDPM,
+            ),
+            (
+                "measurement, isotropic",
+                guidance.measurement(
+                    NETWORK, operator, y, 0.05, covariance="isotropic", spread=0.75
+                ),
+                DDPM,
+            ),
             ("measurement, jacobian", guidance.measurement(NETWORK, operator, y, 0.05), DDPM),
-        ]  # fmt: skip
+        ]
         for label, transform, tableau in made:
             x = ds.sample(transform, tableau, X_T, key=KEY)
             counts = [str(transform.nfe(tableau)), str(transform.gradients(tableau))]
@@ -83,9 +91,17 @@ def inverse_problems(truth: Any) -> tuple[list[list[str]], list[tuple[str, Any]]
         pictures.append((f"{name}: sample", x))
         levels = TIMES[TIMES > 0.05]
         x = inverse.daps(
-            NETWORK, operator, y, 0.05, X_T, levels, key=KEY, ode_steps=2, chain=60,
+            NETWORK,
+            operator,
+            y,
+            0.05,
+            X_T,
+            levels,
+            key=KEY,
+            ode_steps=2,
+            chain=60,
             spread=lambda level: 0.3 * level.sigma / np.hypot(level.sigma, 0.75),
-        )  # fmt: skip
+        )
         rows.append([name, "daps", str(2 * (len(levels) - 1)), "0", f"{psnr(x, truth):.1f}"])
     return rows, pictures
 
@@ -115,7 +131,7 @@ def class_guidance() -> tuple[list[list[str]], list[tuple[str, Any]]]:
         ("classifier through D, scale 1", guided(1.0), ODE, free),
         ("classifier through D, scale 4", guided(4.0), ODE, free),
         ("classifier, FreeDoM 0.3", freely, ODE, free),
-    ]  # fmt: skip
+    ]
     for label, transform, tableau, given in made:
         x = ds.sample(transform, tableau, X_T, cond=given)
         gradients = getattr(transform, "gradients", lambda _: 0)(tableau)
@@ -140,15 +156,22 @@ def rewards() -> tuple[list[list[str]], list[tuple[str, Any]]]:
     rows.append(["best of 16", str(16 * ROWS), f"{float(ink(best).mean()):.3f}"])
     for temperature in (0.1, 0.02):
         result = steering.sample(
-            NETWORK, DDPM, starts, key=KEY, particles=16,
+            NETWORK,
+            DDPM,
+            starts,
+            key=KEY,
+            particles=16,
             potential=steering.reward(ink, temperature),
-        )  # fmt: skip
+        )
         weights = np.exp(result.log_weights)
         value = ink(result.x.reshape(-1, *digits.IMAGE_SHAPE)).reshape(COUNT, 16)
-        rows.append([
-            f"16 particles, temperature {temperature}", str(16 * ROWS),
-            f"{float((weights * value).sum(1).mean()):.3f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"16 particles, temperature {temperature}",
+                str(16 * ROWS),
+                f"{float((weights * value).sum(1).mean()):.3f}",
+            ]
+        )
     first = np.argmax(result.log_weights, axis=1)
     return rows, [("plain", plain), ("more ink, by particles", result.x[np.arange(COUNT), first])]
 
@@ -183,8 +206,10 @@ def diversity() -> list[list[str]]:
         x = np.asarray(ds.sample(transform, ODE, X_T, cond=cond)).reshape(COUNT, -1)
         apart = [
             np.linalg.norm(x[i] - x[j])
-            for i in range(COUNT) for j in range(i) if CLASSES[i] == CLASSES[j]
-        ]  # fmt: skip
+            for i in range(COUNT)
+            for j in range(i)
+            if CLASSES[i] == CLASSES[j]
+        ]
         share = np.mean(classes(x) == np.asarray(CLASSES))
         rows.append([label, f"{np.mean(apart):.2f}", f"{share:.0%}"])
     return rows

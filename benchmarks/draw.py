@@ -18,8 +18,17 @@ from diffsamp import plot
 
 PLOTS = Path(__file__).resolve().parent.parent / "docs" / "plots"
 # one of every family that a user would think of
-DRAWN = ("ddim", "heun", "dpm_solver_2s", "dpmpp_2m", "dpmpp_3m", "deis_tab3", "ipndm3", "unipc2",
-         "unipc3")  # fmt: skip
+DRAWN = (
+    "ddim",
+    "heun",
+    "dpm_solver_2s",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "deis_tab3",
+    "ipndm3",
+    "unipc2",
+    "unipc3",
+)
 COLOURS = {"JAX": "C0", "PyTorch eager": "C1", "PyTorch compiled": "C3"}
 
 
@@ -64,7 +73,7 @@ def peers(path: Path) -> Any:
 
 
 def overhead(path: Path) -> Any:
-    """Points: time over a bare scan by sampler, one series a network."""
+    """Points: time over jitted calls of the network by sampler, one series a network."""
     table, *_ = read(path).values()
     head = table[0]
     rows = [row for row in table if row[0].startswith("`")]
@@ -74,12 +83,13 @@ def overhead(path: Path) -> Any:
     names = [row[0].replace("`", "") for row in rows]
     for i, name in enumerate(head[1:], 1):
         axis.plot([float(row[i]) for row in rows], "o", label=name, markersize=4)
-    axis.set_xticks(range(len(names)), names, fontsize=8, rotation=50, ha="right",
-                    rotation_mode="anchor")  # fmt: skip
+    axis.set_xticks(
+        range(len(names)), names, fontsize=8, rotation=50, ha="right", rotation_mode="anchor"
+    )
     axis.axhline(1.0, color="0.4", linewidth=1)
     axis.axhline(1.05, color="0.4", linewidth=1, linestyle="--")
-    axis.set_ylabel("time over a bare scan")
-    axis.set_xlabel("z: adds noise, over a scan that does")
+    axis.set_ylabel("time over jitted calls")
+    axis.set_xlabel("z: adds noise, over calls that do")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(head) - 1, fontsize=7)
     figure.supxlabel(origin(path, 140), fontsize=6)

@@ -33,19 +33,60 @@ FEW, MANY = (4, 5, 6, 8, 10, 14, 20, 30), (6, 10, 20, 40)
 # family -> names in the registry; one page of docs/ each
 FAMILIES = {
     "ddim": ["ddim", "accelerated_ddim", "conjugate_ddim", "ddpm", "accelerated_ddpm"],
-    "dpm_solver": ["ddim", "dpm_solver_2s", "dpm_solver_3s", "dpmpp_2s", "dpmpp_3s", "dpmpp_2m",
-                   "dpmpp_2m_heun", "dpmpp_3m", "res_2s", "res_3s", "dpmpp_2m_sde",
-                   "dpmpp_3m_sde", "dpmpp_sde"],
-    "deis": ["ddim", "deis_tab1", "deis_tab2", "deis_tab3", "deis_rhoab2", "deis_rhoab3",
-             "deis_logrhoab1", "ipndm2", "ipndm3", "ipndm4", "pndm", "s_pndm"],
-    "edm": ["euler", "heun", "dpm2", "rho_midpoint2", "rho_kutta3", "rho_heun3", "rho_rk4",
-            "dpm2_ancestral"],
+    "dpm_solver": [
+        "ddim",
+        "dpm_solver_2s",
+        "dpm_solver_3s",
+        "dpmpp_2s",
+        "dpmpp_3s",
+        "dpmpp_2m",
+        "dpmpp_2m_heun",
+        "dpmpp_3m",
+        "res_2s",
+        "res_3s",
+        "dpmpp_2m_sde",
+        "dpmpp_3m_sde",
+        "dpmpp_sde",
+    ],
+    "deis": [
+        "ddim",
+        "deis_tab1",
+        "deis_tab2",
+        "deis_tab3",
+        "deis_rhoab2",
+        "deis_rhoab3",
+        "deis_logrhoab1",
+        "ipndm2",
+        "ipndm3",
+        "ipndm4",
+        "pndm",
+        "s_pndm",
+    ],
+    "edm": [
+        "euler",
+        "heun",
+        "dpm2",
+        "rho_midpoint2",
+        "rho_kutta3",
+        "rho_heun3",
+        "rho_rk4",
+        "dpm2_ancestral",
+    ],
     "unipc": ["ddim", "unipc1", "unipc2", "unipc3", "unipc3_bh1", "unipc4", "unip3"],
-    "momentum": ["ddim", "ghvb1.8", "ghvb2.8", "ghvb3.8"],
+    "momentum": ["ddim", "dpmpp_2m_hb", "ghvb1.8", "ghvb2.8", "ghvb3.8"],
     "inversion": ["ddim", "bdia", "belm"],
-    "stochastic": ["ddpm", "sa_solver", "er_sde1", "er_sde2", "er_sde3", "seeds2", "seeds3",
-                   "interpolant_em", "interpolant_heun"],
-}  # fmt: skip
+    "stochastic": [
+        "ddpm",
+        "sa_solver",
+        "er_sde1",
+        "er_sde2",
+        "er_sde3",
+        "seeds2",
+        "seeds3",
+        "interpolant_em",
+        "interpolant_heun",
+    ],
+}
 Curves = dict[str, list[tuple[float, float]]]
 
 
@@ -64,9 +105,13 @@ class Scene:
 
     def run(self, tableau: ds.Tableau) -> Any:
         return ds.search.run(
-            self.score_fn, tableau, self.x_T, key=jax.random.key(1), cond=self.cond, batch=4096
-            if self.x_T.ndim == 2 else 128,
-        )  # fmt: skip
+            self.score_fn,
+            tableau,
+            self.x_T,
+            key=jax.random.key(1),
+            cond=self.cond,
+            batch=4096 if self.x_T.ndim == 2 else 128,
+        )
 
     def distance(self, x: Any) -> float:
         return float(np.sqrt(np.mean((np.asarray(x, np.float64) - self.solution) ** 2)))
@@ -88,8 +133,16 @@ def scenes(samples: int) -> list[Scene]:
         return float(np.sqrt(np.mean((np.sort(np.asarray(x)[:, 0]) - fresh[0]) ** 2)))
 
     exact = target.ode_solution(np.asarray(x_T, np.float64), process, process.t_max, 0.0)
-    mixture = Scene("exact mixture", target.score_fn(process), x_T, exact, None, w2,
-                    w2(fresh[1][:, None]), "W2 to the data")  # fmt: skip
+    mixture = Scene(
+        "exact mixture",
+        target.score_fn(process),
+        x_T,
+        exact,
+        None,
+        w2,
+        w2(fresh[1][:, None]),
+        "W2 to the data",
+    )
     network = digits.load_digits_model()
     images, labels = digits.load_data()
     x_T = network.process.prior_sample(jax.random.key(0), (samples, *digits.IMAGE_SHAPE))
@@ -100,8 +153,16 @@ def scenes(samples: int) -> list[Scene]:
     def frechet(x: Any) -> float:
         return ds.metrics.frechet_distance(np.asarray(x), images)
 
-    real = Scene("digits network", network, x_T, np.asarray(solution), cond, frechet,
-                 frechet(solution), "Frechet distance to the data")  # fmt: skip
+    real = Scene(
+        "digits network",
+        network,
+        x_T,
+        np.asarray(solution),
+        cond,
+        frechet,
+        frechet(solution),
+        "Frechet distance to the data",
+    )
     return [mixture, real]
 
 
@@ -141,8 +202,14 @@ def by_family(name: str, samples: int) -> list[tuple[str, str, Curves, float | N
                     for t in tableaux(solvers.get("dpmpp_2m"), process, FEW)
                 ]
             if noisy:
-                panels.append((scene.name, scene.to_data_label,
-                               curves(scene, jobs, scene.to_data), scene.floor))  # fmt: skip
+                panels.append(
+                    (
+                        scene.name,
+                        scene.to_data_label,
+                        curves(scene, jobs, scene.to_data),
+                        scene.floor,
+                    )
+                )
             else:
                 label = "RMSE to the ODE's solution"
                 panels.append((scene.name, label, curves(scene, jobs, scene.distance), None))
@@ -208,8 +275,16 @@ def time_shift(samples: int) -> list[tuple[str, str, Curves, float | None]]:
 
     network = ds.ScoreFn(apply, None, process, prediction="noise")
     x_T = process.prior_sample(jax.random.key(0), (samples, 256))
-    gaussian = Scene("N(0, 1/4) in 256 dimensions, biased", network, x_T, 0.0, None,
-                     lambda x: abs(float(np.std(x)) - 0.5), 0.0, "W2 per element")  # fmt: skip
+    gaussian = Scene(
+        "N(0, 1/4) in 256 dimensions, biased",
+        network,
+        x_T,
+        0.0,
+        None,
+        lambda x: abs(float(np.std(x)) - 0.5),
+        0.0,
+        "W2 per element",
+    )
     panels = []
     for scene in (gaussian, scenes(samples)[1]):
         variance = 0.25 if scene is gaussian else float(np.var(digits.load_data()[0]))
@@ -218,9 +293,8 @@ def time_shift(samples: int) -> list[tuple[str, str, Curves, float | None]]:
             "base": {"window": 0.0, "cutoff": 1.0},
             "published default": dict(zip(("window", "cutoff"), (0.002, 0.3), strict=True)),
             "published ddim_adm-5": dict(zip(("window", "cutoff"), (0.08, 0.3), strict=True)),
-            "with the data's variance": {
-                "window": 0.3, "cutoff": 0.05, "data_variance": variance},
-        }.items():  # fmt: skip
+            "with the data's variance": {"window": 0.3, "cutoff": 0.05, "data_variance": variance},
+        }.items():
             shifted = dataclasses.replace(
                 scene, score_fn=ds.time_shift.time_shift(scene.score_fn, **options)
             )
@@ -266,17 +340,28 @@ def adaptive(samples: int) -> list[tuple[str, str, Curves, float | None]]:
             solution = np.asarray(ds.sample(scene.score_fn, fine, x_T, cond=cond))
         scene = dataclasses.replace(scene, x_T=x_T, solution=solution, cond=cond)
         jobs = {
-            "unipc3": [solvers.unipc(process, schedules.logsnr(process, n, **end), order=3)
-                       for n in (10, 20, 40, 60)],
-            "rho_midpoint2": [solvers.runge_kutta(process, schedules.logsnr(process, n, **end),
-                                                  method="midpoint2") for n in (5, 10, 20, 30)],
-        }  # fmt: skip
+            "unipc3": [
+                solvers.unipc(process, schedules.logsnr(process, n, **end), order=3)
+                for n in (10, 20, 40, 60)
+            ],
+            "rho_midpoint2": [
+                solvers.runge_kutta(
+                    process, schedules.logsnr(process, n, **end), method="midpoint2"
+                )
+                for n in (5, 10, 20, 30)
+            ],
+        }
         result = curves(scene, jobs, scene.distance)
         for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
             done = ds.adaptive.ode_solution(
-                scene.score_fn, x_T, process.t_max, process.t_min, cond=cond,
-                rtol=tolerance, atol=tolerance,
-            )  # fmt: skip
+                scene.score_fn,
+                x_T,
+                process.t_max,
+                process.t_min,
+                cond=cond,
+                rtol=tolerance,
+                atol=tolerance,
+            )
             point = (float(np.mean(done.nfe)), scene.distance(done.x))
             result.setdefault("adaptive Tsit5", []).append(point)
         panels.append((scene.name, "RMSE to the ODE's solution", result, None))
@@ -302,14 +387,20 @@ def bridges(samples: int) -> list[tuple[str, str, Curves, float | None]]:
     cond = {"x_T": jax.random.normal(jax.random.key(1), (n, 1))}
     exact = mean + np.sqrt(variance) * np.asarray(u_T)
     scene = Scene("Gaussian bridge", network, u_T, exact, cond, float, 0.0, "")
-    kinds = {"order 1": {}, "order 2 (heun)": {"order": 2, "variant": "heun"}, "order 3":
-             {"order": 3}}  # fmt: skip
+    kinds = {
+        "order 1": {},
+        "order 2 (heun)": {"order": 2, "variant": "heun"},
+        "order 3": {"order": 3},
+    }
     jobs = {
-        label: [solvers.dpmpp(process, ds.bridges.times(process, nfe), **options)
-                if options else solvers.ddim(process, ds.bridges.times(process, nfe))
-                for nfe in FEW]
+        label: [
+            solvers.dpmpp(process, ds.bridges.times(process, nfe), **options)
+            if options
+            else solvers.ddim(process, ds.bridges.times(process, nfe))
+            for nfe in FEW
+        ]
         for label, options in kinds.items()
-    }  # fmt: skip
+    }
     return [(scene.name, "RMSE to the ODE's solution", curves(scene, jobs, scene.distance), None)]
 
 
@@ -369,9 +460,16 @@ def phase_space(samples: int) -> list[tuple[str, str, Curves, float | None]]:
     return [("Gaussian data, PSLD", "RMSE of x to the ODE's solution", result, None)]
 
 
-SPECIAL = {"restart": restart, "inversion": inversion, "time_shift": time_shift,
-           "parallel": parallel, "adaptive": adaptive, "bridges": bridges,
-           "few_step": few_step, "phase_space": phase_space}  # fmt: skip
+SPECIAL = {
+    "restart": restart,
+    "inversion": inversion,
+    "time_shift": time_shift,
+    "parallel": parallel,
+    "adaptive": adaptive,
+    "bridges": bridges,
+    "few_step": few_step,
+    "phase_space": phase_space,
+}
 
 
 def main() -> None:

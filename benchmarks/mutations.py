@@ -261,11 +261,23 @@ def caught_by(mutation: Mutation) -> str | None:
             copy(ROOT / part, folder / part)
         apply(mutation, folder)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", "--tb=no",
-             *mutation.tests],
-            cwd=folder, capture_output=True, text=True, check=False,
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-n0",
+                "--no-header",
+                "--tb=no",
+                *mutation.tests,
+            ],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
             env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
+        )
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or (done.returncode and failed is None):
         raise RuntimeError(f"{mutation.what}: pytest said {done.stdout[-2000:]}{done.stderr}")

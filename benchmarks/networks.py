@@ -1,4 +1,4 @@
-"""The networks whose time is measured: a small MLP, a 12-layer transformer and a U-Net.
+"""The networks whose time is measured: a small MLP, a 12-layer transformer, a U-Net, convolutions.
 
 Random weights, since only the time matters, small enough at the end that samples stay bounded. All
 are `apply(params, x, t)` and have a twin in `torch_networks.py` that takes the same parameters.
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import unet
+from flax import linen as nn
 
 WIDTH, DEPTH, HEADS, PATCH = 384, 12, 6, 4
 IMAGE = (32, 32, 3)
@@ -91,9 +92,11 @@ def transformer_params(depth: int = DEPTH) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     pixels, tokens = PATCH * PATCH * IMAGE[-1], IMAGE[0] * IMAGE[1] // PATCH**2
     shapes = {
-        "qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH),
+        "qkv": (WIDTH, 3 * WIDTH),
+        "out": (WIDTH, WIDTH),
+        "up": (WIDTH, 4 * WIDTH),
         "down": (4 * WIDTH, WIDTH),
-    }  # fmt: skip
+    }
     return {
         "patch": _matrix(rng, (pixels, WIDTH)),
         "position": _matrix(rng, (tokens, WIDTH)),
@@ -143,3 +146,57 @@ def network(which: int, full: bool) -> Network:
         lambda v: v + jnp.asarray(0.03 * rng.normal(size=v.shape), v.dtype), params
     )
     return Network(f"U-Net, batch {batch}", unet.apply_for(data), params, shape, batch)
+
+
+CHANNELS = 64
+CONVOLUTIONS = ("channels last", "channels first", "strided", "transposed", "grouped", "depthwise")
+
+
+class Convolutions(nn.Module):
+    """Three residual convolutions of one kind between two plain ones, channels last."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """(batch, height, width, channels), (batch,) -> like x."""
+        groups = {"grouped": 8, "depthwise": CHANNELS}.get(self.kind, 1)
+        h = nn.Conv(CHANNELS, (3, 3))(x) + t[:, None, None, None]
+        for _ in range(3):
+            if self.kind in ("strided", "transposed"):
+                low = nn.silu(nn.Conv(CHANNELS, (3, 3), strides=2)(h))
+                if self.kind == "transposed":
+                    change = nn.ConvTranspose(CHANNELS, (3, 3), strides=(2, 2))(low)
+                else:
+                    low = nn.Conv(CHANNELS, (3, 3))(low)
+                    change = jnp.repeat(jnp.repeat(low, 2, 1), 2, 2)
+            else:
+                change = nn.Conv(CHANNELS, (3, 3), feature_group_count=groups)(h)
+                if self.kind == "depthwise":
+                    change = nn.Dense(CHANNELS)(nn.silu(change))
+            h = h + nn.silu(change)
+        return 0.1 * nn.Conv(x.shape[-1], (3, 3))(h)
+
+
+def channels_first(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+    """The same in the layout of what comes from PyTorch, with flax's parameters."""
+
+    def convolve(h: jax.Array, layer: Any) -> jax.Array:
+        kernel = jnp.transpose(layer["kernel"], (3, 2, 0, 1))
+        return jax.lax.conv(h, kernel, (1, 1), "SAME") + layer["bias"][:, None, None]
+
+    first, *middle, last = (params["params"][f"Conv_{i}"] for i in range(5))
+    h = convolve(x, first) + t[:, None, None, None]
+    for layer in middle:
+        h = h + nn.silu(convolve(h, layer))
+    return 0.1 * convolve(h, last)
+
+
+def convolutional(kind: str, batch: int = 8) -> Network:
+    """A small network of one kind of convolution, images of 16 x 16."""
+    plain = Convolutions("channels last" if kind == "channels first" else kind)
+    shape = (16, 16, 3)
+    params = plain.init(jax.random.key(1), jnp.zeros((1, *shape)), jnp.zeros((1,)))
+    if kind == "channels first":
+        return Network(kind, channels_first, params, (3, 16, 16), batch)
+    return Network(kind, plain.apply, params, shape, batch)

@@ -1,14 +1,16 @@
-"""What `ds.sample` costs over a bare scan of the network, in time and in memory.
+"""What `ds.sample` costs over as many jitted calls of the network, in time and in memory.
 
     python benchmarks/overhead.py            # sizes for a CPU, in minutes
     python benchmarks/overhead.py --full     # for a GPU
 
-Both are jitted, warmed up, and run alternately in one process; the ratio of their fastest times is
-reported, for 20 network evaluations. The bare scan feeds the network's output back as its input
-and does nothing else; samplers with noise are held against one that draws noise, too. Memory:
-what the compiled program needs besides its arguments, less what the bare scan needs, in states.
-What is put around the network, and the runs that are no scan of a tableau, are held against a bare
-scan of as many network calls at the batch that they make.
+Both are warmed up and run alternately in one process; the ratio of their fastest times is reported,
+for 20 network evaluations. N jitted calls are a loop in Python around `jax.jit(apply)`, each call's
+output the next one's input: what a user has without a sampler. Samplers with noise are held against
+calls that draw noise, too. A bare `lax.scan` of the network stands beside them. Gradients, by the
+weights and the start, are held against as many jitted gradients of the network. Memory: what the
+compiled program needs besides its arguments, less what the bare scan needs, in states. What is put
+around the network, and the runs that are no scan of a tableau, are held against as many jitted
+calls at the batch that they make.
 """
 
 from __future__ import annotations
@@ -23,22 +25,50 @@ import jax.numpy as jnp
 import numpy as np
 from _report import RESULTS, heading, table
 from _timing import fastest
-from networks import COUNT, Network, network
+from networks import CONVOLUTIONS, COUNT, Network, convolutional, network
 
 import diffsamp as ds
 
 NFE = 20
-COPIES = 4  # of the bare scan, compiled apart: their median counts, and their spread is noise
+COPIES = 4  # of the calls, compiled apart: their median counts, and their spread is noise
 ROUNDS = 5  # at least
 WINDOW = 4  # rows of `sample_parallel` that are evaluated together
 # one or more of every family; those of the last lines add noise
 SOLVERS = (
-    "ddim", "conjugate_ddim", "dpm_solver_2s", "dpmpp_2m", "dpmpp_3m", "res_2s", "dpm_solver_v3",
-    "iia", "deis_tab3", "ipndm4", "pndm", "heun", "dpm2", "rho_rk4", "unipc3", "dc_solver",
-    "ghvb2.8", "heavy_ball", "mixed", "analytic_first_step", "bdia", "belm",
-    "ddpm", "accelerated_ddpm", "dpmpp_2m_sde", "dpmpp_sde", "sa_solver", "er_sde3", "seeds2",
-    "dpm2_ancestral", "interpolant_em", "consistency", "restart",
-)  # fmt: skip
+    "ddim",
+    "conjugate_ddim",
+    "dpm_solver_2s",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "res_2s",
+    "dpm_solver_v3",
+    "iia",
+    "deis_tab3",
+    "ipndm4",
+    "pndm",
+    "heun",
+    "dpm2",
+    "rho_rk4",
+    "unipc3",
+    "dc_solver",
+    "ghvb2.8",
+    "heavy_ball",
+    "mixed",
+    "analytic_first_step",
+    "bdia",
+    "belm",
+    "ddpm",
+    "accelerated_ddpm",
+    "dpmpp_2m_sde",
+    "dpmpp_sde",
+    "sa_solver",
+    "er_sde3",
+    "seeds2",
+    "dpm2_ancestral",
+    "interpolant_em",
+    "consistency",
+    "restart",
+)
 
 
 def composed(name: str, process: Any) -> ds.Tableau | None:
@@ -83,6 +113,11 @@ def tableau_of(name: str, process: Any) -> ds.Tableau:
     raise ValueError(f"{name} cannot make {NFE} evaluations.")
 
 
+def labels_of(net: Network, calls: int) -> list[jax.Array]:
+    """A time for every call and sample."""
+    return [jnp.full(net.batch, t) for t in np.linspace(1.0, 0.0, calls)]
+
+
 def bare_scan(net: Network, dtype: Any, nfe: int = NFE) -> Any:
     """A jitted scan of the network alone, (params, x, key=None) -> x; a key adds noise."""
     labels = jnp.linspace(1.0, 0.0, nfe)
@@ -90,15 +125,89 @@ def bare_scan(net: Network, dtype: Any, nfe: int = NFE) -> Any:
     @jax.jit
     def bare(params: Any, x: jax.Array, key: Any = None) -> jax.Array:
         def body(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-            out = net.apply(params, x, jnp.broadcast_to(t, x.shape[:1]))
-            if key is not None:
-                own = jax.random.fold_in(key, (1e3 * t).astype(jnp.int32))
-                out = out + 0.01 * jax.random.normal(own, x.shape, x.dtype)
-            return out, None
+            return called(net, params, x, jnp.broadcast_to(t, x.shape[:1]), key), None
 
         return jax.lax.scan(body, x.astype(dtype), labels)[0]
 
     return bare
+
+
+def called(net: Network, params: Any, x: jax.Array, t: jax.Array, key: Any = None) -> jax.Array:
+    """The network's output, and some noise if there is a key."""
+    out = net.apply(params, x, t)
+    if key is None:
+        return out
+    own = jax.random.fold_in(key, (1e3 * t[0]).astype(jnp.int32))
+    return out + 0.01 * jax.random.normal(own, x.shape, x.dtype)
+
+
+def jitted_calls(net: Network, nfe: int = NFE, copies: int = 1, key: Any = None) -> Any:
+    """() -> the state after so many jitted calls of the network, one after the other."""
+    call = jax.jit(lambda params, x, t: called(net, params, x, t, key))
+    params = jax.tree.map(jnp.asarray, net.params)
+    start = jnp.concatenate([net.start()] * copies).astype(jax.tree.leaves(params)[0].dtype)
+    labels = [jnp.concatenate([t] * copies) for t in labels_of(net, nfe)]
+
+    def calls() -> jax.Array:
+        x = start
+        for t in labels:
+            x = call(params, x, t)
+        return x
+
+    return calls
+
+
+def jitted_gradients(net: Network, nfe: int = NFE) -> Any:
+    """() -> the last of so many jitted gradients of the network, by its weights and input."""
+
+    def loss(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.sum(net.apply(params, x, t).astype(jnp.float32) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    params, x = jax.tree.map(jnp.asarray, net.params), net.start()
+    x = x.astype(jax.tree.leaves(params)[0].dtype)
+    labels = labels_of(net, nfe)
+
+    def gradients() -> Any:
+        for t in labels:
+            found = gradient(params, x, t)
+        return found
+
+    return gradients
+
+
+def measure_gradients(nets: list[Network], seconds: float) -> list[list[str]]:
+    """Rows: sampling and its gradients over as many calls and gradients of each network."""
+    process, rows = ds.processes.flow(), []
+    tableau = ds.solvers.dpmpp(process, ds.schedules.logsnr(process, NFE), order=2)
+    everything = jax.checkpoint_policies.everything_saveable
+    for net in nets:
+        score_fn, x_T = score_fn_of(net, process), net.start()
+        params = jax.tree.map(jnp.asarray, net.params)
+
+        def loss(params: Any, x: jax.Array, keep: Any, f: ds.ScoreFn = score_fn) -> jax.Array:
+            f = dataclasses.replace(f, params=params)
+            return jnp.sum(ds.sample(f, tableau, x, checkpoint=keep) ** 2)
+
+        whole = jax.jit(lambda f, x: ds.sample(f, tableau, x))
+        functions = {
+            "calls": jitted_calls(net),
+            "sample": lambda w=whole, f=score_fn, x=x_T: w(f, x),
+            "gradients": jitted_gradients(net),
+        }
+        needs = {}
+        for name, keep in (("default", False), ("all", everything), ("True", True)):
+            gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+            program = gradient.lower(params, x_T, keep).compile()
+            needs[name] = program.memory_analysis().temp_size_in_bytes / 2**20
+            functions[name] = lambda g=program, p=params, x=x_T: g(p, x)
+        times = fastest(functions, seconds, rounds=ROUNDS)
+        cells = [f"{times[k] / times['gradients']:.3f}, {needs[k]:.0f} MiB" for k in needs]
+        call, gradient = (f"{times[k] * 1e3 / NFE:.2f}" for k in ("calls", "gradients"))
+        ratio = f"{times['sample'] / times['calls']:.3f}"
+        rows.append([net.name, call, ratio, gradient, *cells])
+        print(*rows[-1], flush=True)
+    return rows
 
 
 def memory(function: Any, *arguments: Any) -> int:
@@ -119,27 +228,26 @@ def score_fn_of(net: Network, process: Any) -> ds.ScoreFn:
 
 
 def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, Any]:
-    """{sampler: (time over bare, states over bare, p + q)}, and the rows below them."""
+    """{sampler: (time over calls, states over a bare scan, p + q)}, and the rows above them."""
     process = ds.processes.flow()
     score_fn = score_fn_of(net, process)
     x_T, key = net.start(), jax.random.key(1)
     bare = bare_scan(net, score_fn.dtype)
     tableaux = {name: tableau_of(name, process) for name in names}
-    copies = [bare_scan(net, score_fn.dtype) for _ in range(COPIES)]
     functions: dict[str, Callable[[], Any]] = {}
     base = {noisy: memory(bare, score_fn.params, x_T, key if noisy else None) for noisy in (0, 1)}
     extra = {}
     every = -(-len(tableaux) // COPIES)
     for place, (name, tableau) in enumerate(tableaux.items()):
-        if place % every == 0:  # the same program several times over, among the others
-            copy = copies[place // every]
-            functions[f"bare {place}"] = lambda f=copy: f(score_fn.params, x_T)
-            functions[f"noisy {place}"] = lambda f=copy: f(score_fn.params, x_T, key)
+        if place % every == 0:  # the same several times over, among the others
+            functions[f"calls {place}"] = jitted_calls(net)
+            functions[f"noisy {place}"] = jitted_calls(net, key=key)
         needed = key if tableau.stochastic else None
         whole = jax.jit(lambda f, x, k, t=tableau: ds.sample(f, t, x, key=k))
         extra[name] = (memory(whole, score_fn, x_T, needed) - base[draws(tableau)]) / x_T.nbytes
         functions[name] = lambda f=whole, k=needed: f(score_fn, x_T, k)
     first = tableaux[names[0]]
+    functions["scan"] = lambda: bare(score_fn.params, x_T)
     functions["unjitted"] = lambda: ds.sample(score_fn, first, x_T)
     # of one output or a few: a dense sampler would make all of them keep twenty
     one = jax.jit(ds.sample)
@@ -147,18 +255,18 @@ def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, A
     for i, t in enumerate(ds.Tableau.pad_together(quiet)):
         functions[f"one {i}"] = lambda t=t: one(score_fn, t, x_T)
     times = fastest(functions, seconds, rounds=ROUNDS)
-    bares, noisies = (
-        [times[name] for name in times if name.startswith(kind)] for kind in ("bare", "noisy")
+    calls, noisies = (
+        [times[name] for name in times if name.startswith(kind)] for kind in ("calls", "noisy")
     )
-    times |= {"bare": float(np.median(bares)), "noisy": float(np.median(noisies))}
+    times |= {"calls": float(np.median(calls)), "noisy": float(np.median(noisies))}
     result: dict[str, Any] = {
-        name: (times[name] / times["noisy" if draws(t) else "bare"], extra[name], t.p + t.q)
+        name: (times[name] / times["noisy" if draws(t) else "calls"], extra[name], t.p + t.q)
         for name, t in tableaux.items()
     }
-    result |= {name: times[name] for name in ("bare", "noisy")}
-    result["least"], result["most"] = min(bares) / times["bare"], max(bares) / times["bare"]
-    result["unjitted"] = times["unjitted"] / times["bare"]
-    result["one"] = max(times[f"one {i}"] for i in range(len(quiet))) / times["bare"]
+    result |= {name: times[name] for name in ("calls", "noisy")}
+    result["least"], result["most"] = min(calls) / times["calls"], max(calls) / times["calls"]
+    result |= {name: times[name] / times["calls"] for name in ("scan", "unjitted")}
+    result["one"] = max(times[f"one {i}"] for i in range(len(quiet))) / times["calls"]
     return result
 
 
@@ -186,27 +294,62 @@ def around(net: Network) -> dict[str, tuple[Callable[..., Any], Any, int, int]]:
     steps = ds.few_step.uniform_tableau(process, 16)
     found = {
         "`guidance.cfg`": (
-            scanned(tableau, label), ds.guidance.cfg(given, 3.0, {"label": 0.0}), NFE, 2),
+            scanned(tableau, label),
+            ds.guidance.cfg(given, 3.0, {"label": 0.0}),
+            NFE,
+            2,
+        ),
         "`guidance.static_thresholding`": (
-            scanned(tableau), ds.guidance.static_thresholding(score_fn), NFE, 1),
+            scanned(tableau),
+            ds.guidance.static_thresholding(score_fn),
+            NFE,
+            1,
+        ),
         "`guidance.dynamic_thresholding`": (
-            scanned(tableau), ds.guidance.dynamic_thresholding(score_fn), NFE, 1),
+            scanned(tableau),
+            ds.guidance.dynamic_thresholding(score_fn),
+            NFE,
+            1,
+        ),
         "`guidance.combine`": (
             scanned(tableau, label),
-            ds.guidance.combine([(given, {}), (given, {"label": 0.0}), (given, {"label": 1.0})],
-                                [3.0, -1.0, -1.0]), NFE, 3),
+            ds.guidance.combine(
+                [(given, {}), (given, {"label": 0.0}), (given, {"label": 1.0})], [3.0, -1.0, -1.0]
+            ),
+            NFE,
+            3,
+        ),
         "`guidance.apg`": (
-            scanned(tableau, label), ds.guidance.apg(given, 3.0, {"label": 0.0}), NFE, 2),
+            scanned(tableau, label),
+            ds.guidance.apg(given, 3.0, {"label": 0.0}),
+            NFE,
+            2,
+        ),
         "`guidance.select` of `unfold`": (
-            scanned(unfolded, label), ds.guidance.select(given, {"label": 0.0}, which),
-            unfolded.nfe, 1),
+            scanned(unfolded, label),
+            ds.guidance.select(given, {"label": 0.0}, which),
+            unfolded.nfe,
+            1,
+        ),
         "`guidance.on_data`": (
-            scanned(tableau), ds.guidance.on_data(score_fn, positive), NFE, 1),
+            scanned(tableau),
+            ds.guidance.on_data(score_fn, positive),
+            NFE,
+            1,
+        ),
         "`time_shift.time_shift`": (
-            scanned(tableau), ds.time_shift.time_shift(score_fn, window=0.1, cutoff=0.2), NFE, 1),
+            scanned(tableau),
+            ds.time_shift.time_shift(score_fn, window=0.1, cutoff=0.2),
+            NFE,
+            1,
+        ),
         "`few_step.shortcut`": (
-            scanned(steps), ds.few_step.shortcut(given, name="label"), steps.nfe, 1),
-    }  # fmt: skip
+            scanned(steps),
+            ds.few_step.shortcut(given, name="label"),
+            steps.nfe,
+            1,
+        ),
+    }
 
     def in_pairs(params: Any, z: Any, t: Any) -> Any:
         return net.apply(params, z.reshape(-1, *net.shape), t).reshape(z.shape)
@@ -232,18 +375,15 @@ def around(net: Network) -> dict[str, tuple[Callable[..., Any], Any, int, int]]:
 
 
 def measure_around(net: Network, seconds: float) -> dict[str, tuple[float, int, int]]:
-    """{name: (time over bare, network calls, times the batch)}."""
+    """{name: (time over jitted calls, network calls, times the batch)}."""
     functions: dict[str, Callable[[], Any]] = {}
     chosen = around(net)
-    params = jax.tree.map(jnp.asarray, net.params)
     for name, (function, argument, calls, copies) in chosen.items():
-        wide = jnp.concatenate([net.start()] * copies)
-        bare = bare_scan(net, jax.tree.leaves(params)[0].dtype, calls)
         functions[name] = lambda f=function, a=argument: f(a)
-        functions[f"bare {name}"] = lambda f=bare, x=wide: f(params, x)
+        functions[f"calls {name}"] = jitted_calls(net, calls, copies)
     times = fastest(functions, seconds, rounds=ROUNDS)
     return {
-        name: (times[name] / times[f"bare {name}"], calls, copies)
+        name: (times[name] / times[f"calls {name}"], calls, copies)
         for name, (_, _, calls, copies) in chosen.items()
     }
 
@@ -254,34 +394,38 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="sizes for a GPU")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each network and table")
     parser.add_argument("--networks", type=int, default=COUNT, help="only the first few")
+    parser.add_argument("--kinds", nargs="*", default=list(CONVOLUTIONS), help="of convolutions")
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS))
     parser.add_argument("--out", default=str(RESULTS / "overhead.md"))
     arguments = parser.parse_args()
 
     names = tuple(arguments.solvers)
     chosen = [network(i, arguments.full) for i in range(arguments.networks)]
+    small = [convolutional(kind, 64 if arguments.full else 8) for kind in arguments.kinds]
+    gradients = measure_gradients(small + chosen, arguments.seconds / 3)
     found, beside = [], []
     for each in chosen:
         found.append(measure(each, names, arguments.seconds))
         beside.append(measure_around(each, arguments.seconds))
         print(each.name, found[-1], beside[-1], flush=True)
     head = [each.name for each in chosen]
-    text = heading("Overhead over a bare scan of the network")
+    text = heading("Overhead over jitted calls of the network")
     text += (
-        "\nTime of `ds.sample` in a `jit` over the time of a bare `lax.scan` of the network, "
-        f"{NFE} evaluations, the fastest of alternating runs; for samplers that add noise in half "
-        "of their rows or more (marked z) over a bare scan with a draw of noise in every step. "
-        "Every sampler in its own shape. One program: all deterministic ones with p + q of at most "
-        f"6, padded to one shape, the slowest of them. Without a `jit`: `{names[0]}` as a plain "
-        "call, which checks and binds its arguments every time. The bare scan is the median of "
+        f"\nTime of `ds.sample` in a `jit` over the time of {NFE} jitted calls of the network, the "
+        f"fastest of alternating runs, {NFE} evaluations; for samplers that add noise in half of "
+        "their rows or more (marked z) over calls that draw noise. Every sampler in its own shape. "
+        "One program: all deterministic ones with p + q of at most 6, padded to one shape, the "
+        f"slowest of them. Without a `jit`: `{names[0]}` as a plain call, which checks and binds "
+        "its arguments every time. The calls are the median of "
         f"{COPIES} copies, compiled apart and run among the others; how far they lie apart is what "
         "a ratio here can be wrong by.\n\n"
     )
     noisy = {name: draws(tableau_of(name, ds.processes.flow())) for name in names}
     rows = [
-        ["bare scan, ms", *(f"{r['bare'] * 1e3:.2f}" for r in found)],
-        ["bare scan with noise, ms", *(f"{r['noisy'] * 1e3:.2f}" for r in found)],
-        ["copies of the bare scan", *(f"{r['least']:.3f} to {r['most']:.3f}" for r in found)],
+        [f"{NFE} jitted calls, ms", *(f"{r['calls'] * 1e3:.2f}" for r in found)],
+        [f"{NFE} with noise, ms", *(f"{r['noisy'] * 1e3:.2f}" for r in found)],
+        ["copies of the calls", *(f"{r['least']:.3f} to {r['most']:.3f}" for r in found)],
+        ["bare scan", *(f"{r['scan']:.3f}" for r in found)],
     ]
     rows += [
         [f"`{name}`" + " z" * noisy[name], *(f"{r[name][0]:.3f}" for r in found)] for name in names
@@ -290,7 +434,26 @@ def main() -> None:
     rows.append(["without `jit`", *(f"{r['unjitted']:.3f}" for r in found)])
     text += table(["", *head], rows)
     text += (
-        "\nMemory over the bare scan, in states, as the compiler counts it; p + q is what the "
+        f"\nConvolutions of all kinds, and gradients: `ds.sample` of DPM-Solver++ 2M over {NFE} "
+        f"jitted calls, and its gradient by the weights and the start over {NFE} jitted gradients "
+        "of the network by its weights and input; with the memory that the gradient needs. "
+        "Default: products, convolutions and sums are kept for the gradient. All: everything is "
+        "(`jax.checkpoint_policies.everything_saveable`). True: the states only.\n\n"
+    )
+    text += table(
+        [
+            "network",
+            "a call, ms",
+            "`ds.sample`",
+            "a gradient, ms",
+            "gradient of `ds.sample`",
+            "`checkpoint`: all",
+            "`checkpoint=True`",
+        ],
+        gradients,
+    )
+    text += (
+        "\nMemory over a bare scan, in states, as the compiler counts it; p + q is what the "
         "equation refers to.\n\n"
     )
     rows = [
@@ -299,8 +462,8 @@ def main() -> None:
     ]
     text += table(["", "p + q", *head], rows)
     text += (
-        "\nWhat is put around the network, and runs that are no scan of a tableau: time over a "
-        "bare scan of as many network calls, at the batch they make (in brackets).\n\n"
+        "\nWhat is put around the network, and runs that are no scan of a tableau: time over as "
+        "many jitted calls, at the batch they make (in brackets).\n\n"
     )
     rows = [
         [name, *(f"{r[name][0]:.3f} ({r[name][1]} x {r[name][2]})" for r in beside)]

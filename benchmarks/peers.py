@@ -34,9 +34,11 @@ from make_peers import load_k_diffusion
 
 NFE = 20
 CONFIG = {
-    "_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear",
-    "timestep_spacing": "trailing", "final_sigmas_type": "zero",
-}  # fmt: skip
+    "_class_name": "DPMSolverMultistepScheduler",
+    "beta_schedule": "linear",
+    "timestep_spacing": "trailing",
+    "final_sigmas_type": "zero",
+}
 TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -147,8 +149,10 @@ def in_jax(model: Network, grid: Grid) -> dict[str, Callable]:
         h = np.diff(half)
         share = np.concatenate([[0.0], 0.5 * h[1:] / h[:-1]]).astype(np.float32)
     share[-1] = 0.0
-    columns = (labels, *map(jnp.asarray, (alpha[:-1], sigma[:-1], alpha[1:], sigma[1:],
-                                          np.expm1(-h), share)))  # fmt: skip
+    columns = (
+        labels,
+        *map(jnp.asarray, (alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], np.expm1(-h), share)),
+    )
 
     def one(params: Any, x: Any, last: Any, row: Any) -> tuple[Any, Any]:
         t, a, s, a_next, s_next, shrink, w = row
@@ -181,10 +185,16 @@ def in_jax(model: Network, grid: Grid) -> dict[str, Callable]:
     @jax.jit
     def solved(params: Any, x: Any) -> Any:
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field), diffrax.Euler(), grid.rho[0], grid.rho[-1], None, x, params,
+            diffrax.ODETerm(field),
+            diffrax.Euler(),
+            grid.rho[0],
+            grid.rho[-1],
+            None,
+            x,
+            params,
             stepsize_controller=diffrax.StepTo(jnp.asarray(grid.rho, jnp.float32)),
             adjoint=diffrax.DirectAdjoint(),
-        )  # fmt: skip
+        )
         return solution.ys[0]
 
     tableaux = {
@@ -238,8 +248,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     grid = Grid()
-    text = heading("The same model, sampled by others", "torch", "diffusers",
-                   "k-diffusion", "diffrax")  # fmt: skip
+    text = heading(
+        "The same model, sampled by others", "torch", "diffusers", "k-diffusion", "diffrax"
+    )
     text += (
         f"\n{NFE} evaluations; ratio to the bare network of the same framework, and milliseconds "
         "per image. Difference: the largest of any number from what diffsamp computes with the "
@@ -248,12 +259,17 @@ def main() -> None:
     for which in arguments.networks:
         model = network(which, arguments.full)
         apply = TWINS[which]
-        frameworks = {"JAX": in_jax(model, grid), "PyTorch eager": in_torch(
-            model, grid, apply, compiled=False)}  # fmt: skip
+        frameworks = {
+            "JAX": in_jax(model, grid),
+            "PyTorch eager": in_torch(model, grid, apply, compiled=False),
+        }
         if not arguments.no_compile:
             frameworks["PyTorch compiled"] = in_torch(model, grid, apply, compiled=True)
-        ours = {kind_of(k): np.asarray(f(), np.float32) for k, f in frameworks["JAX"].items()
-                if "diffsamp" in k}  # fmt: skip
+        ours = {
+            kind_of(k): np.asarray(f(), np.float32)
+            for k, f in frameworks["JAX"].items()
+            if "diffsamp" in k
+        }
         rows = []
         for framework, functions in frameworks.items():
             times = fastest(functions, arguments.seconds, wait)
@@ -263,8 +279,15 @@ def main() -> None:
                 if kind_of(name) in ours:
                     want, got = ours[kind_of(name)], np.asarray(functions[name](), np.float32)
                     difference = f"{np.abs(got - want).max() / np.abs(want).max():.0e}"
-                rows.append([framework, name, f"{seconds / bare:.2f}",
-                             f"{1e3 * seconds / model.batch:.3g}", difference])  # fmt: skip
+                rows.append(
+                    [
+                        framework,
+                        name,
+                        f"{seconds / bare:.2f}",
+                        f"{1e3 * seconds / model.batch:.3g}",
+                        difference,
+                    ]
+                )
                 print(model.name, rows[-1], flush=True)
         text += f"\n## {model.name}\n\n"
         text += table(["framework", "", "over bare", "ms per image", "difference"], rows)

@@ -63,10 +63,20 @@ def one(what: str, which: int, full: bool, seconds: float, address: str, place: 
         starts = np.concatenate([start] * 4)
 
         def search() -> Any:
-            return ds.search.compare(
-                score_fn, starts, nfe=[4], solver=["ddim", "dpmpp_2m", "unipc3", "ipndm3"],
-                schedule=["logsnr"], reference=starts, batch=batch, sharding=spread,
-            ).entries[0].psnr  # fmt: skip
+            return (
+                ds.search.compare(
+                    score_fn,
+                    starts,
+                    nfe=[4],
+                    solver=["ddim", "dpmpp_2m", "unipc3", "ipndm3"],
+                    schedule=["logsnr"],
+                    reference=starts,
+                    batch=batch,
+                    sharding=spread,
+                )
+                .entries[0]
+                .psnr
+            )
 
         return 4 * len(starts) / sustained(search, seconds)
     score_fn = jax.tree.map(
@@ -79,9 +89,16 @@ def one(what: str, which: int, full: bool, seconds: float, address: str, place: 
     rounds = max(4, int(seconds / alone))
     with tempfile.TemporaryDirectory() as folder:
         job = functools.partial(
-            ds.generate, score_fn, tableau, key=jax.random.key(0), shape=net.shape, batch=batch,
-            sharding=spread, format=what, progress=False,
-        )  # fmt: skip
+            ds.generate,
+            score_fn,
+            tableau,
+            key=jax.random.key(0),
+            shape=net.shape,
+            batch=batch,
+            sharding=spread,
+            format=what,
+            progress=False,
+        )
         job(n=batch, out=f"{folder}/first")
         began = time.perf_counter()
         job(n=rounds * batch, out=f"{folder}/all")
@@ -106,10 +123,18 @@ def started(
             cores = sorted(os.sched_getaffinity(0))
             bind = ["taskset", "--cpu-list", ",".join(str(cores[i]) for i in group)]
         command = [
-            *bind, sys.executable, __file__, "--one", what, str(which),
-            f"127.0.0.1:{port}" if port else "", str(place), "--seconds", str(options.seconds),
+            *bind,
+            sys.executable,
+            __file__,
+            "--one",
+            what,
+            str(which),
+            f"127.0.0.1:{port}" if port else "",
+            str(place),
+            "--seconds",
+            str(options.seconds),
             *["--full"] * options.full,
-        ]  # fmt: skip
+        ]
         pipe = subprocess.PIPE
         found.append(
             subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
@@ -189,8 +214,12 @@ def main() -> None:
             for count in counts
         }
         print(network(which, options.full).name, found, flush=True)
-        rows = [["processes that know nothing of each other",
-                 *(f"{found[count]['apart']:.4g}" for count in counts)]]  # fmt: skip
+        rows = [
+            [
+                "processes that know nothing of each other",
+                *(f"{found[count]['apart']:.4g}" for count in counts),
+            ]
+        ]
         for what, label in names.items():
             cells = []
             for count in counts:

@@ -99,9 +99,13 @@ class Problem:
     def distill(self, start: Any, arguments: argparse.Namespace, **options: Any) -> search.Plan:
         """With the script's settings."""
         settings: dict[str, Any] = {
-            "x_T": self.fit[0], "cond": self.fit[1], "reference": self.fit_reference,
-            "key": jax.random.key(3), "steps": arguments.steps, "batch": arguments.batch,
-        }  # fmt: skip
+            "x_T": self.fit[0],
+            "cond": self.fit[1],
+            "reference": self.fit_reference,
+            "key": jax.random.key(3),
+            "steps": arguments.steps,
+            "batch": arguments.batch,
+        }
         return search.distill(self.score_fn, start=start, **{**settings, **options})
 
 
@@ -111,17 +115,24 @@ def fixed(problem: Problem, arguments: argparse.Namespace) -> tuple[search.Compa
     few = arguments.screen
     cut = functools.partial(jax.tree.map, lambda v: v[:few])
     screened = search.compare(
-        problem.score_fn, problem.fit[0][:few], nfe=arguments.nfe, cond=cut(problem.fit[1]),
-        reference=problem.fit_reference[:few], batch=problem.batch,
-    )  # fmt: skip
+        problem.score_fn,
+        problem.fit[0][:few],
+        nfe=arguments.nfe,
+        cond=cut(problem.fit[1]),
+        reference=problem.fit_reference[:few],
+        batch=problem.batch,
+    )
     print(f"{len(screened.entries)} fixed, {screened.discarded} not finite", flush=True)
     entries = []
     for nfe in arguments.nfe:
         own = sorted((e for e in screened.entries if e.nfe == nfe), key=lambda e: -e.psnr)[:16]
         samples = search.run_many(
-            problem.score_fn, [e.tableau for e in own], problem.fit[0], cond=problem.fit[1],
+            problem.score_fn,
+            [e.tableau for e in own],
+            problem.fit[0],
+            cond=problem.fit[1],
             batch=128,
-        )  # fmt: skip
+        )
         for e, x in zip(own, samples, strict=True):
             psnr = float(ds.metrics.psnr(x, problem.fit_reference))
             entries.append(search.Entry(e.solver, e.schedule, nfe, e.tableau, psnr, {}))
@@ -158,11 +169,14 @@ def main_table(
     chosen, comparing = fixed(problem, arguments)
     costs = [
         search.step_costs(
-            problem.score_fn, problem.fit[0][:64],
-            cond=jax.tree.map(lambda v: v[:64], problem.fit[1]), kind=kind,
+            problem.score_fn,
+            problem.fit[0][:64],
+            cond=jax.tree.map(lambda v: v[:64], problem.fit[1]),
+            kind=kind,
         ).with_weight(weight)
-        for kind in ("local", "distance") for weight in (1.0, 1.2, 1.4)
-    ]  # fmt: skip
+        for kind in ("local", "distance")
+        for weight in (1.0, 1.2, 1.4)
+    ]
     rows, costs_rows, found = [], [], {}
     for nfe in arguments.nfe:
         seconds = {}
@@ -176,18 +190,30 @@ def main_table(
             )
         )[:4]
         table_ = search.compare(
-            problem.score_fn, problem.fit[0], nfe=[nfe], solver=names,
-            schedule={f"{i}": c for i, c in enumerate(costs)}, cond=problem.fit[1],
-            reference=problem.fit_reference, batch=128,
-        )  # fmt: skip
+            problem.score_fn,
+            problem.fit[0],
+            nfe=[nfe],
+            solver=names,
+            schedule={f"{i}": c for i, c in enumerate(costs)},
+            cond=problem.fit[1],
+            reference=problem.fit_reference,
+            batch=128,
+        )
         seconds["dynamic"] = time.perf_counter() - began
         both = search.Comparison(chosen.entries + table_.entries, problem.fit_reference)
         problem.known[nfe], programmed = both, table_.best(nfe)
         evolution = search.evolve(
-            problem.score_fn, problem.fit[0], nfe=nfe, key=jax.random.key(4), start=both,
-            cond=problem.fit[1], reference=problem.fit_reference, batch=128,
-            population=arguments.population, rounds=arguments.rounds,
-        )  # fmt: skip
+            problem.score_fn,
+            problem.fit[0],
+            nfe=nfe,
+            key=jax.random.key(4),
+            start=both,
+            cond=problem.fit[1],
+            reference=problem.fit_reference,
+            batch=128,
+            population=arguments.population,
+            rounds=arguments.rounds,
+        )
         seconds["evolve"] = evolution.seconds
         mixed = evolution.best.tableau(problem.process)
         starts = [mixed]
@@ -195,9 +221,11 @@ def main_table(
         plan = problem.distill(starts, arguments)
         seconds["distill"] = plan.seconds
         pairs = {
-            "fixed": best.tableau, "dynamic": programmed.tableau, "evolve": mixed,
+            "fixed": best.tableau,
+            "dynamic": programmed.tableau,
+            "evolve": mixed,
             "distill": plan.tableau,
-        }  # fmt: skip
+        }
         if nfe in arguments.ddim:
             grid = ds.schedules.kl_optimal(problem.process, nfe)
             learned = problem.distill(ds.solvers.ddim(problem.process, grid), arguments)
@@ -209,20 +237,27 @@ def main_table(
         found[nfe] = {"plan": plan, "psnr": psnr, "fixed": best.tableau, "evolve": mixed}
         rows.append(
             [
-                str(nfe), f"{best.solver}, {best.schedule}", f"{psnr['fixed']:.1f}",
-                f"{psnr['dynamic']:.1f}", f"{psnr['evolve']:.1f}", f"**{psnr['distill']:.1f}**",
-                f"{psnr['distill'] - psnr['fixed']:+.1f}", f"{equal:.1f}",
-                f"{far['fixed'].mean():.3f}", f"{far['distill'].mean():.3f}",
+                str(nfe),
+                f"{best.solver}, {best.schedule}",
+                f"{psnr['fixed']:.1f}",
+                f"{psnr['dynamic']:.1f}",
+                f"{psnr['evolve']:.1f}",
+                f"**{psnr['distill']:.1f}**",
+                f"{psnr['distill'] - psnr['fixed']:+.1f}",
+                f"{equal:.1f}",
+                f"{far['fixed'].mean():.3f}",
+                f"{far['distill'].mean():.3f}",
                 difference(far["distill"] - far["fixed"]),
             ]
-        )  # fmt: skip
+        )
         costs_rows.append(
             [
-                str(nfe), f"{psnr['from ddim']:.1f}" if "from ddim" in psnr else "",
+                str(nfe),
+                f"{psnr['from ddim']:.1f}" if "from ddim" in psnr else "",
                 f"{psnr['from evolve']:.1f}" if "from evolve" in psnr else "",
                 *(f"{seconds[k]:.0f}" for k in ("dynamic", "evolve", "distill")),
             ]
-        )  # fmt: skip
+        )
         print(rows[-1], costs_rows[-1], flush=True)
         if arguments.plans:
             plan.save(f"{arguments.plans}/{arguments.network}-{nfe}.json")
@@ -243,8 +278,19 @@ def main_table(
         f"dynamic got furthest in an eighth of that. "
         f"The reference itself: {floor.mean():.3f}.\n\n"
     )
-    head = ["NFE", "best fixed", "PSNR", "dynamic", "evolve", "distill", "gain",
-            "fixed, 1.5 NFE", "distance, fixed", "distill", "difference"]  # fmt: skip
+    head = [
+        "NFE",
+        "best fixed",
+        "PSNR",
+        "dynamic",
+        "evolve",
+        "distill",
+        "gain",
+        "fixed, 1.5 NFE",
+        "distance, fixed",
+        "distill",
+        "difference",
+    ]
     text += table(head, rows)
     text += "\nDistilled from one start only (PSNR), and seconds of each search:\n\n"
     text += table(["NFE", "from DDIM", "from evolve", "dynamic", "evolve", "distill"], costs_rows)
@@ -259,8 +305,9 @@ def schedules_table(problem: Problem, arguments: argparse.Namespace) -> str:
     x_T, data = problem.fit[0][:few], problem.fit_reference[:few]
     local = search.step_costs(problem.score_fn, x_T, **own)
     distance = search.step_costs(problem.score_fn, x_T, kind="distance", **own)
-    grids: dict[str, Any] = {name: ds.schedules.get(name) for name in
-                             ("karras", "logsnr", "kl_optimal")}  # fmt: skip
+    grids: dict[str, Any] = {
+        name: ds.schedules.get(name) for name in ("karras", "logsnr", "kl_optimal")
+    }
     grids |= {
         "dynamic, squared error": local,
         "dynamic, squared error, weight 1.2": local.with_weight(1.2),
@@ -272,9 +319,15 @@ def schedules_table(problem: Problem, arguments: argparse.Namespace) -> str:
     names = ("ddim", "dpmpp_2m", "ipndm3")
     budgets = [n for n in arguments.detail if n in arguments.nfe]
     result = search.compare(
-        problem.score_fn, problem.fresh[0], nfe=budgets, solver=names, schedule=grids,
-        cond=problem.fresh[1], reference=problem.fresh_reference, batch=128,
-    )  # fmt: skip
+        problem.score_fn,
+        problem.fresh[0],
+        nfe=budgets,
+        solver=names,
+        schedule=grids,
+        cond=problem.fresh[1],
+        reference=problem.fresh_reference,
+        batch=128,
+    )
     found = {(e.solver, e.nfe, e.schedule): e.psnr for e in result.entries}
     rows = [
         [grid, *(f"{found[name, n, grid]:.1f}" for n in budgets for name in names)]
@@ -283,8 +336,9 @@ def schedules_table(problem: Problem, arguments: argparse.Namespace) -> str:
     learned = ["by gradient (LD3), from kl_optimal"]
     for n in budgets:
         for name in names:
-            start = ds.solvers.get(name)(problem.process,
-                                         ds.schedules.kl_optimal(problem.process, n))  # fmt: skip
+            start = ds.solvers.get(name)(
+                problem.process, ds.schedules.kl_optimal(problem.process, n)
+            )
             plan = problem.distill(start, arguments, learn="times")
             # the weights of the solver on the times found
             again = ds.solvers.get(name)(problem.process, plan.tableau.times)
@@ -304,10 +358,12 @@ def pairs_table(problem: Problem, arguments: argparse.Namespace, found: Any) -> 
         for n in arguments.pairs:
             x_T, cond = problem.fit
             plan = problem.distill(
-                found[nfe]["evolve"], arguments, x_T=x_T[:n],
+                found[nfe]["evolve"],
+                arguments,
+                x_T=x_T[:n],
                 cond=jax.tree.map(lambda v, n=n: v[:n], cond),
                 reference=problem.fit_reference[:n],
-            )  # fmt: skip
+            )
             row.append(f"{problem.psnr(plan.tableau):.1f}")
         rows.append(row)
         print(row, flush=True)
@@ -334,9 +390,16 @@ def transfer_table(problem: Problem, arguments: argparse.Namespace, found: Any) 
 
     def learn(network: Any, starts: Starts) -> ds.Tableau:
         return search.distill(
-            network, starts[0], cond=starts[1], nfe=nfe, start=found[nfe]["evolve"], key=key,
-            steps=arguments.steps, batch=arguments.batch, reference=problem.fine,
-        ).tableau  # fmt: skip
+            network,
+            starts[0],
+            cond=starts[1],
+            nfe=nfe,
+            start=found[nfe]["evolve"],
+            key=key,
+            steps=arguments.steps,
+            batch=arguments.batch,
+            reference=problem.fine,
+        ).tableau
 
     plans = {
         "best fixed": found[nfe]["fixed"],
@@ -386,17 +449,25 @@ def ablation_table(problem: Problem, arguments: argparse.Namespace, found: Any) 
         rows.append(row)
         print(row, flush=True)
     for name, options in {
-        "as it is": {}, "without the predictor": {"predictor": False},
+        "as it is": {},
+        "without the predictor": {"predictor": False},
         "from random genomes only": {"start": None},
-    }.items():  # fmt: skip
+    }.items():
         row = [f"evolve: {name}"]
         for nfe in budgets:
             own: dict[str, Any] = {"start": problem.known[nfe], **options}
             evolution = search.evolve(
-                problem.score_fn, problem.fit[0], nfe=nfe, key=jax.random.key(4),
-                cond=problem.fit[1], reference=problem.fit_reference, batch=128,
-                population=arguments.population, rounds=arguments.rounds, **own,
-            )  # fmt: skip
+                problem.score_fn,
+                problem.fit[0],
+                nfe=nfe,
+                key=jax.random.key(4),
+                cond=problem.fit[1],
+                reference=problem.fit_reference,
+                batch=128,
+                population=arguments.population,
+                rounds=arguments.rounds,
+                **own,
+            )
             row.append(f"{problem.psnr(evolution.best.tableau(problem.process)):.1f}")
         rows.append(row)
         print(row, flush=True)
@@ -413,8 +484,15 @@ def more_table(problem: Problem, arguments: argparse.Namespace) -> str:
         plan = problem.distill(before, arguments)
         plan.save(path)
         away = problem.distance(plan.tableau)
-        rows.append([str(nfe), f"{problem.psnr(before):.1f}", f"{problem.psnr(plan.tableau):.1f}",
-                     f"{away.mean():.3f}", f"{plan.seconds:.0f}"])  # fmt: skip
+        rows.append(
+            [
+                str(nfe),
+                f"{problem.psnr(before):.1f}",
+                f"{problem.psnr(plan.tableau):.1f}",
+                f"{away.mean():.3f}",
+                f"{plan.seconds:.0f}",
+            ]
+        )
         print(rows[-1], flush=True)
     text = f"\n## More gradient\n\nThe plans above after {arguments.steps} more steps.\n\n"
     return text + table(["NFE", "PSNR before", "after", "distance", "seconds"], rows)
@@ -426,8 +504,13 @@ def main() -> None:
     parser.add_argument("--network", choices=("digits", "fashion", "mixture"), default="digits")
     parser.add_argument("--data", help="the data set's file, where it is not bundled")
     parser.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 6, 8, 10])
-    parser.add_argument("--ddim", type=int, nargs="*", default=[4, 5, 6, 8, 10],
-                        help="budgets at which to distill from DDIM, too")  # fmt: skip
+    parser.add_argument(
+        "--ddim",
+        type=int,
+        nargs="*",
+        default=[4, 5, 6, 8, 10],
+        help="budgets at which to distill from DDIM, too",
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--starts", type=int, default=512, help="noises to fit, a quarter held out")
@@ -438,8 +521,13 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--pairs", type=int, nargs="+", default=[32, 64, 128, 256, 512])
-    parser.add_argument("--detail", type=int, nargs="+", default=[5, 8],
-                        help="budgets of the tables after the first")  # fmt: skip
+    parser.add_argument(
+        "--detail",
+        type=int,
+        nargs="+",
+        default=[5, 8],
+        help="budgets of the tables after the first",
+    )
     parser.add_argument("--only-main", action="store_true", help="the first table only")
     parser.add_argument(
         "--more",

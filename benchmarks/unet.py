@@ -35,29 +35,9 @@ DOWNLOADS = {
 }
 
 
-class Conv(nn.Module):
-    """A 3 x 3 convolution; on CPU as one matrix product over shifted copies.
-
-    XLA's CPU gradient of a convolution is several times slower inside a loop, such as a sampler's.
-    The parameters are those of `flax.linen.Conv`.
-    """
-
-    features: int
-    kernel_init: Any = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, in) to (batch, height, width, features)."""
-        shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if jax.default_backend() != "cpu":
-            axes = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, axes) + bias
-        height, width = x.shape[1:3]
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        copies = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        return jnp.concatenate(copies, axis=-1) @ kernel.reshape(-1, self.features) + bias
+def Conv(features: int, **options: Any) -> nn.Conv:
+    """A 3 x 3 convolution."""
+    return nn.Conv(features, (3, 3), **options)
 
 
 class _Residual(nn.Module):
@@ -161,9 +141,12 @@ def load(name: str) -> ds.ScoreFn:
     """
     params = load_params(WEIGHTS / f"unet_{name}.safetensors")
     return ds.ScoreFn(
-        apply_for(name), params, ds.processes.edm(), prediction="edm_f",
+        apply_for(name),
+        params,
+        ds.processes.edm(),
+        prediction="edm_f",
         sigma_data=SETTINGS[name][2],
-    )  # fmt: skip
+    )
 
 
 def load_data(name: str, path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ from diffsamp.jobs.generate import generate
 from diffsamp.jobs.sampler import Sampler, sampler
 from diffsamp.kinds import bridges, few_step, phase_space
 from diffsamp.loops import adaptive, inversion, parallel
+from diffsamp.loops.brownian import brownian_key
 from diffsamp.loops.policies import log_prob, replay, row_kl
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
@@ -48,6 +49,7 @@ __all__ = [
     "Trajectory",
     "adaptive",
     "bridges",
+    "brownian_key",
     "describe",
     "export",
     "fast_convolutions",

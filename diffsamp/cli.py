@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import diffsamp as ds
+from diffsamp._core.types import Key, PyTree, Value
 
 __all__ = ["build_parser", "main"]
 
@@ -50,12 +50,12 @@ def demo(arguments: argparse.Namespace) -> int:
     )
     key_table, key_fit, key_order = jax.random.split(jax.random.key(arguments.seed), 3)
 
-    def start(key: Any, n: int) -> tuple[Any, dict[str, Any]]:
+    def start(key: Key, n: int) -> tuple[Value, dict[str, Value]]:
         # labels in the proportions of the data, so that the sets can be compared
         labels = jnp.asarray(data_labels[np.arange(n) % len(data_labels)])
         return process.prior_sample(key, (n, *digits.IMAGE_SHAPE)), {"label": labels}
 
-    def distance(x: Any, _: Any = None) -> float:
+    def distance(x: PyTree, _: Value = None) -> float:
         return ds.metrics.frechet_distance(x, data)
 
     bar = ds.ProgressBar()
@@ -158,7 +158,7 @@ def list_solvers(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(name: str, option: str) -> Any:
+def _entry(name: str, option: str) -> Value:
     """What "module:name" stands for; modules of the current folder are found."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
@@ -176,7 +176,7 @@ def _entry(name: str, option: str) -> Any:
     return getattr(found, attribute)
 
 
-def _problem(arguments: argparse.Namespace, starts: int) -> tuple[Any, Any, Any]:
+def _problem(arguments: argparse.Namespace, starts: int) -> tuple[Value, Value, Value]:
     """The network, starts and conditions that the options name."""
     score_fn = _entry(arguments.model, "--model")
     if callable(score_fn) and not isinstance(score_fn, ds.ScoreFn):
@@ -197,9 +197,16 @@ def compare(arguments: argparse.Namespace) -> int:
     score_fn, x_T, cond = _problem(arguments, arguments.starts)
     bar = ds.ProgressBar()
     result = ds.search.compare(
-        score_fn, x_T, nfe=arguments.nfe, solver=arguments.solver, schedule=arguments.schedule,
-        cond=cond, batch=arguments.batch, population=arguments.together, progress=bar,
-    )  # fmt: skip
+        score_fn,
+        x_T,
+        nfe=arguments.nfe,
+        solver=arguments.solver,
+        schedule=arguments.schedule,
+        cond=cond,
+        batch=arguments.batch,
+        population=arguments.together,
+        progress=bar,
+    )
     bar.close()
     print(f"PSNR (dB) to the ODE's solution at equal noise, {arguments.starts} starts; * best")
     print(result.table(rows=arguments.rows))
@@ -214,11 +221,22 @@ def search(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     bar = ds.ProgressBar()
     front = ds.search.best(
-        score_fn, x_T, nfe=arguments.nfe, key=jax.random.fold_in(jax.random.key(arguments.seed), 1),
-        cond=cond, solver=arguments.solver, schedule=arguments.schedule, steps=arguments.steps,
-        rounds=arguments.rounds, batch=arguments.batch, together=arguments.together,
-        seconds=arguments.seconds, state=out / "state", progress=bar,
-    )  # fmt: skip
+        score_fn,
+        x_T,
+        nfe=arguments.nfe,
+        key=jax.random.fold_in(jax.random.key(arguments.seed), 1),
+        cond=cond,
+        solver=arguments.solver,
+        schedule=arguments.schedule,
+        stages=arguments.stages,
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        batch=arguments.batch,
+        together=arguments.together,
+        seconds=arguments.seconds,
+        state=out / "state",
+        progress=bar,
+    )
     bar.close()
     paths = front.save(out)
     print("PSNR (dB) to the ODE's solution on held-out noise:")
@@ -304,13 +322,21 @@ def build_parser() -> argparse.ArgumentParser:
     three.set_defaults(function=compare)
     four = commands.add_parser("search", help="find the best sampler for a network and a budget")
     _network_options(four)
+    four.add_argument(
+        "--stages",
+        nargs="+",
+        choices=ds.search.STAGES,
+        help="what to run (default: regress and refine)",
+    )
     four.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
     four.add_argument("--rounds", type=int, default=8, help="rounds of evolution (default: 8)")
     four.add_argument("--seconds", type=float, help="begin no stage after this time")
     four.add_argument(
-        "--out", default="plans", help="folder of the plans and of the state (default: plans); run "
+        "--out",
+        default="plans",
+        help="folder of the plans and of the state (default: plans); run "
         "the same command again to go on after a stop",
-    )  # fmt: skip
+    )
     four.set_defaults(function=search)
     five = commands.add_parser("show", help="what a plan or a tableau does at each step")
     five.add_argument("path", help="a plan-<nfe>.json or a tableau's file")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.files import write_atomically
+from diffsamp._core.types import Array, Times, Value
 from diffsamp.evaluation.describe import describe
 from diffsamp.processes import Process
 from diffsamp.search.compare import Comparison
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def _figure(**options: Any) -> Any:
+def _figure(**options: Value) -> Value:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -35,7 +35,7 @@ def _figure(**options: Any) -> Any:
     return Figure(layout="constrained", **options)
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
+def save(figure: Value, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
@@ -49,7 +49,7 @@ def quality_against_nfe(
     score: str | None = None,
     score_label: str = "",
     most: int = 7,
-) -> Any:
+) -> Value:
     """PSNR (and one further score) of each solver on its best schedule, against NFE.
 
     Args:
@@ -70,7 +70,7 @@ def quality_against_nfe(
     solvers = list(dict.fromkeys(entry.solver for entry in comparison.entries))
     budgets = sorted({entry.nfe for entry in comparison.entries})
 
-    def value(entry: Any, name: str) -> float:
+    def value(entry: Value, name: str) -> float:
         return entry.psnr if name == "psnr" else entry.scores[name]
 
     def curve(solver: str, name: str) -> tuple[list[int], list[float]]:
@@ -86,8 +86,15 @@ def quality_against_nfe(
         for i, (nfe, psnr, other) in enumerate(found):
             height = psnr if name == "psnr" else other
             if height is not None:
-                axis.plot([nfe], [height], marker="*", markersize=13, color="black", linestyle="",
-                          label="distilled" if i == 0 else None)  # fmt: skip
+                axis.plot(
+                    [nfe],
+                    [height],
+                    marker="*",
+                    markersize=13,
+                    color="black",
+                    linestyle="",
+                    label="distilled" if i == 0 else None,
+                )
         axis.set_xlabel("network evaluations (NFE)")
         axis.set_ylabel(label)
         axis.set_xticks(budgets)
@@ -98,7 +105,7 @@ def quality_against_nfe(
     return figure
 
 
-def image_grid(rows: Sequence[tuple[str, Any]], *, title: str = "") -> Any:
+def image_grid(rows: Sequence[tuple[str, Array]], *, title: str = "") -> Value:
     """A grid of grey images in [-1, 1], one labelled row after another.
 
     Args:
@@ -124,7 +131,7 @@ def image_grid(rows: Sequence[tuple[str, Any]], *, title: str = "") -> Any:
 
 def error_against_nfe(
     panels: Sequence[tuple[str, str, dict[str, Sequence[tuple[float, float]]], float | None]],
-) -> Any:
+) -> Value:
     """Curves of an error over the number of evaluations, on logarithmic axes.
 
     Args:
@@ -163,7 +170,7 @@ def error_against_nfe(
     return figure
 
 
-def schedule(process: Process, times: Mapping[str, Any] | Any) -> Any:
+def schedule(process: Process, times: Mapping[str, Times] | Times) -> Value:
     """Where schedules put their points: noise level sigma / alpha by step, and as a strip.
 
     Args:
@@ -196,7 +203,7 @@ def schedule(process: Process, times: Mapping[str, Any] | Any) -> Any:
     return figure
 
 
-def tableau(sampler: Tableau) -> Any:
+def tableau(sampler: Tableau) -> Value:
     """A tableau as three panels: weights of the predictions, noise levels, stability.
 
     Args:
@@ -218,8 +225,15 @@ def tableau(sampler: Tableau) -> Any:
             for j in range(n + 1):
                 value = facts.shares[n, j]
                 dark = abs(value) > 0.6 * largest
-                left.text(j, n, f"{value:.2f}", ha="center", va="center", fontsize=7,
-                          color="white" if dark else "black")  # fmt: skip
+                left.text(
+                    j,
+                    n,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                )
     figure.colorbar(image, ax=left, shrink=0.8)
     left.set(title="weight of each prediction", xlabel="prediction D_j", ylabel="row n")
     kept = np.isfinite(facts.rho) & (facts.rho > 0)

@@ -29,9 +29,10 @@ row when it can see the values.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from diffsamp._core.numeric import as_float, namespace, silence
+from diffsamp._core.types import Array, PyTree, Value
 from diffsamp.processes import Process
 
 __all__ = ["NAMES", "Level", "canonical_name", "conversion", "convert", "level_at", "weights"]
@@ -54,12 +55,12 @@ _ALIASES = {
 class Level(NamedTuple):
     """A time and what the process says there; arrays of one shape."""
 
-    t: Any
-    alpha: Any
-    sigma: Any
+    t: Array
+    alpha: Array
+    sigma: Array
 
 
-def level_at(process: Process, t: Any) -> Level:
+def level_at(process: Process, t: Array) -> Level:
     """The level of `process` at time(s) t."""
     return Level(as_float(t), process.alpha(t), process.sigma(t))
 
@@ -81,7 +82,7 @@ def canonical_name(prediction: str) -> str:
 @silence
 def weights(
     name: str, process: Process, level: Level, sigma_data: float = 0.5
-) -> tuple[Any, Any, Any]:
+) -> tuple[Array, Array, Array]:
     """The row of the module's table for one prediction.
 
     Args:
@@ -118,8 +119,11 @@ def weights(
 
 @silence
 def conversion(
-    source: tuple[Any, Any, Any], target: tuple[Any, Any, Any], alpha: Any, sigma: Any
-) -> tuple[Any, Any]:
+    source: tuple[Array, Array, Array],
+    target: tuple[Array, Array, Array],
+    alpha: Array,
+    sigma: Array,
+) -> tuple[Array, Array]:
     """Numbers (r, s) with target = r x + s F, where F has the `source` weights.
 
     Args:
@@ -152,15 +156,15 @@ def conversion(
 
 
 def convert(
-    value: Any,
-    x: Any,
+    value: Value,
+    x: PyTree,
     *,
     source: str,
     target: str,
     process: Process,
-    t: Any,
+    t: Array,
     sigma_data: float = 0.5,
-) -> Any:
+) -> Array:
     """Convert one array from prediction `source` to prediction `target` at state x and time t.
 
     Args:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any, TypeVar, dataclass_transform
+from typing import TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ import numpy as np
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence
+from diffsamp._core.types import Array, Conditions, DType, PyTree, Value
 
 __all__ = [
     "EDM",
@@ -57,19 +58,18 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-Array = Any  # a NumPy array, a float or a JAX array
 
 
 @dataclass_transform(frozen_default=True)
 def _pytree(cls: type[_T]) -> type[_T]:
     """Register a frozen dataclass whose fields are all numbers (leaves)."""
-    new: Any = dataclasses.dataclass(frozen=True)(cls)
+    new: Array = dataclasses.dataclass(frozen=True)(cls)
     fields = [field.name for field in dataclasses.fields(new)]
     jax.tree_util.register_dataclass(new, data_fields=fields, meta_fields=[])
     return new
 
 
-def _positive(**values: Any) -> None:
+def _positive(**values: Value) -> None:
     for name, value in values.items():
         try:
             number = math.nan if isinstance(value, str) else float(value)
@@ -139,7 +139,9 @@ class Process(abc.ABC):
         """
         return self.sigma(self.t_max)
 
-    def prior_sample(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
+    def prior_sample(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: DType = float
+    ) -> jax.Array:
         """Draw x_T ~ N(0, prior_std^2 I).
 
         Args:
@@ -158,7 +160,7 @@ class Process(abc.ABC):
         return noise * jnp.asarray(self.prior_std, dtype)
 
     def start_sample(
-        self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: Any = float
+        self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: DType = float
     ) -> jax.Array:
         """Draw the start of a sampler whose first time is t: the prior, scaled to sigma(t).
 
@@ -179,7 +181,7 @@ class Process(abc.ABC):
         return x * ratio.reshape(ratio.shape + (1,) * (x.ndim - ratio.ndim if ratio.ndim else 0))
 
 
-def expect_process(process: Any) -> None:
+def expect_process(process: object) -> None:
     """Raise unless it is a noise process that can be sampled; one of the user's own is tried once.
 
     What a subclass of `Process` must give: `alpha`, `sigma` and `time` for NumPy and JAX arrays, of
@@ -206,7 +208,7 @@ def expect_process(process: Any) -> None:
         _TRIED.add(key)
 
 
-_TRIED: set[Any] = set()
+_TRIED: set[Array] = set()
 
 
 @silence
@@ -214,11 +216,11 @@ def _try(process: Process) -> None:
     name = type(process).__name__
     clean, t_max = float(process.t_clean), float(process.t_max)
     t = clean + (t_max - clean) * np.linspace(0, 1, 33)
-    arrays: dict[str, Any] = {"NumPy": t, "JAX": jnp.asarray(t[1:-1], jnp.float32)}
+    arrays: dict[str, Array] = {"NumPy": t, "JAX": jnp.asarray(t[1:-1], jnp.float32)}
     for where, times in arrays.items():
         for method in ("alpha", "sigma", "log_snr"):
             try:
-                found: Any = getattr(process, method)(times)
+                found: Array = getattr(process, method)(times)
                 shape = np.shape(found)
             except Exception as error:
                 raise ValueError(f"{name}.{method} fails on a {where} array: {error}") from error
@@ -394,7 +396,7 @@ class VPDiscrete(_VariancePreserving):
     then linear in t, since the log-SNR has no finite value to interpolate to.
     """
 
-    log_snrs: Any  # (T,), falling
+    log_snrs: Array  # (T,), falling
 
     def _table(self, like: Array) -> Array:
         return as_float(self.log_snrs, like)
@@ -577,7 +579,9 @@ class PFGMPP(EDM):
 
     dimension: float
 
-    def prior_sample(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
+    def prior_sample(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: DType = float
+    ) -> jax.Array:
         """Draw x_T = R u, u uniform on the sphere, R^2 / r_max^2 = B / (1 - B), B ~ Beta.
 
         B ~ Beta(N / 2, dimension / 2) for N elements a sample, so that E |x|^2 / N = sigma_max^2
@@ -752,10 +756,10 @@ def beta_table(
 
 @silence
 def vp_discrete(
-    betas: Any = "linear",
+    betas: Array = "linear",
     *,
-    alphas_cumprod: Any = None,
-    log_snr: Any = None,
+    alphas_cumprod: Array = None,
+    log_snr: Array = None,
     num_levels: int = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
@@ -809,14 +813,14 @@ def vp_discrete(
     return VPDiscrete((log_alpha_bar - np.log(-np.expm1(log_alpha_bar))) / 2)
 
 
-def _table(values: Any, name: str) -> np.ndarray:
+def _table(values: Value, name: str) -> np.ndarray:
     table = np.asarray(values, np.float64)
     if table.ndim != 1 or table.shape[0] < 2:
         raise ValueError(f"`{name}` must have shape (T,) with T >= 2; got shape {table.shape}.")
     return table
 
 
-def _betas(values: Any) -> np.ndarray:
+def _betas(values: Value) -> np.ndarray:
     """A table of betas, and not one of alpha-bar, alpha or sigma."""
     betas = _table(values, "betas")
     if betas[0] > 0.5 and betas[0] > betas[-1]:
@@ -842,7 +846,7 @@ def _betas(values: Any) -> np.ndarray:
     return betas
 
 
-def _falling(values: Any, name: str, low: float, high: float) -> np.ndarray:
+def _falling(values: Value, name: str, low: float, high: float) -> np.ndarray:
     """A table that falls within [low, high], the cleanest level first; `low` itself only last."""
     table = _table(values, name)
     inside = (table > low) & (table < high)
@@ -922,15 +926,27 @@ def trig(sigma_data: float = 1.0, *, end: float = 1.0) -> Trig:
     return Trig(float(sigma_data), float(end))
 
 
-def reversed_flow_apply(apply: Any) -> Any:
+def reversed_flow_apply(apply: Array, *, offset: float = 0.0) -> Array:
     """Adapt a flow model trained with t = 0 noise, t = 1 data, velocity = x_0 - eps.
 
     Returns `apply` with t replaced by 1 - t and the output negated, which is the convention of
     `flow`: t = 1 noise, velocity = eps - x_0. Call it once and keep the result: a new function
     each time would compile anew each time.
-    """
 
-    def adapted(params: Any, x: Any, t: Any, **cond: Any) -> Any:
-        return jax.tree.map(jnp.negative, apply(params, x, 1 - t, **cond))
+    Args:
+      apply: (params, x, t, **cond) -> velocity, of the network's own time.
+      offset: in [0, 1): the network is asked at offset + (1 - offset) (1 - t), which starts at
+        `offset` instead of 0, while the state steps over all of [0, 1]. Rectified flow's code does
+        so with 0.001 (Liu et al. 2022, arXiv:2209.03003).
+
+    Raises:
+      ValueError: an offset outside [0, 1).
+    """
+    if not 0 <= offset < 1:
+        raise ValueError(f"`offset` must lie in [0, 1); got {offset}.")
+
+    def adapted(params: PyTree, x: PyTree, t: Array, **cond: Conditions | None) -> Array:
+        own = 1 - t if offset == 0 else offset + (1 - offset) * (1 - t)
+        return jax.tree.map(jnp.negative, apply(params, x, own, **cond))
 
     return adapted

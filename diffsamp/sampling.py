@@ -18,8 +18,8 @@ knows of solvers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jax import lax
 from diffsamp._core import random
 from diffsamp._core.checks import expect_state
 from diffsamp._core.numeric import is_concrete, namespace, silence, to_host, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, Key, Network, PyTree, Times, Value
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, expect_score_fn, scale_rows
 from diffsamp.tableau import Tableau
@@ -47,11 +48,11 @@ class State(NamedTuple):
       keys: the samples' keys, or None.
     """
 
-    row: Any
-    x: Any
-    points: Any
-    outputs: Any
-    keys: Any
+    row: Array
+    x: PyTree
+    points: PyTree
+    outputs: PyTree
+    keys: Key
 
 
 class Trajectory(NamedTuple):
@@ -63,29 +64,34 @@ class Trajectory(NamedTuple):
       outputs: pytree like x_T with N in front, m_0 .. m_{N-1}; 0 where a row made no evaluation.
     """
 
-    times: Any
-    points: Any
-    outputs: Any
+    times: Times
+    points: PyTree
+    outputs: PyTree
+
+
+# which values of the network a gradient keeps: (primitive, *inputs, **parameters) -> bool
+Policy = Callable[..., bool]
+KEPT = ("conv_general_dilated", "dot_general", "add")
 
 
 class _Row(NamedTuple):
-    a: Any
-    b: Any
-    c: Any
-    evaluates: Any
-    bound: Any
-    d: Any = None
+    a: Array
+    b: Array
+    c: Array
+    evaluates: Array
+    bound: Bound
+    d: Array = None
 
 
 def sample(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
-    checkpoint: bool = False,
-) -> Any:
+    key: Key = None,
+    cond: Conditions | None = None,
+    checkpoint: bool | Policy = False,
+) -> PyTree:
     """Sample: run every row of `tableau` on x_T.
 
     Compiled once per network, state shape and tableau *shape*: another solver, schedule or number
@@ -100,8 +106,11 @@ def sample(
       key: a random key, or one key per sample; needed if the tableau is stochastic. Sample i of a
         batch depends on its own key (for a single key, on `fold_in(key, i)`) and the row only.
       cond: keyword arguments for the network, such as {"label": ...}.
-      checkpoint: recompute each row in the backward pass instead of storing the network's
-        intermediate values (`jax.checkpoint`).
+      checkpoint: what a gradient keeps of the network's intermediate values. False: the results
+        of matrix products, convolutions and sums; what lies between them is cheaper to compute
+        again than to store (0.7 to 1.0 of the time, a quarter to a half of the memory:
+        docs/performance.md). True: nothing but the state before each row. A policy of
+        `jax.checkpoint_policies` says it otherwise.
 
     Returns:
       u_N, with the structure, shapes and dtypes of x_T.
@@ -119,18 +128,18 @@ def sample(
 def trajectory(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
-    checkpoint: bool = False,
+    key: Key = None,
+    cond: Conditions | None = None,
+    checkpoint: bool | Policy = False,
 ) -> Trajectory:
     """Every u_n and m_n of the run that `sample` makes; arguments as there."""
     points, outputs = _start(score_fn, tableau, x_T, key, cond, checkpoint=checkpoint, record=True)
     return Trajectory(tableau.times, points, outputs)
 
 
-def init(tableau: Tableau, x_T: Any, key: Any = None, *, batched: bool = True) -> State:
+def init(tableau: Tableau, x_T: PyTree, key: Key = None, *, batched: bool = True) -> State:
     """The state before the first row, for a loop of one's own with `step`.
 
     Args:
@@ -151,7 +160,7 @@ def step(
     tableau: Tableau,
     state: State,
     *,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
 ) -> State:
     """Run row `state.row` of the tableau; N times `step` is `sample`.
 
@@ -180,7 +189,9 @@ def step(
     row = jax.tree.map(
         lambda array: lax.dynamic_index_in_dim(jnp.asarray(array), state.row, keepdims=False), rows
     )
-    return _advance(score_fn, row, state, cond, _is_plain(tableau, state.keys))[0]
+    # as a plain call it would be traced again for every row, for a gradient that nobody takes
+    predict = score_fn.predict if is_concrete(state.x) else _network(score_fn)
+    return _advance(predict, row, state, cond, _is_plain(tableau, state.keys))[0]
 
 
 def resume(
@@ -188,7 +199,7 @@ def resume(
     tableau: Tableau,
     state: State,
     *,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
 ) -> State:
     """Run the rows that are left: `step` until the end, in one compiled loop.
 
@@ -214,7 +225,7 @@ def resume(
 def _rest(score_fn, rows, state, cond, *, plain):
     def body(n, state):
         row = jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, n, keepdims=False), rows)
-        return _advance(score_fn, row, state, cond, plain)[0]
+        return _advance(_network(score_fn), row, state, cond, plain)[0]
 
     rows = jax.tree.map(jnp.asarray, rows)
     return lax.fori_loop(state.row, rows.a.shape[0], body, state)
@@ -236,7 +247,7 @@ def _start(score_fn, tableau, x_T, key, cond, *, checkpoint, record):
     return _run(score_fn, rows, x_T, keys, cond, plain=plain, checkpoint=checkpoint, record=record)
 
 
-def _is_plain(tableau: Tableau, keys: Any) -> bool:
+def _is_plain(tableau: Tableau, keys: Key) -> bool:
     """Whether every row evaluates and uses the keys there are: the program needs no branches.
 
     A branch costs a few percent of a network of 0.2 ms on CPU, and a synchronisation on GPU. A
@@ -248,7 +259,7 @@ def _is_plain(tableau: Tableau, keys: Any) -> bool:
     return bool(np.all(to_host(tableau.evaluates))) and (keys is None or noisy)
 
 
-def expect_tableau(tableau: Any) -> None:
+def expect_tableau(tableau: PyTree) -> None:
     """Raise unless it is a tableau."""
     if not isinstance(tableau, Tableau):
         raise TypeError(
@@ -257,7 +268,7 @@ def expect_tableau(tableau: Any) -> None:
         )
 
 
-def expect_key(tableau: Tableau, key: Any) -> None:
+def expect_key(tableau: Tableau, key: Key) -> None:
     """Raise if the tableau is seen to add noise and there is no key for it."""
     if key is None and is_concrete(tableau.c) and np.any(to_host(tableau.c) != 0):
         raise ValueError(
@@ -308,13 +319,13 @@ def _bind(score_fn: ScoreFn, tableau: Tableau) -> _Row:
     return jax.tree.map(_to_default_precision, rows)
 
 
-def _to_default_precision(array: Any) -> Any:
+def _to_default_precision(array: Array) -> PyTree:
     if isinstance(array, np.ndarray) and array.dtype == np.float64:
         return array.astype(jax.dtypes.canonicalize_dtype(np.float64))
     return array
 
 
-def _drop_last(array: Any) -> Any:
+def _drop_last(array: Array) -> PyTree:
     return array[:-1]
 
 
@@ -322,12 +333,13 @@ def _drop_last(array: Any) -> Any:
 def _run(score_fn, rows, x_T, keys, cond, *, plain, checkpoint, record):
     count, p = rows.a.shape[:2]
     state = _initial(p, rows.b.shape[1], x_T, keys)
+    predict = score_fn.predict if checkpoint is True else _network(score_fn, checkpoint)
 
     def body(state, row):
-        state, output = _advance(score_fn, row, state, cond, plain)
+        state, output = _advance(predict, row, state, cond, plain)
         return state, (state.x, output) if record else None
 
-    body = jax.checkpoint(body) if checkpoint else body
+    body = jax.checkpoint(body, prevent_cse=False) if checkpoint is True else body
     state, recorded = lax.scan(body, state, rows, length=count)
     if keys is None and not plain:
         # with a traced tableau a missing key cannot be an error; it must not pass in silence either
@@ -342,22 +354,41 @@ def _run(score_fn, rows, x_T, keys, cond, *, plain, checkpoint, record):
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, points), outputs
 
 
-def _initial(p: int, q: int, x_T: Any, keys: Any) -> State:
-    def empty(size: int) -> Any:
+def _initial(p: int, q: int, x_T: PyTree, keys: Key) -> State:
+    def empty(size: int) -> PyTree:
         slots = size if size > 1 else 0
         return jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), x_T)
 
     return State(jnp.zeros((), jnp.int32), x_T, empty(p), empty(q), keys)
 
 
+def _network(score_fn: ScoreFn, policy: bool | Policy = False) -> Callable[..., PyTree]:
+    """Its `predict`, of which a gradient keeps what the policy says; nothing else changes."""
+
+    def kept(primitive: PyTree, *_: PyTree, **__: PyTree) -> bool:
+        return primitive.name in KEPT
+
+    def predict(x: PyTree, bound: Bound, cond: Conditions | None) -> PyTree:
+        # conditions need not be arrays: only x is an argument
+        keep = policy if callable(policy) else kept
+        call = functools.partial(score_fn.predict, bound=bound, cond=cond)
+        return jax.checkpoint(call, policy=keep, prevent_cse=False)(x)
+
+    return predict
+
+
 def _advance(
-    score_fn: ScoreFn, row: _Row, state: State, cond: Mapping[str, Any] | None, plain: bool
-) -> tuple[State, Any]:
+    predict: Callable[..., Network],
+    row: _Row,
+    state: State,
+    cond: Conditions | None,
+    plain: bool,
+) -> tuple[State, PyTree]:
     """One row: the state after it, and the output m_n; `plain` if every row evaluates."""
     n, x = state.row, state.x
 
-    def call() -> Any:
-        output = score_fn.predict(x, row.bound, cond)
+    def call() -> PyTree:
+        output = predict(x, row.bound, cond)
         if row.evaluates.ndim == 0:
             return output
         # stacked tableaux: a sample that is done must not see what the network says
@@ -365,10 +396,10 @@ def _advance(
             lambda m: jnp.where(row.evaluates.reshape((-1,) + (1,) * (m.ndim - 1)), m, 0), output
         )
 
-    def draw() -> Any:
+    def draw() -> PyTree:
         return random.normal_like(state.keys, n, x)
 
-    def nothing() -> Any:
+    def nothing() -> PyTree:
         return jax.tree.map(jnp.zeros_like, x)
 
     output = call() if plain else lax.cond(jnp.any(row.evaluates), call, nothing)
@@ -384,7 +415,7 @@ def _advance(
     return State(n + 1, new, points, outputs, state.keys), output
 
 
-def _store(slots: Any, value: Any, n: Any) -> Any:
+def _store(slots: PyTree, value: Value, n: Array) -> PyTree:
     """`value` put in slot n mod size; in front of itself where there are no slots."""
 
     def put(held: jax.Array, v: jax.Array) -> jax.Array:
@@ -394,11 +425,11 @@ def _store(slots: Any, value: Any, n: Any) -> Any:
     return jax.tree.map(put, slots, value)
 
 
-def _kept(slots: Any, before: Any) -> Any:
+def _kept(slots: PyTree, before: Array) -> PyTree:
     return jax.tree.map(lambda s, b: s[: b.shape[0]], slots, before)
 
 
-def _combine(weights: Any, slots: jax.Array) -> jax.Array:
+def _combine(weights: Array, slots: jax.Array) -> jax.Array:
     """sum_i weights[i] slots[i], in at least float32.
 
     Written out term by term, so that it becomes one loop over the elements. A reduction over the
@@ -412,7 +443,7 @@ def _combine(weights: Any, slots: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _by_slot(weights: Any) -> Any:
+def _by_slot(weights: Array) -> PyTree:
     """Every row's weights in the order of the ring buffer: slot i holds lag (n - i) mod size."""
     rows, size = np.shape(weights)[:2]
     xp = namespace(weights)

@@ -14,8 +14,8 @@ with the same two:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from diffsamp._core.numeric import (
     to_host,
     working_dtype,
 )
+from diffsamp._core.types import Array, Conditions, DType, Network, PyTree, Value
 from diffsamp.predictions import Level
 from diffsamp.processes import Process, expect_process
 from diffsamp.tableau import Tableau
@@ -46,13 +47,13 @@ class Bound(NamedTuple):
     The network is called at (scale * x, label), and the prediction is r * x + s * F.
     """
 
-    label: Any
-    scale: Any
-    r: Any
-    s: Any
+    label: PyTree
+    scale: Array
+    r: Array
+    s: Array
 
 
-def scale_rows(number: Any, leaf: jax.Array) -> jax.Array:
+def scale_rows(number: Value, leaf: jax.Array) -> jax.Array:
     """`number`, a scalar, one per sample or of the data's rank, shaped to multiply `leaf`.
 
     It is cast to the dtype in which the leaf's states are combined.
@@ -61,7 +62,7 @@ def scale_rows(number: Any, leaf: jax.Array) -> jax.Array:
     return number.reshape(number.shape + (1,) * (leaf.ndim - number.ndim))
 
 
-def expect_score_fn(score_fn: Any, cond: Any = None) -> None:
+def expect_score_fn(score_fn: Network, cond: Conditions | None = None) -> None:
     """Raise unless it is a ScoreFn or a transform of one, and `cond` holds arrays.
 
     Raises:
@@ -81,7 +82,7 @@ def expect_score_fn(score_fn: Any, cond: Any = None) -> None:
         )
 
 
-def for_samples(score_fn: Any, numbers: Any) -> Any:
+def for_samples(score_fn: Network, numbers: Array) -> PyTree:
     """The same network for a batch of a larger set, whose samples have these numbers.
 
     Only a transform that draws random numbers itself depends on them: see
@@ -95,7 +96,7 @@ def for_samples(score_fn: Any, numbers: Any) -> Any:
     return score_fn if own is None else own(numbers)
 
 
-def _static_leaves(params: Any) -> Any:
+def _static_leaves(params: PyTree) -> PyTree:
     """(tree, its leaves with None for every array), or None if all leaves are arrays."""
     leaves, treedef = jax.tree.flatten(params)
     arrays = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
@@ -106,8 +107,8 @@ def _static_leaves(params: Any) -> Any:
 
 
 def ask(
-    score_fn: Any, x: Any, t: Any, prediction: str | None, cond: Mapping[str, Any] | None
-) -> Any:
+    score_fn: Network, x: PyTree, t: Array, prediction: str | None, cond: Conditions | None
+) -> PyTree:
     """What a network, or a transform of one, predicts at state x and time t.
 
     Args:
@@ -171,16 +172,16 @@ class ScoreFn:
         coefficients keep their own precision. None: leave x as it is.
     """
 
-    apply: Callable[..., Any]
-    params: Any
+    apply: Callable[..., PyTree]
+    params: PyTree
     process: Process
     prediction: str = "noise"
-    time: str | Callable[[Level], Any] | None = None
+    time: str | Callable[[Level], PyTree] | None = None
     scale_input: bool | None = None
     sigma_data: float = 0.5
     batched: bool = True
-    dtype: Any = None
-    _others: ClassVar[Any] = None  # of every instance: what of `params` is static
+    dtype: DType = None
+    _others: ClassVar[PyTree] = None  # of every instance: what of `params` is static
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_others", _static_leaves(self.params))
@@ -254,7 +255,7 @@ class ScoreFn:
     # -- the two methods the executor uses --------------------------------------------------------
 
     @silence
-    def bind(self, level: Level, target: tuple[Any, Any]) -> Bound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> Bound:
         """The numbers for evaluations at `level` that should return the prediction `target`.
 
         Args:
@@ -275,7 +276,7 @@ class ScoreFn:
             scale = 1 / namespace(level.alpha).sqrt(level.sigma**2 + width**2)
         return Bound(self._label(level), scale, r, s)
 
-    def predict(self, x: Any, bound: Bound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: Bound, cond: Conditions | None = None) -> PyTree:
         """Call the network once at state x and return the bound prediction, shaped like x.
 
         Raises:
@@ -311,12 +312,12 @@ class ScoreFn:
 
     def __call__(
         self,
-        x: Any,
-        t: Any,
+        x: PyTree,
+        t: Array,
         *,
         prediction: str | None = None,
-        cond: Mapping[str, Any] | None = None,
-    ) -> Any:
+        cond: Conditions | None = None,
+    ) -> PyTree:
         """The network's prediction at state x and time t.
 
         Args:
@@ -341,7 +342,7 @@ class ScoreFn:
         """
         return tableau.nfe
 
-    def check_bound(self, bound: Bound, level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: Bound, level: Level, evaluates: Array) -> None:
         """Raise if rows that evaluate do not fit this network; traced values pass unchecked.
 
         Raises:
@@ -365,7 +366,7 @@ class ScoreFn:
                 "own prediction."
             )
 
-    def _expect_own_levels(self, level: Level, evaluates: Any) -> None:
+    def _expect_own_levels(self, level: Level, evaluates: Array) -> None:
         t, alpha, sigma = (to_host(v) for v in level)
         own_alpha, own_sigma = (to_host(v) for v in (self.process.alpha(t), self.process.sigma(t)))
         distance = np.hypot(own_alpha - alpha, own_sigma - sigma)
@@ -380,7 +381,7 @@ class ScoreFn:
                 f"{own_sigma[where]:g}. Build it with score_fn.process."
             )
 
-    def _label(self, level: Level) -> Any:
+    def _label(self, level: Level) -> PyTree:
         xp = namespace(level.alpha, level.sigma)
         if callable(self.time):
             return self.time(level)
@@ -397,10 +398,10 @@ class ScoreFn:
         return log_snr if self.time == "log_snr" else -log_snr / 4
 
 
-def _expect_like(output: Any, x: Any) -> None:
+def _expect_like(output: PyTree, x: PyTree) -> None:
     """Raise at trace time if the network's output does not look like x."""
-    got: Any = jax.tree.structure(output)
-    want: Any = jax.tree.structure(x)
+    got: PyTree = jax.tree.structure(output)
+    want: PyTree = jax.tree.structure(x)
     if got != want:
         raise ValueError(
             f"the network's output must have the structure of x, {want}; got {got}. Return one "

@@ -20,7 +20,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +27,7 @@ import numpy as np
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.files import read_json, write_atomically
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Array, PyTree, Times, Value
 
 __all__ = ["Tableau"]
 
@@ -67,32 +67,32 @@ class Tableau:
         around the network and the noise; no part of the pytree either.
     """
 
-    times: Any
-    alpha: Any
-    sigma: Any
-    target: Any
-    a: Any
-    b: Any
-    c: Any
-    evaluates: Any
+    times: Times
+    alpha: Array
+    sigma: Array
+    target: Array
+    a: Array
+    b: Array
+    c: Array
+    evaluates: Array
     name: str = ""
     source: str = ""
     padded: bool = False
-    d: Any = None
+    d: Array = None
 
     @classmethod
     def create(
         cls,
         *,
-        times: Any,
-        alpha: Any,
-        sigma: Any,
-        target: Any,
-        a: Any,
-        b: Any,
-        c: Any = None,
-        evaluates: Any = None,
-        d: Any = None,
+        times: Times,
+        alpha: Array,
+        sigma: Array,
+        target: Array,
+        a: Array,
+        b: Array,
+        c: Array = None,
+        evaluates: Array = None,
+        d: Array = None,
         name: str = "",
         source: str = "",
         check: str = "full",
@@ -323,7 +323,7 @@ class Tableau:
         called with a vector of times. A row calls it as long as any sample's tableau does.
         """
         padded = Tableau.pad_together(tableaux)
-        stacked: dict[str, Any] = {
+        stacked: dict[str, PyTree] = {
             key: np.stack([getattr(t, key) for t in padded], axis=-1)
             for key in (*_ARRAYS, "d")
             if getattr(padded[0], key) is not None
@@ -345,7 +345,7 @@ class Tableau:
             )
         size = {"p": max(self.p, other.p), "q": max(self.q, other.q)}
         first, second = self.pad(**size), other.pad(**size)
-        joined: dict[str, Any] = {
+        joined: dict[str, PyTree] = {
             key: np.concatenate(
                 [
                     getattr(first, key),
@@ -407,7 +407,7 @@ class Tableau:
 
     # -- files ------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Value]:
         """Plain lists and strings, as written to a file."""
         self._expect_concrete("to_dict")
         arrays = {key: np.asarray(getattr(self, key)).tolist() for key in _ARRAYS}
@@ -422,7 +422,7 @@ class Tableau:
         }
 
     @classmethod
-    def from_dict(cls, data: Any, *, where: str = "the tableau") -> Tableau:
+    def from_dict(cls, data: Value, *, where: str = "the tableau") -> Tableau:
         """The inverse of `to_dict`; shapes, finiteness and the NFE are checked.
 
         Raises:

@@ -122,15 +122,22 @@ def test_counted_evaluations(solver):
     """Also where the first step is rejected, which no statistic of diffrax tells."""
     calls = []
     score_fn = ds.ScoreFn(
-        counting(calls, lambda x: jnp.sin(30 * x)), np.float32(2.0), ds.processes.flow(),
+        counting(calls, lambda x: jnp.sin(30 * x)),
+        np.float32(2.0),
+        ds.processes.flow(),
         prediction="velocity",
-    )  # fmt: skip
+    )
     for rtol in (1e-2, 1e-4):
         calls.clear()
         run = adaptive.ode_solution(
-            score_fn, jnp.full((1, 2), 0.3), 1e-3, 1.0, rtol=rtol, atol=rtol,
+            score_fn,
+            jnp.full((1, 2), 0.3),
+            1e-3,
+            1.0,
+            rtol=rtol,
+            atol=rtol,
             solver=getattr(diffrax, solver)(),
-        )  # fmt: skip
+        )
         jax.block_until_ready(run)
         jax.effects_barrier()
         assert len(calls) == run.nfe[0]
@@ -139,9 +146,12 @@ def test_counted_evaluations(solver):
 def test_counted_evaluations_of_a_likelihood():
     calls = []
     score_fn = ds.ScoreFn(
-        counting(calls, jnp.sin), np.float32(0.7), ds.processes.flow(), prediction="velocity",
+        counting(calls, jnp.sin),
+        np.float32(0.7),
+        ds.processes.flow(),
+        prediction="velocity",
         batched=False,
-    )  # fmt: skip
+    )
     run = adaptive.log_likelihood(score_fn, jnp.full(3, 0.3))
     jax.block_until_ready(run)
     jax.effects_barrier()
@@ -295,9 +305,13 @@ def test_one_probe_is_exact_where_the_jacobian_is_diagonal():
     process, target = ds.processes.flow(), ds.targets.gaussian([0.3, -1.0], 0.2)
     x_0 = np.array([[0.1, 0.5], [1.0, -1.0]])
     got = adaptive.log_likelihood(
-        target.score_fn(process), x_0, key=jax.random.key(0), trace="hutchinson", rtol=1e-9,
+        target.score_fn(process),
+        x_0,
+        key=jax.random.key(0),
+        trace="hutchinson",
+        rtol=1e-9,
         atol=1e-9,
-    )  # fmt: skip
+    )
     want = target.log_prob(x_0, 0.999, 0.001)  # the default t_start, process.t_min
     np.testing.assert_allclose(got.log_prob, want, atol=1e-6)
 

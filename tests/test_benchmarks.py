@@ -17,9 +17,13 @@ def python(*words):
     """What a run of Python prints; it finds the benchmarks' modules."""
     path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, check=False, timeout=3600,
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3600,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -42,13 +46,38 @@ def tables(path):
 def test_search(tmp_path):
     out = tmp_path / "search.md"
     run(
-        "search.py", "--network", "mixture", "--nfe", "5", "--ddim", "5", "--steps", "16",
-        "--fresh", "64", "--starts", "32", "--screen", "8", "--population", "4", "--rounds", "1",
-        "--pairs", "16", "32", "--out", str(out),
-    )  # fmt: skip
+        "search.py",
+        "--network",
+        "mixture",
+        "--nfe",
+        "5",
+        "--ddim",
+        "5",
+        "--steps",
+        "16",
+        "--fresh",
+        "64",
+        "--starts",
+        "32",
+        "--screen",
+        "8",
+        "--population",
+        "4",
+        "--rounds",
+        "1",
+        "--pairs",
+        "16",
+        "32",
+        "--out",
+        str(out),
+    )
     text = out.read_text(encoding="utf-8")
-    for heading in ("what is found", "Optimised schedules", "How few reference pairs",
-                    "Parts and options"):  # fmt: skip
+    for heading in (
+        "what is found",
+        "Optimised schedules",
+        "How few reference pairs",
+        "Parts and options",
+    ):
         assert heading in text
     assert "nan" not in text
     rows = tables(out)
@@ -62,12 +91,33 @@ def test_search(tmp_path):
 @pytest.mark.long
 def test_overhead(tmp_path):
     out = tmp_path / "overhead.md"
-    run("overhead.py", "--networks", "1", "--seconds", "1", "--solvers", "ddim", "unipc3", "ddpm",
-        "--out", str(out))  # fmt: skip
+    run(
+        "overhead.py",
+        "--networks",
+        "1",
+        "--seconds",
+        "1",
+        "--solvers",
+        "ddim",
+        "unipc3",
+        "ddpm",
+        "--kinds",
+        "channels first",
+        "--out",
+        str(out),
+    )
     rows = tables(out)
-    parts = (rows[:8], rows[8:11], rows[11:])
-    times, memory, around = [{r[0]: r[1:] for r in part} for part in parts]
-    assert set(times) > {"bare scan, ms", "`ddim`", "`unipc3`", "`ddpm` z", "one program"}
+    parts = (rows[:9], rows[9:11], rows[11:14], rows[14:])
+    times, gradients, memory, around = [{r[0]: r[1:] for r in part} for part in parts]
+    assert gradients.keys() == {"channels first", "MLP, batch 256"}
+    assert set(times) > {
+        "20 jitted calls, ms",
+        "bare scan",
+        "`ddim`",
+        "`unipc3`",
+        "`ddpm` z",
+        "one program",
+    }
     assert all(float(row[0].split()[0]) > 0 for row in times.values())
     assert memory.keys() == {"`ddim`", "`unipc3`", "`ddpm`"}
     for most, extra in memory.values():  # of the compiler: no matter of time
@@ -108,8 +158,19 @@ def test_compilation(tmp_path):
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="binds processes to cores on Linux")
 def test_scaling(tmp_path):
     out = tmp_path / "scaling.md"
-    run("scaling.py", "--networks", "0", "--seconds", "0.1", "--most", "2", "--repeats", "1",
-        "--out", str(out))  # fmt: skip
+    run(
+        "scaling.py",
+        "--networks",
+        "0",
+        "--seconds",
+        "0.1",
+        "--most",
+        "2",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    )
     rows = tables(out)
     devices = min(2, len(os.sched_getaffinity(0)))
     assert len(rows) == 6
@@ -153,8 +214,10 @@ def test_accuracy(tmp_path):
 def test_the_plots_are_drawn_from_the_committed_tables(tmp_path):
     run("draw.py", "--plots", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
-        "accuracy.png", "overhead.png", "peers.png"
-    }  # fmt: skip
+        "accuracy.png",
+        "overhead.png",
+        "peers.png",
+    }
 
 
 def test_the_plans_that_the_search_found_load():

@@ -1,5 +1,7 @@
 """Diffusion bridges: against DBIM's own recursion and an exact target."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,9 +134,15 @@ def paired(params, x, t, x_T):
 
 @pytest.mark.parametrize(
     ("name", "nfe"),
-    [("ddim", 41), ("dpmpp_2m_heun", 21), ("dpmpp_3m", 21), ("ddpm", 301), ("unipc2", 21),
-     ("heun", 41)],
-)  # fmt: skip
+    [
+        ("ddim", 41),
+        ("dpmpp_2m_heun", 21),
+        ("dpmpp_3m", 21),
+        ("ddpm", 301),
+        ("unipc2", 21),
+        ("heun", 41),
+    ],
+)
 def test_samples_of_an_exact_bridge(name, nfe):
     base = BASES["vp"]
     variance = np.float32(0.09)
@@ -171,3 +179,148 @@ def test_other_solvers_and_refusals():
         bridges.bridge(bridged.score_fn)
     with pytest.raises(ValueError, match="must be at least 2"):
         bridges.times(bridged.process, 1)
+
+
+# -- the authors' code, whole runs -----------------------------------------------------------------
+
+
+def told(params, x, t, x_T):
+    """A network that no method integrates exactly."""
+    t = t.reshape((-1,) + (1,) * (x.ndim - 1))
+    return jnp.tanh(0.8 * x - 0.4 * x_T) + 0.1 * jnp.sin(3 * t) * x_T
+
+
+def dbim_as_published(base, x_T, boot, times, order):
+    """sample_dbim_high_order: orders 1, 2, .., the last step 1; times[0] is after the booting."""
+
+    def said(x, t):
+        return np.asarray(told(None, jnp.asarray(x), jnp.full(len(x), t), jnp.asarray(x_T)))
+
+    end = base.t_max
+    a, b, c = marginal(base, times)
+    lam = np.log(b / c)
+    x = a[0] * x_T + b[0] * said(x_T, end) + c[0] * boot
+    known = []
+    for n in range(len(times) - 1):
+        known.insert(0, said(x, times[n]))
+        now = 1 if n == len(times) - 2 else min(order, n + 1)
+        h = lam[n + 1] - lam[n]
+        inner = (1 - np.exp(-h)) * known[0]
+        if now == 2:
+            slope = (known[0] - known[1]) / (lam[n] - lam[n - 1])
+            inner = inner + (np.exp(-h) + h - 1) * slope
+        if now == 3:
+            h_1, h_2 = lam[n] - lam[n - 1], lam[n - 1] - lam[n - 2]
+            new, old = (known[0] - known[1]) / h_1, (known[1] - known[2]) / h_2
+            slope = (new * (2 * h_1 + h_2) - old * h_1) / (h_1 + h_2)
+            bend = 2 * (new - old) / (h_1 + h_2)
+            inner = inner + (np.exp(-h) + h - 1) * slope
+            inner = inner + (h**2 / 2 - h + 1 - np.exp(-h)) * bend
+        kept = c[n + 1] / c[n]
+        x = kept * x + (a[n + 1] - kept * a[n]) * x_T + b[n + 1] * inner
+    return x
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["vp", "edm_bridge"])
+def test_dbim_of_higher_order_is_the_authors(name):
+    base, rng = BASES[name], np.random.default_rng(0)
+    x_T, boot = rng.normal(size=(5, 2)), rng.normal(size=(5, 2))
+    bridged = bridges.bridge(ds.ScoreFn(told, None, base, prediction="data"))
+    for order, nfe in ((2, 6), (3, 6), (3, 9)):
+        times = bridges.times(bridged.process, nfe, end=1e-4 if name == "vp" else 0.01)
+        assert (len(times), times[1]) == (nfe + 1, base.t_max - 1e-3)
+        want = dbim_as_published(base, x_T, boot, times[1:], order)
+        tableau = solvers.dpmpp(
+            bridged.process, times, order=order, variant="heun", lower_order_final="last"
+        )
+        u = ds.sample(bridged, tableau, jnp.asarray(boot), cond={"x_T": jnp.asarray(x_T)})
+        on_end, norm = bridged.process.numbers(times[-1])
+        np.testing.assert_allclose(on_end * x_T + norm * u, want, atol=1e-7)
+    # to the clean end, which is of order 1 by itself
+    times = bridges.times(bridged.process, 7)
+    ends = [
+        solvers.dpmpp(bridged.process, times, order=3, variant="heun", lower_order_final=low)
+        for low in ("last", False)
+    ]
+    np.testing.assert_array_equal(ends[0].b, ends[1].b)
+    with pytest.raises(ValueError, match="`lower_order_final` must be one of 'last'"):
+        solvers.dpmpp(bridged.process, times, lower_order_final="first")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("churn", [0.0, 0.33])
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_hybrid_heun_is_ddbms(name, churn):
+    """sample_heun with their drifts: to_d on the VE bridge, get_d_vp on the VP one."""
+    base = BASES[name]
+    x_T = np.random.default_rng(0).normal(size=(5, 2))
+    high = base.t_max - 1e-4
+    times = np.append(np.linspace(high ** (1 / 7), 0.002 ** (1 / 7), 6) ** 7, 0.0)
+    network = ds.ScoreFn(told, None, base, prediction="data")
+    steps, tableau = bridges.hybrid_heun(network, times, churn=churn)
+    assert tableau.nfe == (17 if churn else 11)
+
+    def drift(x, t, stochastic):
+        data = np.asarray(told(None, jnp.asarray(x), jnp.full(len(x), t), jnp.asarray(x_T)))
+        if name == "ve":
+            d = (
+                -(1 if stochastic else 0.5)
+                * 2
+                * t
+                * (
+                    (data - x) / t**2
+                    - (0 if stochastic else 1) * (x_T - x) / (base.t_max**2 - t**2)
+                )
+            )
+            return d, 2 * t
+        beta = 0.1 + 1.9 * t  # of vp_linear(0.1, 2.0)
+        log_s = lambda v: -(0.1 * v + 0.95 * v * v) / 2  # noqa: E731
+        ratio = np.sqrt(np.expm1(-2 * log_s(t)))  # sigma / alpha
+        scale, end = np.exp(log_s(t)), np.exp(log_s(1.0))
+        left = 1 - (ratio**2) / np.expm1(-2 * log_s(1.0))  # 1 - SNR_T / SNR_t
+        mean = (1 - left) * scale / end * x_T + left * scale * data
+        std = ratio * scale
+        score = -(x - mean) / std**2 / left
+        guide = -(x - scale / end * x_T) / std**2 / (left / (1 - left))
+        return -0.5 * beta * x - beta * ((1 if stochastic else 0.5) * score - guide), beta
+
+    key, row, x = jax.random.key(3), 0, x_T
+    keys = ds.random.sample_keys(key, 5)
+    for s, t in itertools.pairwise(times):
+        hat = s
+        if churn:
+            hat = s + churn * (t - s)
+            d, squared = drift(x, s, True)
+            z = np.asarray(ds.random.normal_like(keys, row, jnp.zeros((5, 2))))
+            x, row = x + (hat - s) * d + np.sqrt((s - hat) * squared) * z, row + 1
+        d, _ = drift(x, hat, False)
+        end, row = x + (t - hat) * d, row + 1
+        if t > 0:
+            end, row = x + (t - hat) / 2 * (d + drift(end, t, False)[0]), row + 1
+        x = end
+    assert row == tableau.rows
+    end = jnp.asarray(x_T)
+    got = ds.sample(steps, tableau, end, key=key, cond={"x_T": end})
+    np.testing.assert_allclose(got, x, rtol=1e-7, atol=1e-7)
+
+
+def test_hybrid_heun_samples_the_bridge():
+    """x_0 given x_T of an exact bridge, in float32, and what it refuses."""
+    base, variance = BASES["vp"], np.float32(0.09)
+    network = ds.ScoreFn(paired, (base, variance), base, prediction="data")
+    times = np.append(np.linspace(0.9999 ** (1 / 7), 1e-4 ** (1 / 7), 60) ** 7, 0.0)
+    x_T = 2 * jax.random.normal(jax.random.key(0), (4000, 1))
+    steps, tableau = bridges.hybrid_heun(network, times)
+    x = ds.sample(steps, tableau, x_T, key=jax.random.key(2), cond={"x_T": x_T})
+    rest = np.asarray(x - 0.5 * x_T)
+    assert abs(rest.mean()) < 5 * 0.3 / np.sqrt(4000) + 0.003
+    assert rest.std() == pytest.approx(0.3, rel=0.02 + 5 / np.sqrt(8000))
+    with pytest.raises(ValueError, match="must start below T = 1"):
+        bridges.hybrid_heun(network, [1.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match=r"`churn` must lie in \[0, 1\)"):
+        bridges.hybrid_heun(network, times, churn=1.0)
+    with pytest.raises(ValueError, match="a bridge needs its end"):
+        ds.sample(steps, tableau, x_T, key=jax.random.key(2))
+    with pytest.raises(ValueError, match="`start_gap` must be positive and `end` in"):
+        bridges.times(bridges.Bridge(base), 5, end=1.0)

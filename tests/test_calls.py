@@ -113,7 +113,17 @@ def test_rows_of_scale_one_are_not_guided_twice():
     np.testing.assert_allclose(x, ds.sample(always, TABLEAU, X, cond=LABELS), atol=1e-5)
 
 
-def test_a_scale_per_sample_is_refused_in_words():
-    guided = ds.guidance.cfg(network(), jnp.ones(6), {"label": 0.0})
-    with pytest.raises(ValueError, match="one number, or a function of the level"):
-        ds.sample(guided, TABLEAU, X, cond=LABELS)
+def test_a_scale_per_sample():
+    """Each sample is what its own scale alone makes of it; another number of scales is refused."""
+    scales = jnp.linspace(0.5, 3.0, 6)
+    together = ds.sample(
+        ds.guidance.cfg(network(), scales, {"label": 0.0}), TABLEAU, X, cond=LABELS
+    )
+    for i in (0, 5):
+        one = ds.guidance.cfg(network(), float(scales[i]), {"label": 0.0})
+        np.testing.assert_allclose(
+            together[i], ds.sample(one, TABLEAU, X, cond=LABELS)[i], rtol=0, atol=1e-5
+        )
+    wrong = ds.guidance.cfg(network(), jnp.ones(4), {"label": 0.0})
+    with pytest.raises(ValueError, match="scale"):
+        ds.sample(wrong, TABLEAU, X, cond=LABELS)

@@ -144,8 +144,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-QUICK = ["--shape", "2", "--solver", "ddim,ipndm3", "--schedule", "karras,logsnr", "--starts", "24",
-         "--batch", "16"]  # fmt: skip
+QUICK = [
+    "--shape",
+    "2",
+    "--solver",
+    "ddim,ipndm3",
+    "--schedule",
+    "karras,logsnr",
+    "--starts",
+    "24",
+    "--batch",
+    "16",
+]
 
 
 def test_compare_prints_the_table(folder, capsys):
@@ -154,15 +164,35 @@ def test_compare_prints_the_table(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["solver", "schedule", "NFE", "3", "NFE", "4"]
     assert sorted(line.split()[0] for line in lines[3:]) == ["ddim"] * 2 + ["ipndm3"] * 2
-    arguments = ["compare", "--model", "mine_for_cli:conditional", "--cond",
-                 "mine_for_cli:condition", "--nfe", "3", "--rows", "1", *QUICK]  # fmt: skip
+    arguments = [
+        "compare",
+        "--model",
+        "mine_for_cli:conditional",
+        "--cond",
+        "mine_for_cli:condition",
+        "--nfe",
+        "3",
+        "--rows",
+        "1",
+        *QUICK,
+    ]
     assert cli.main(arguments) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_search_then_show(folder, capsys):
-    arguments = ["search", "--model", "mine_for_cli:make", "--nfe", "2,3", *QUICK, "--steps", "8",
-                 "--rounds", "0"]  # fmt: skip
+    arguments = [
+        "search",
+        "--model",
+        "mine_for_cli:make",
+        "--nfe",
+        "2,3",
+        *QUICK,
+        "--steps",
+        "8",
+        "--rounds",
+        "0",
+    ]
     assert cli.main(arguments) == 0
     first = capsys.readouterr().out
     plan = ds.search.Plan.load(folder / "plans" / "plan-3.json")

@@ -49,9 +49,17 @@ def case(dims, layout, groups=1, batch_groups=1, stride=1, lhs=1, rhs=1, kernel=
 
     def convolve(x, w):
         return lax.conv_general_dilated(
-            x, w, (stride,) * dims, [(1, 2)] * dims, (lhs,) * dims, (rhs,) * dims, layout,
-            feature_group_count=groups, batch_group_count=batch_groups, **more,
-        )  # fmt: skip
+            x,
+            w,
+            (stride,) * dims,
+            [(1, 2)] * dims,
+            (lhs,) * dims,
+            (rhs,) * dims,
+            layout,
+            feature_group_count=groups,
+            batch_group_count=batch_groups,
+            **more,
+        )
 
     return convolve, x, w
 
@@ -90,14 +98,25 @@ def with_gradients(convolve):
 # every option in one dimension, where compiling is cheap; then those whose form depends on it
 OPTIONS = {
     1: (
-        {}, {"stride": 2}, {"lhs": 2}, {"rhs": 2}, {"stride": 2, "rhs": 2, "lhs": 3},
-        {"kernel": 1}, {"kernel": 9}, {"groups": 2}, {"groups": 4}, {"groups": 8},
-        {"groups": 8, "stride": 2}, {"groups": 4, "lhs": 2}, {"batch_groups": 2},
-        {"batch_groups": 8}, {"groups": 2, "kernel": 13},
+        {},
+        {"stride": 2},
+        {"lhs": 2},
+        {"rhs": 2},
+        {"stride": 2, "rhs": 2, "lhs": 3},
+        {"kernel": 1},
+        {"kernel": 9},
+        {"groups": 2},
+        {"groups": 4},
+        {"groups": 8},
+        {"groups": 8, "stride": 2},
+        {"groups": 4, "lhs": 2},
+        {"batch_groups": 2},
+        {"batch_groups": 8},
+        {"groups": 2, "kernel": 13},
     ),
     2: ({"stride": 2, "lhs": 3}, {"groups": 4, "rhs": 2}, {"groups": 2, "kernel": 4}),
     3: ({"lhs": 2}, {"groups": 8}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -179,10 +198,14 @@ def network(params, x, t):
 
 def network_params():
     shapes = {
-        "in": (16, 3, 3, 3), "grouped": (16, 8, 3, 3), "depthwise": (16, 1, 3, 3),
-        "down": (32, 16, 3, 3), "middle": (32, 32, 3, 3), "up": (16, 32, 3, 3),
+        "in": (16, 3, 3, 3),
+        "grouped": (16, 8, 3, 3),
+        "depthwise": (16, 1, 3, 3),
+        "down": (32, 16, 3, 3),
+        "middle": (32, 32, 3, 3),
+        "up": (16, 32, 3, 3),
         "out": (3, 16, 3, 3),
-    }  # fmt: skip
+    }
     rng = np.random.default_rng(0)
     return {k: jnp.asarray(0.1 * rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
 

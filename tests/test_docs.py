@@ -38,9 +38,7 @@ def test_every_solver_is_on_a_page(name):
     assert any(f"`{name}`" in text(page) or f"{name}`" in text(page) for page in FAMILIES)
 
 
-@pytest.mark.parametrize(
-    "name", [*ds.solvers.COMPOSED, *ds.solvers.FITTED, *ds.solvers.FEW_STEP]
-)  # fmt: skip
+@pytest.mark.parametrize("name", [*ds.solvers.COMPOSED, *ds.solvers.FITTED, *ds.solvers.FEW_STEP])
 def test_so_is_what_is_made_otherwise(name):
     assert any(f"ds.solvers.{name}" in text(page) for page in FAMILIES)
 
@@ -49,9 +47,11 @@ def test_so_is_what_is_made_otherwise(name):
 def test_a_page_has_its_parts(page):
     content = text(page)
     assert re.search(r"arXiv:\d{4}\.\d{4,5}", content), "a source"
-    assert "**Which.**" in content or "**When.**" in content or page.stem in (
-        "ddim", "inversion", "around_the_network", "few_step"
-    ), "when to use it"  # fmt: skip
+    assert (
+        "**Which.**" in content
+        or "**When.**" in content
+        or page.stem in ("ddim", "inversion", "around_the_network", "few_step")
+    ), "when to use it"
     assert "## Measured" in content
     assert f"({page.name})" in text(ROOT / "docs" / "README.md"), "in the index"
 

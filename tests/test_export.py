@@ -62,8 +62,13 @@ def test_it_runs_where_the_models_code_is_not(file):
         print(x.tolist())
         """
     )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True,
-                          check=False, timeout=3600)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3600,
+    )
     assert done.returncode == 0, done.stderr
     want = sampler(True)(jax.random.key(4), (2, 3), cond={"shift": jnp.array([0.0, 1.0])})
     np.testing.assert_allclose(np.array(eval(done.stdout)), want, rtol=1e-5, atol=1e-4)
@@ -88,9 +93,10 @@ def test_bfloat16_weights(tmp_path):
     loaded = ds.load_exported(tmp_path / "s")
     cond = {"shift": jnp.zeros(5)}
     np.testing.assert_allclose(
-        loaded(jax.random.key(0), 5, cond=cond), made(jax.random.key(0), (5, 3), cond=cond),
+        loaded(jax.random.key(0), 5, cond=cond),
+        made(jax.random.key(0), (5, 3), cond=cond),
         atol=2e-2,
-    )  # fmt: skip
+    )
 
 
 def test_errors(file, tmp_path):
@@ -126,10 +132,18 @@ def test_errors(file, tmp_path):
     np.save(single, np.zeros(3))
     text = np.frombuffer(b"[1]", np.uint8)
     for content in (
-        b"", b"PK\x03\x04 no zip", b"{}", single.getvalue(), file.read_bytes()[:-30],
-        saved(meta=None), saved(meta=text), saved(program=text), saved(prior=None),
-        saved(weight_0=text), saved(weight_0=None),
-    ):  # fmt: skip
+        b"",
+        b"PK\x03\x04 no zip",
+        b"{}",
+        single.getvalue(),
+        file.read_bytes()[:-30],
+        saved(meta=None),
+        saved(meta=text),
+        saved(program=text),
+        saved(prior=None),
+        saved(weight_0=text),
+        saved(weight_0=None),
+    ):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad is (not an exported sampler|corrupt)"):
             ds.load_exported(tmp_path / "bad")

@@ -203,7 +203,7 @@ DEIS, MATCH = "DEISMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
         (DPM, {"prediction_type": "flow_prediction"}, "do not go together"),
         (DPM, {"use_flow_sigmas": True}, "do not go together"),
         (DPM, {"use_karras_sigmas": True, "use_lu_lambdas": True}, "with both 'use_karras_"),
-        (UNIPC, {"predict_x0": False}, "'predict_x0' = False is not"),
+        (UNIPC, {"predict_x0": False}, "'predict_x0' = False predicts noise, which is not finite"),
         (UNIPC, {"solver_p": {"a": 1}}, "'solver_p' = .* is not"),
         (UNIPC, {"lower_order_final": False}, "'lower_order_final' = False is not finite"),
         (DEIS, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "do not go tog"),

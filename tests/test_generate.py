@@ -27,9 +27,14 @@ KEY = jax.random.key(3)
 
 def make(out, n=22, **options):
     options = {
-        "score_fn": SCORE_FN, "tableau": TABLEAU, "key": KEY, "shape": (2,), "batch": 8,
-        "progress": False, **options,
-    }  # fmt: skip
+        "score_fn": SCORE_FN,
+        "tableau": TABLEAU,
+        "key": KEY,
+        "shape": (2,),
+        "batch": 8,
+        "progress": False,
+        **options,
+    }
     return ds.generate(n=n, out=out, **options)
 
 
@@ -87,9 +92,11 @@ def test_a_job_goes_on_with_other_processes(whole, tmp_path):
 
 def test_a_conditional_job(tmp_path):
     network = ds.ScoreFn(
-        lambda p, x, t, label: x * 0 + label[:, None].astype(x.dtype), 1.0, PROCESS,
+        lambda p, x, t, label: x * 0 + label[:, None].astype(x.dtype),
+        1.0,
+        PROCESS,
         prediction="data",
-    )  # fmt: skip
+    )
     tableau = ds.solvers.ddim(PROCESS, [1.0, 0.5, 0.0])
     job = {"score_fn": network, "tableau": tableau, "cond": lambda i: {"label": i % 5}}
     make(tmp_path, n=4, **job)  # less than a batch
@@ -173,9 +180,11 @@ def test_samples_that_are_not_finite_are_counted(tmp_path):
 
     with pytest.warns(RuntimeWarning, match=r"1 of 8 samples hold NaN or inf"):
         made = make(
-            tmp_path, score_fn=ds.ScoreFn(apply, 1.0, PROCESS), finish=lambda x: jnp.nan_to_num(x),
+            tmp_path,
+            score_fn=ds.ScoreFn(apply, 1.0, PROCESS),
+            finish=lambda x: jnp.nan_to_num(x),
             cond=lambda numbers: {"label": numbers},
-        )  # fmt: skip
+        )
     assert made.not_finite == ds.Generated.open(tmp_path).not_finite == 1
     assert [shard.not_finite for shard in made.shards] == [1, 0, 0]
     assert made.complete
@@ -227,10 +236,16 @@ def test_conditions_and_finishing(tmp_path):
 
     network = ds.ScoreFn(apply, 1.0, PROCESS, prediction="data")
     made = ds.generate(
-        network, ds.solvers.ddim(PROCESS, [1.0, 0.5, 0.0]), 11, tmp_path, key=KEY, shape=(2,),
-        batch=4, cond=lambda numbers: {"label": jnp.asarray(numbers % 3)},
+        network,
+        ds.solvers.ddim(PROCESS, [1.0, 0.5, 0.0]),
+        11,
+        tmp_path,
+        key=KEY,
+        shape=(2,),
+        batch=4,
+        cond=lambda numbers: {"label": jnp.asarray(numbers % 3)},
         finish=lambda x: {"image": jnp.round(x).astype(jnp.uint8)},
-    )  # fmt: skip
+    )
     loaded = made.load()
     assert loaded["image"].dtype == np.uint8
     np.testing.assert_array_equal(loaded["image"][:, 0], np.arange(11) % 3)
@@ -267,9 +282,13 @@ def test_killed_and_started_again(whole, tmp_path):
     """kill -9 while a file is written: the next run draws what is missing, no more."""
 
     def run(stop):
-        return subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), str(stop)],
-                              capture_output=True, text=True, check=False,
-                              timeout=3600)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), str(stop)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=3600,
+        )
 
     assert run(3).returncode == -signal.SIGKILL  # a file, its manifest, and then the second file
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("samples-*")}
@@ -352,8 +371,13 @@ def test_errors(tmp_path):
     ):
         with pytest.raises(TypeError, match=message):
             make(tmp_path / "a", **{"n": 4, **options})
-    made = make(tmp_path / "b", n=np.int64(4), batch=np.int64(4), shape=[np.int64(2)],
-                finish=lambda x: {"file": x})  # fmt: skip
+    made = make(
+        tmp_path / "b",
+        n=np.int64(4),
+        batch=np.int64(4),
+        shape=[np.int64(2)],
+        finish=lambda x: {"file": x},
+    )
     assert made.load()["file"].shape == (4, 2)
     with pytest.raises(FileNotFoundError, match="holds no manifest"):
         ds.Generated.open(tmp_path)
@@ -465,10 +489,14 @@ def test_jax_distributed(whole, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     started = [
-        subprocess.Popen([sys.executable, "-c", DISTRIBUTED, port, str(i), str(tmp_path)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", DISTRIBUTED, port, str(i), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in (0, 1)
-    ]  # fmt: skip
+    ]
     said = []
     try:
         for process in started:

@@ -46,8 +46,9 @@ def test_cfg_is_its_formula(solver):
     want = ds.sample(by_hand, tableau, X, key=key, cond={"label": LABEL})
     got = ds.sample(guided, tableau, X, key=key, cond={"label": LABEL})
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    one = ds.sample(guidance.cfg(NETWORK, 1.0, {"label": -1}), tableau, X, key=key,
-                    cond={"label": LABEL})  # fmt: skip
+    one = ds.sample(
+        guidance.cfg(NETWORK, 1.0, {"label": -1}), tableau, X, key=key, cond={"label": LABEL}
+    )
     plain = ds.sample(NETWORK, tableau, X, key=key, cond={"label": LABEL})
     np.testing.assert_allclose(one, plain, rtol=1e-4, atol=1e-5)
 

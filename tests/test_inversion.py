@@ -136,9 +136,12 @@ def test_translate_with_gaussians_is_the_known_map():
         moved = ds.inversion.translate(f, g, x, up, down)
         # exact: standardise at the clean end and at the noise end, with each model's own moments
         level = [
-            [(process.alpha(t), np.sqrt(v * process.alpha(t) ** 2 + process.sigma(t) ** 2)) for v in
-             (0.04, 0.25)] for t in (times[-1], times[0])
-        ]  # fmt: skip
+            [
+                (process.alpha(t), np.sqrt(v * process.alpha(t) ** 2 + process.sigma(t) ** 2))
+                for v in (0.04, 0.25)
+            ]
+            for t in (times[-1], times[0])
+        ]
         (lo_1, lo_2), (hi_1, hi_2) = level
         z = hi_1[0] * 1.0 + (np.asarray(x) - lo_1[0] * 1.0) / lo_1[1] * hi_1[1]
         exact = lo_2[0] * -2.0 + (z - hi_2[0] * -2.0) / hi_2[1] * lo_2[1]

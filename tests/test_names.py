@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import skewed_mixture, twin
 
 import diffsamp as ds
 from diffsamp import schedules, solvers
@@ -92,3 +93,30 @@ def test_what_diffusers_names_is_its_default():
     assert solvers.get("lms").name == "deis_rhoab3"
     with pytest.raises(ValueError, match="`solver` must be one of"):
         solvers.get("ipndm_v")  # the code known by that name is another method: docs/deis.md
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [a for s in ds.solvers.SOLVERS.values() for a in s.aliases if a.endswith("Scheduler")],
+)
+def test_an_alias_is_its_owners_default(alias):
+    """The class with its default fields, as `from_diffusers` reads it, which equals diffusers."""
+    config = {"_class_name": alias}
+    if alias in ("DDIMScheduler", "DDPMScheduler"):
+        config["clip_sample"] = False  # which is around the network: guidance.static_thresholding
+    if alias == "PNDMScheduler":
+        config["steps_offset"] = 1  # as every published one; else it ends with a step of size 0
+    read = ds.from_diffusers(config)
+    x = np.linspace(-2, 2, 7)[:, None]
+    noises = np.random.default_rng(0).normal(size=(200, 7, 1))
+    for n in (5, 10, 25):
+        times = read.times(n)
+        one, two = read.solver(read.process, times), ds.solvers.get(alias)(read.process, times)
+        ends = [twin(t, skewed_mixture().posterior, x, noises=noises) for t in (one, two)]
+        np.testing.assert_allclose(*ends, rtol=0, atol=1e-9)
+
+
+def test_a_class_that_is_no_solver_says_what_reads_it():
+    for name in ("SASolverScheduler", "IPNDMScheduler"):
+        with pytest.raises(ValueError, match=r"ds\.from_diffusers"):
+            ds.solvers.get(name)

@@ -91,9 +91,13 @@ def test_a_sample_does_not_depend_on_its_batch(network):
     assert len(set(np.asarray(all_.sweeps).tolist())) > 1
     for i in (0, 5):
         one = sample_parallel(
-            network, sampler.tableau, x_T[i : i + 1], key=keys[i : i + 1],
-            cond={"label": label[i : i + 1]}, **options,
-        )  # fmt: skip
+            network,
+            sampler.tableau,
+            x_T[i : i + 1],
+            key=keys[i : i + 1],
+            cond={"label": label[i : i + 1]},
+            **options,
+        )
         np.testing.assert_array_equal(one.sweeps[0], all_.sweeps[i])
         np.testing.assert_array_equal(one.evaluations[0], all_.evaluations[i])
         np.testing.assert_allclose(one.x[0], all_.x[i], atol=2e-4)

@@ -1,5 +1,7 @@
 """PSLD: its moments against their ODE, and samplers against the exact reverse ODE of a Gaussian."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from scipy.integrate import solve_ivp
 
 import diffsamp as ds
 from diffsamp import phase_space
+from diffsamp._core import random
 
 PROCESS = phase_space.psld(gamma=0.02, nu=4.02)
 MEAN, VARIANCE = 0.7, 0.3  # of the data, per element
@@ -152,6 +155,72 @@ def test_samples_have_the_datas_moments():
     np.testing.assert_allclose(padded, z[:4], atol=1e-4)
 
 
+def their_sde_step(method, z, s, h, following, zeta):
+    """One step of the reverse SDE in NumPy, from the equations of the papers; 0: no noise."""
+    beta, gamma, nu, mass = (getattr(PROCESS, k) for k in ("beta", "gamma", "nu", "mass"))
+    mean, cov = moments(PROCESS, s)
+    score = -(z - mean) @ np.linalg.inv(cov)
+    (x, m), (s_x, s_m) = z.T, score.T
+    if method == "euler_maruyama":
+        x_new = x + h * (beta / 2 * (gamma * x - m / mass) + gamma * beta * s_x)
+        m_new = m + h * (beta / 2 * (x + nu * m) + mass * nu * beta * s_m)
+        widths = np.sqrt(h * beta * np.array([gamma, mass * nu]))
+        return np.stack([x_new, m_new], -1) + (widths * zeta if following else 0)
+    if method == "sscs":
+        x = x + h * gamma * beta * (s_x + x)
+        m = m + h * mass * nu * beta * (s_m + m / mass)
+        after = (h + following) / 2
+        linear = beta / 2 * np.array([[-gamma, -1 / mass], [1, -nu]])
+
+        def rhs(t, y):
+            mean, cov = y[:4].reshape(2, 2), y[4:].reshape(2, 2)
+            spread = beta * np.diag([gamma, mass * nu])
+            grown = linear @ cov + cov @ linear.T + spread
+            return np.concatenate([(linear @ mean).ravel(), grown.ravel()])
+
+        start = np.concatenate([np.eye(2).ravel(), np.zeros(4)])
+        end = solve_ivp(rhs, (0, after), start, rtol=1e-12, atol=1e-15).y[:, -1]
+        moved = np.stack([x, m], -1) @ end[:4].reshape(2, 2).T
+        return moved + (zeta @ np.linalg.cholesky(end[4:].reshape(2, 2)).T if following else 0)
+    m = m + h * beta / 2 * (x + 2 * nu * m + 2 * mass * nu * s_m)
+    x = x + h * beta / 2 * (2 * gamma * x - m / mass + 2 * gamma * s_x)
+    rates = np.array([gamma, nu]) * beta * following
+    spread = np.sqrt(np.array([1, mass]) * -np.expm1(-rates))
+    return np.exp(-rates / 2) * np.stack([x, m], -1) + spread * zeta
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", ["euler_maruyama", "sscs", "reduced_oba"])
+def test_stochastic_steps_are_the_papers(method):
+    """Step by step with the same noise, and a padded tableau."""
+    times = np.array([1.0, 0.8, 0.55, 0.3, 0.1, 0.02])
+    steps, tableau = phase_space.sampler(network(PROCESS), times, method=method)
+    assert (tableau.nfe, tableau.stochastic) == (5, True)
+    keys = jax.random.split(jax.random.key(3), 4)
+    z_T = PROCESS.prior_sample(jax.random.key(0), (4, 2))
+    want = np.asarray(z_T)
+    for n, (s, t) in enumerate(itertools.pairwise(times)):
+        zeta = np.asarray(random.normal_like(keys, n, z_T))
+        following = t - times[n + 2] if n < 4 else 0.0
+        want = their_sde_step(method, want, s, s - t, following, zeta)
+    got = ds.sample(steps, tableau, z_T, key=keys)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
+    padded = ds.sample(steps, tableau.pad(rows=9, p=2, q=3), z_T, key=keys)
+    np.testing.assert_allclose(padded, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["euler_maruyama", "sscs", "reduced_oba"])
+def test_the_reverse_sde_ends_in_the_datas_law(method):
+    """700 steps, float32: mean and spread of data and momentum."""
+    times = ds.schedules.quadratic(PROCESS, 700, final="t_min")
+    steps, tableau = phase_space.sampler(network(PROCESS), times, method=method)
+    z_T = PROCESS.prior_sample(jax.random.key(0), (2000, 4, 2))
+    z = np.asarray(ds.sample(steps, tableau, z_T, key=jax.random.key(1))).reshape(-1, 2)
+    mean, cov = moments(PROCESS, float(times[-1]))
+    np.testing.assert_allclose(z.mean(0), mean, rtol=0, atol=0.03)
+    np.testing.assert_allclose(np.diag(np.cov(z.T)), np.diag(cov), rtol=0.06)  # 4 errors
+
+
 def test_bad_input():
     score_fn = network(PROCESS)
     for call, message in (
@@ -172,9 +241,12 @@ def test_bad_input():
         with pytest.raises(ValueError, match=message):
             call()
     steps, tableau = phase_space.sampler(score_fn, [1.0, 0.5, 0.1])
-    short = ds.Tableau(**{k: getattr(tableau, k)[:1 if k not in ("times", "alpha", "sigma") else 2]
-                          for k in ("times", "alpha", "sigma", "target", "a", "b", "c",
-                                    "evaluates")})  # fmt: skip
+    short = ds.Tableau(
+        **{
+            k: getattr(tableau, k)[: 1 if k not in ("times", "alpha", "sigma") else 2]
+            for k in ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates")
+        }
+    )
     with pytest.raises(ValueError, match="made for 4 rows; the tableau has 1"):
         ds.sample(steps, short, jnp.zeros((1, 2)))
     # what would read the steps as a data prediction

@@ -188,9 +188,12 @@ def test_small_sigma_loses_nothing_in_float32():
     x, f = x_0 + t * eps, truth("edm_f", process, t, x_0, eps)
     options = {"process": process, "t": jnp.float32(t), "sigma_data": SIGMA_DATA}
     got = convert(
-        jnp.asarray(f, jnp.float32), jnp.asarray(x, jnp.float32),
-        source="edm_f", target="noise", **options,
-    )  # fmt: skip
+        jnp.asarray(f, jnp.float32),
+        jnp.asarray(x, jnp.float32),
+        source="edm_f",
+        target="noise",
+        **options,
+    )
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, eps, atol=2e-6)
     # the detour through x_0 loses three digits

@@ -37,8 +37,13 @@ def test_is_jittable_and_independent_of_the_batch(network):
 
 
 def test_networks_without_a_batch_axis():
-    alone = ds.ScoreFn(lambda p, x, t: x * p, jnp.ones(()), ds.processes.flow(), batched=False,
-                       prediction="velocity")  # fmt: skip
+    alone = ds.ScoreFn(
+        lambda p, x, t: x * p,
+        jnp.ones(()),
+        ds.processes.flow(),
+        batched=False,
+        prediction="velocity",
+    )
     assert ds.sampler(alone, "ddpm", nfe=3)(jax.random.key(0), (4,)).shape == (4,)
 
 
@@ -50,3 +55,11 @@ def test_a_budget_that_cannot_be_met_names_those_that_can(network):
         ds.sampler(network, "rho_rk4", nfe=4)
     with pytest.raises(ValueError, match="`solver` must be one of 'ddim'"):
         ds.sampler(network, "nope", nfe=8)
+
+
+def test_options_that_change_the_budget_are_refused():
+    network = ds.targets.gaussian([0.0], 1.0).score_fn(ds.processes.vp_linear())
+    for name, options in (("sa_solver", {"mode": "PECE"}), ("bdia", {"method": "heun"})):
+        with pytest.raises(ValueError, match=r"build the tableau with ds\.solvers"):
+            ds.sampler(network, name, nfe=8, **options)
+    assert ds.sampler(network, "sa_solver", nfe=8, rescale=True).tableau.nfe == 8

@@ -39,9 +39,15 @@ def test_from_half_of_the_range(name, tmp_path):
     sampler, key = ds.Sampler(network, tableau), jax.random.key(0)
     found = {"Sampler": sampler(key, SHAPE), "jit": jax.jit(sampler, static_argnums=1)(key, SHAPE)}
     made = ds.generate(
-        network, tableau, SHAPE[0], tmp_path / "set", key=key, shape=SHAPE[1:], batch=SHAPE[0],
+        network,
+        tableau,
+        SHAPE[0],
+        tmp_path / "set",
+        key=key,
+        shape=SHAPE[1:],
+        batch=SHAPE[0],
         progress=False,
-    )  # fmt: skip
+    )
     found["generate"] = made.load()["x"]
     ds.export(sampler, tmp_path / "sampler.npz", shape=SHAPE[1:])
     found["export"] = ds.load_exported(tmp_path / "sampler.npz")(key, SHAPE[0])

@@ -236,8 +236,10 @@ def test_coefficients_with_axes_of_the_data():
     network = ds.targets.gaussian([0.3], 0.4).score_fn(process)
     columns = ds.ScoreFn(
         lambda f, x, t: jax.numpy.concatenate([f(x[:, :1], t), f(x[:, 1:], t)], axis=1),
-        network, process, prediction="data",
-    )  # fmt: skip
+        network,
+        process,
+        prediction="data",
+    )
     x_T = process.prior_sample(jax.random.key(0), (4, 2))
     got = ds.sample(columns, both.pad(rows=7), x_T)
     for i, tableau in enumerate((one, two)):

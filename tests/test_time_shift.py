@@ -171,3 +171,8 @@ def test_what_it_does_not_take():
         time_shift(ds.guidance.static_thresholding(EXACT, low=-1, high=1), window=0.1, cutoff=0.3)
     with pytest.raises(ValueError, match="needs a network with a batch axis"):
         time_shift(dataclasses.replace(EXACT, batched=False), window=0.1, cutoff=0.3)
+
+
+def test_published_settings_are_of_this_algorithm():
+    assert set(PUBLISHED) == {"default", "deis-5", "ddim_adm-5"}
+    assert all(0 < window < 0.1 and 0 < cutoff < 1 for window, cutoff in PUBLISHED.values())

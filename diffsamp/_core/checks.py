@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
+from diffsamp._core.types import Conditions, PyTree, Times, Value
+
 __all__ = ["expect_choice", "expect_cond", "expect_int", "expect_state", "expect_times"]
 
 
-def expect_times(times: Any, name: str = "times", *, may_rise: bool = False) -> np.ndarray:
+def expect_times(times: Times, name: str = "times", *, may_rise: bool = False) -> np.ndarray:
     """`times` as a float64 array of shape (n + 1,), n >= 1, strictly decreasing.
 
     Args:
@@ -49,7 +50,17 @@ def expect_times(times: Any, name: str = "times", *, may_rise: bool = False) -> 
     return array
 
 
-def expect_int(value: Any, name: str, at_least: int, at_most: int | None = None) -> int:
+def lowers(lower_order_final: bool | int, steps: int) -> bool:
+    """Whether a solver of so many steps lowers its order over the last of them.
+
+    A number means: only if there are fewer steps than that (the authors' codes: 10; diffusers: 15).
+    """
+    if isinstance(lower_order_final, bool | np.bool_):
+        return bool(lower_order_final)
+    return steps < expect_int(lower_order_final, "lower_order_final", 0)
+
+
+def expect_int(value: Value, name: str, at_least: int, at_most: int | None = None) -> int:
     """`value` as an int within bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"`{name}` must be an integer; got {value!r}.")
@@ -59,14 +70,14 @@ def expect_int(value: Any, name: str, at_least: int, at_most: int | None = None)
     return int(value)
 
 
-def expect_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
+def expect_choice(value: Value, name: str, choices: tuple[str, ...]) -> str:
     """`value` as one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
     return value
 
 
-def expect_cond(cond: Any, size: int | None) -> Any:
+def expect_cond(cond: Conditions | None, size: int | None) -> Value:
     """`cond` after checking that it is a mapping whose every array has `size` entries."""
     if cond is not None and not isinstance(cond, Mapping):
         raise TypeError(
@@ -82,7 +93,7 @@ def expect_cond(cond: Any, size: int | None) -> Any:
     return cond
 
 
-def expect_state(x: Any, name: str, batched: bool) -> int | None:
+def expect_state(x: PyTree, name: str, batched: bool) -> int | None:
     """Check that x is a pytree of floating arrays; returns its batch size (None if not batched)."""
     leaves = jax.tree.leaves(x)
     if not leaves:

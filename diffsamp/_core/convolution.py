@@ -30,27 +30,35 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.interpreters import mlir
 
+from diffsamp._core.types import Array, PyTree
+
 __all__ = ["fast_convolutions"]
 
 SWITCH = "DIFFSAMP_FAST_CONVOLUTIONS"
 # what JAX 0.10 passes to a lowering rule; with others the meaning may have moved
 PARAMETERS = {
-    "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
-    "feature_group_count", "batch_group_count", "precision", "preferred_element_type",
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "batch_group_count",
+    "precision",
+    "preferred_element_type",
     "out_sharding",
-}  # fmt: skip
+}
 TERMS = 49  # at most, in a sum of products written out: 7 x 7, one input
 FEW = 4  # inputs per group with which XLA's plain loops are faster than its grouped convolution
 
 
-Rule = Callable[..., Any]
+Rule = Callable[..., Array]
 
 
 def fast_convolutions(enabled: bool) -> bool:
@@ -67,7 +75,7 @@ def fast_convolutions(enabled: bool) -> bool:
     """
     try:
         rules = mlir._platform_specific_lowerings["cpu"]
-        present: Any = rules[lax.conv_general_dilated_p].rule
+        present: Array = rules[lax.conv_general_dilated_p].rule
         on = isinstance(present, functools.partial) and present.func is _lower
         if enabled and not on:
             rule = functools.partial(_lower, present)
@@ -80,7 +88,7 @@ def fast_convolutions(enabled: bool) -> bool:
     return enabled
 
 
-def _lower(own: Rule, ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+def _lower(own: Rule, ctx: Array, lhs: Array, rhs: Array, **params: PyTree) -> Array:
     """The rule: `own` is JAX's."""
     try:
         (left, right), (out,) = ctx.avals_in, ctx.avals_out
@@ -96,7 +104,7 @@ def _lower(own: Rule, ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
     return own(ctx, lhs, rhs, **params)
 
 
-def _form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Rule | None:
+def _form(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Rule | None:
     """The function that computes a convolution fast, or None for JAX's own rule."""
     sizes = (*lhs.shape, *rhs.shape, *out.shape)
     dims = lhs.ndim - 2
@@ -140,12 +148,12 @@ def _first(dims: int) -> lax.ConvDimensionNumbers:
     return lax.ConvDimensionNumbers(*[tuple(range(dims + 2))] * 3)
 
 
-def _unless(spec: Any, layout: Any, params: dict[str, Any]) -> Rule | None:
+def _unless(spec: Array, layout: Array, params: dict[str, PyTree]) -> Rule | None:
     """The convolution in another layout, or None if it is in that one."""
     return None if spec == layout else functools.partial(_in_layout, layout, params)
 
 
-def _in_layout(layout: Any, params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _in_layout(layout: Array, params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     spec = params["dimension_numbers"]
     lhs = lax.transpose(lhs, _order(spec.lhs_spec, layout.lhs_spec))
     rhs = lax.transpose(rhs, _order(spec.rhs_spec, layout.rhs_spec))
@@ -158,12 +166,12 @@ def _order(source: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
     return tuple(source[i] for i in np.argsort(target))
 
 
-def _convolve(lhs: Any, rhs: Any, params: dict[str, Any]) -> Any:
+def _convolve(lhs: Array, rhs: Array, params: dict[str, PyTree]) -> Array:
     # `bind`, not the function: the numbers are checked, and every one of them is passed on
     return lax.conv_general_dilated_p.bind(lhs, rhs, **params)
 
 
-def _channel_groups(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _channel_groups(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     """Groups of the batch side by side in the channels: (g, n), c to n, (g, c)."""
     spec, groups = params["dimension_numbers"], params["batch_group_count"]
     layout = _last(lhs.ndim - 2)
@@ -176,7 +184,7 @@ def _channel_groups(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
     return _in_layout(layout, params | changed, lhs, rhs)
 
 
-def _filled(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _filled(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     """The zeros of a dilated input and of the padding written out."""
     spec, none = params["dimension_numbers"], (0, 0, 0)
     widths = [none] * lhs.ndim
@@ -190,7 +198,7 @@ def _filled(params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
     return _in_layout(_last(dims), params | changed, lhs, rhs)
 
 
-def _sum_of_products(result: Any, params: dict[str, Any], lhs: Any, rhs: Any) -> Any:
+def _sum_of_products(result: Array, params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     """Channels first: the space is long, and the innermost loop runs over it."""
     spec, groups = params["dimension_numbers"], params["feature_group_count"]
     layout = _first(lhs.ndim - 2)
@@ -205,16 +213,31 @@ def _sum_of_products(result: Any, params: dict[str, Any], lhs: Any, rhs: Any) ->
     rhs = rhs.reshape(groups, outputs // groups, inputs, *kernel)
     space = [result.shape[axis] for axis in spec.out_spec[2:]]
     steps = list(zip(space, params["window_strides"], params["rhs_dilation"], strict=True))
-    terms = []
-    for i, *tap in itertools.product(range(inputs), *map(range, kernel)):
-        window = tuple(
-            slice(k * dilation, k * dilation + (size - 1) * stride + 1, stride)
-            for k, (size, stride, dilation) in zip(tap, steps, strict=True)
-        )
-        weight = rhs[(slice(None), slice(None), i, *tap)]
-        weight = weight.reshape(1, *weight.shape, *[1] * len(space))
-        terms.append(lhs[(slice(None), slice(None), i, None, *window)] * weight)
-    total = functools.reduce(lax.add, terms)
+
+    def products(lhs: Array, rhs: Array) -> Array:
+        terms = []
+        for i, *tap in itertools.product(range(inputs), *map(range, kernel)):
+            window = tuple(
+                slice(k * dilation, k * dilation + (size - 1) * stride + 1, stride)
+                for k, (size, stride, dilation) in zip(tap, steps, strict=True)
+            )
+            weight = rhs[(slice(None), slice(None), i, *tap)]
+            weight = weight.reshape(1, *weight.shape, *[1] * len(space))
+            terms.append(lhs[(slice(None), slice(None), i, None, *window)] * weight)
+        return functools.reduce(lax.add, terms)
+
+    # In two rounds or a few: what a loop gives is computed once, while XLA computes a sum again
+    # for every value that is made from it, and its inputs again for every term.
+    pieces = next(n for n in range(2, groups + 1) if groups % n == 0)
+    some = groups // pieces
+
+    def piece(k: Array, out: Array) -> Array:
+        part = lax.dynamic_slice_in_dim(lhs, k * some, some, 1)
+        made = products(part, lax.dynamic_slice_in_dim(rhs, k * some, some, 0))
+        return lax.dynamic_update_slice_in_dim(out, made, k * some, 1)
+
+    total = jnp.zeros((lhs.shape[0], groups, outputs // groups, *space), wide)
+    total = lax.fori_loop(0, pieces, piece, total)
     out = total.reshape(-1, outputs, *space).astype(result.dtype)
     return lax.transpose(out, _order(layout.out_spec, spec.out_spec))
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
 
 import jax
 import numpy as np
 
+from diffsamp._core.types import Key, Network, PyTree, Value
+
 __all__ = ["digest", "fingerprint", "seed_of"]
 
 
-def digest(*trees: Any) -> str:
+def digest(*trees: PyTree) -> str:
     """SHA-256 over the paths, shapes, dtypes and values of all arrays."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
@@ -26,12 +27,12 @@ def digest(*trees: Any) -> str:
     return found.hexdigest()
 
 
-def fingerprint(score_fn: Any) -> str:
+def fingerprint(score_fn: Network) -> str:
     """Of a network: its weights, its process and what was said of it; functions are not seen."""
     return digest(score_fn, np.frombuffer(json.dumps(_said(score_fn)).encode(), np.uint8))
 
 
-def _said(value: Any) -> Any:
+def _said(value: Value) -> Value:
     """Names and flags of a ScoreFn and of what is around it."""
     if isinstance(value, str | int | float | bool | None):
         return value
@@ -41,7 +42,7 @@ def _said(value: Any) -> Any:
     return [type(value).__name__, {name: _said(getattr(value, name)) for name in fields}]
 
 
-def seed_of(key: Any) -> list[int]:
+def seed_of(key: Key) -> list[int]:
     """The numbers of a random key, to be written down."""
     if key is None:
         return []

@@ -7,7 +7,8 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from diffsamp._core.types import Value
 
 __all__ = ["read_json", "remove_temporaries", "write_atomically"]
 
@@ -51,7 +52,7 @@ def _umask() -> int:
     return mask
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Value:
     """What a JSON file holds.
 
     Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+
+from diffsamp._core.types import Value
 
 __all__ = ["ProgressBar"]
 
@@ -30,17 +31,21 @@ class ProgressBar:
             self._what, self._tenth = what, -1
             # without a terminal it only keeps the time
             self._bar = self._make(
-                total=total, initial=done, desc=what, leave=False, file=sys.stderr,
+                total=total,
+                initial=done,
+                desc=what,
+                leave=False,
+                file=sys.stderr,
                 **({} if terminal else {"mininterval": float("inf"), "delay": float("inf")}),
-            )  # fmt: skip
-        bar: Any = self._bar
+            )
+        bar: Value = self._bar
         bar.update(done - bar.n)
         if not terminal:
             self._line(bar, done, total)
         if done >= total:
             self.close()
 
-    def _line(self, bar: Any, done: int, total: int) -> None:
+    def _line(self, bar: Value, done: int, total: int) -> None:
         """A line, where another tenth is done."""
         tenth = 10 * done // max(total, 1)
         if tenth > self._tenth:

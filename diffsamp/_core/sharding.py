@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from diffsamp._core.types import Network, PyTree, Sharding
+
 __all__ = ["expect_sharding", "on_mesh", "put"]
 
 
-def expect_sharding(sharding: Any, batch: int | None = None) -> None:
+def expect_sharding(sharding: Sharding, batch: int | None = None) -> None:
     """Raise unless `sharding` is None, or spreads a batch axis, of `batch` samples, over a mesh.
 
     Raises:
@@ -33,7 +33,7 @@ def expect_sharding(sharding: Any, batch: int | None = None) -> None:
         )
 
 
-def put(tree: Any, sharding: Any) -> Any:
+def put(tree: PyTree, sharding: Sharding) -> PyTree:
     """The arrays of a batch, in a sharding if there is one.
 
     A batch that does not divide among the devices, such as the last of a set, is put whole on each.
@@ -45,7 +45,7 @@ def put(tree: Any, sharding: Any) -> Any:
     return jax.device_put(tree, _everywhere(sharding) if whole else sharding)
 
 
-def on_mesh(score_fn: Any, sharding: Any) -> Any:
+def on_mesh(score_fn: Network, sharding: Sharding) -> PyTree:
     """The network with its weights on the mesh, so that they are moved once and not at every call.
 
     Weights that lie on these devices already, such as those of a model that is sharded itself, stay
@@ -54,7 +54,7 @@ def on_mesh(score_fn: Any, sharding: Any) -> Any:
     if sharding is None:
         return score_fn
 
-    def move(leaf: Any) -> Any:
+    def move(leaf: PyTree) -> PyTree:
         if not isinstance(leaf, jax.Array) or leaf.sharding.device_set == sharding.device_set:
             return leaf
         return jax.device_put(leaf, _everywhere(sharding))

@@ -7,14 +7,13 @@ what a user sees; it needs thousands of samples.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import working_dtype
+from diffsamp._core.types import Array, Key, PyTree
 
 __all__ = [
     "frechet_distance",
@@ -26,7 +25,7 @@ __all__ = [
 ]
 
 
-def mean_squared_error(x: Any, reference: Any) -> jax.Array:
+def mean_squared_error(x: PyTree, reference: PyTree) -> jax.Array:
     """Mean squared difference of each sample over its own axes; (batch, ...) -> (batch,).
 
     In float32 at least: differences of integers (8-bit images) would wrap around.
@@ -42,12 +41,12 @@ def mean_squared_error(x: Any, reference: Any) -> jax.Array:
     return jnp.mean(jnp.square(x - reference).reshape(x.shape[0], -1), axis=1)
 
 
-def rmse(x: Any, reference: Any) -> jax.Array:
+def rmse(x: PyTree, reference: PyTree) -> jax.Array:
     """Root of the mean squared error over all samples, in units of x; a scalar."""
     return jnp.sqrt(jnp.mean(mean_squared_error(x, reference)))
 
 
-def psnr(x: Any, reference: Any, *, data_range: float = 2.0) -> jax.Array:
+def psnr(x: PyTree, reference: PyTree, *, data_range: float = 2.0) -> jax.Array:
     """Peak signal-to-noise ratio in dB, the mean over samples of 20 log10(range) - 10 log10(MSE).
 
     Args:
@@ -65,7 +64,7 @@ def psnr(x: Any, reference: Any, *, data_range: float = 2.0) -> jax.Array:
     return jnp.mean(20 * jnp.log10(jnp.asarray(data_range, error.dtype)) - 10 * jnp.log10(error))
 
 
-def _sets(least: int, **named: Any) -> list[np.ndarray]:
+def _sets(least: int, **named: Array) -> list[np.ndarray]:
     """The sets in float64, flattened to (n, dim), checked to have as many dimensions."""
     sets = []
     for name, values in named.items():
@@ -82,7 +81,7 @@ def _sets(least: int, **named: Any) -> list[np.ndarray]:
     return sets
 
 
-def frechet_distance(features: Any, reference: Any) -> float:
+def frechet_distance(features: PyTree, reference: PyTree) -> float:
     """Frechet distance between the Gaussians fitted to two sets of features.
 
     |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), in float64 on the host. On Inception features
@@ -112,7 +111,7 @@ def frechet_distance(features: Any, reference: Any) -> float:
     return float(difference @ difference + np.trace(cov_1) + np.trace(cov_2) - 2 * cross)
 
 
-def kernel_distance(features: Any, reference: Any) -> float:
+def kernel_distance(features: PyTree, reference: PyTree) -> float:
     """Squared maximum mean discrepancy with the kernel (x . y / dim + 1)^3, unbiased.
 
     On Inception features it is KID (Binkowski et al. 2018, arXiv:1801.01401). Unlike a Frechet
@@ -141,7 +140,7 @@ def kernel_distance(features: Any, reference: Any) -> float:
     return within(x) + within(y) - 2 * float(similarity(x, y).mean())
 
 
-def sliced_wasserstein(x: Any, reference: Any, key: Any, *, projections: int = 256) -> float:
+def sliced_wasserstein(x: PyTree, reference: PyTree, key: Key, *, projections: int = 256) -> float:
     """Root mean squared 2-Wasserstein distance over random one-dimensional projections.
 
     Sees what a Frechet distance does not: shapes beyond mean and covariance.

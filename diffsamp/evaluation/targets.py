@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from diffsamp import predictions
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import as_float, is_concrete, namespace
+from diffsamp._core.types import Array, Key, PyTree, Value
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
@@ -32,7 +32,7 @@ class Target(abc.ABC):
     """A distribution of vectors with exact posterior means. A pytree."""
 
     @abc.abstractmethod
-    def posterior(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    def posterior(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, Array]:
         """E[x_0 | x] and E[eps | x] at x = alpha x_0 + sigma eps.
 
         Args:
@@ -45,11 +45,11 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
-    def log_prob(self, x: Any, alpha: Any = 1.0, sigma: Any = 0.0) -> Any:
+    def log_prob(self, x: PyTree, alpha: Array = 1.0, sigma: Array = 0.0) -> Array:
         """Log density of alpha x_0 + sigma eps at x (batch, dim); shape (batch,), nats."""
 
     @abc.abstractmethod
-    def sample(self, key: Any, n: int) -> jax.Array:
+    def sample(self, key: Key, n: int) -> jax.Array:
         """n samples, (n, dim)."""
 
     def score_fn(self, process: Process, prediction: str = "data") -> ScoreFn:
@@ -67,8 +67,8 @@ class Target(abc.ABC):
         )
 
 
-def _make_apply(name: str) -> Any:
-    def apply(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+def _make_apply(name: str) -> Array:
+    def apply(params: PyTree, x: jax.Array, t: jax.Array) -> jax.Array:
         target, process = params
         level = Level(t, process.alpha(t), process.sigma(t))
         flat = x.reshape(x.shape[0], -1)
@@ -83,7 +83,7 @@ def _make_apply(name: str) -> Any:
 _APPLY = {name: _make_apply(name) for name in predictions.NAMES}
 
 
-def _column(value: Any, x: Any) -> Any:
+def _column(value: Value, x: PyTree) -> Array:
     """A scalar or per-sample number as (1,) or (batch,) of x's dtype."""
     value = as_float(value, x)
     return value.reshape(-1)
@@ -101,12 +101,12 @@ class GaussianMixture(Target):
       bases: (K, dim, dim) eigenvectors, in columns.
     """
 
-    log_weights: Any
-    means: Any
-    variances: Any
-    bases: Any
+    log_weights: Array
+    means: Array
+    variances: Array
+    bases: Array
 
-    def _parts(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, ...]:
+    def _parts(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, ...]:
         xp = namespace(x, alpha, sigma, self.means)
         x = as_float(x, self.means)
         alpha, sigma = _column(alpha, x), _column(sigma, x)
@@ -119,7 +119,7 @@ class GaussianMixture(Target):
         exponent = -0.5 * xp.sum(y * y / spread + xp.log(2 * np.pi * spread), axis=2)
         return xp, alpha, sigma, means, bases, variances, y, spread, exponent + log_weights[None]
 
-    def posterior(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    def posterior(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, Array]:
         xp, alpha, sigma, means, bases, variances, y, spread, log_joint = self._parts(
             x, alpha, sigma
         )
@@ -127,19 +127,19 @@ class GaussianMixture(Target):
         share = share / xp.sum(share, axis=1, keepdims=True)
         scaled = y / spread
 
-        def back(coordinates: Any) -> Any:
+        def back(coordinates: Array) -> Array:
             return xp.sum(bases[None] * coordinates[:, :, None, :], axis=3)
 
         data = means[None] + back(alpha[:, None, None] * variances[None] * scaled)
         noise = back(sigma[:, None, None] * scaled)
         return tuple(xp.sum(share[:, :, None] * part, axis=1) for part in (data, noise))
 
-    def log_prob(self, x: Any, alpha: Any = 1.0, sigma: Any = 0.0) -> Any:
+    def log_prob(self, x: PyTree, alpha: Array = 1.0, sigma: Array = 0.0) -> Array:
         xp, *_, log_joint = self._parts(x, alpha, sigma)
         top = xp.max(log_joint, axis=1)
         return top + xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1))
 
-    def sample(self, key: Any, n: int) -> jax.Array:
+    def sample(self, key: Key, n: int) -> jax.Array:
         expect_int(n, "n", at_least=1)
 
         def draw(key: jax.Array) -> jax.Array:
@@ -162,7 +162,7 @@ class GaussianMixture(Target):
         spread = np.einsum("k,ki,kj->ij", weights, means - mean, means - mean)
         return mean, np.einsum("k,kij->ij", weights, covs) + spread
 
-    def ode_solution(self, x: Any, process: Process, t: float, t_end: float) -> np.ndarray:
+    def ode_solution(self, x: PyTree, process: Process, t: float, t_end: float) -> np.ndarray:
         """The exact probability-flow ODE solution at t_end through x at t, float64 on the host.
 
         Args:
@@ -228,9 +228,9 @@ class Empirical(Target):
       points: (K, dim).
     """
 
-    points: Any
+    points: PyTree
 
-    def _log_joint(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, ...]:
+    def _log_joint(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, ...]:
         xp = namespace(x, alpha, sigma, self.points)
         x = as_float(x, self.points)
         alpha, sigma = _column(alpha, x), _column(sigma, x)
@@ -239,28 +239,28 @@ class Empirical(Target):
         square = xp.sum(offset * offset, axis=2)
         return xp, x, alpha, sigma, points, -0.5 * square / (sigma**2)[:, None]
 
-    def posterior(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    def posterior(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, Array]:
         xp, x, alpha, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
         share = xp.exp(log_joint - xp.max(log_joint, axis=1, keepdims=True))
         share = share / xp.sum(share, axis=1, keepdims=True)
         data = xp.sum(share[:, :, None] * points[None], axis=1)
         return data, (x - alpha[:, None] * data) / sigma[:, None]
 
-    def log_prob(self, x: Any, alpha: Any = 1.0, sigma: Any = 0.0) -> Any:
+    def log_prob(self, x: PyTree, alpha: Array = 1.0, sigma: Array = 0.0) -> Array:
         """As `Target.log_prob`; there is no density at sigma = 0, where it is -inf or NaN."""
         xp, x, _, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
         top = xp.max(log_joint, axis=1)
         total = xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1)) - np.log(points.shape[0])
         return top + total - 0.5 * points.shape[1] * xp.log(2 * np.pi * sigma**2)
 
-    def sample(self, key: Any, n: int) -> jax.Array:
+    def sample(self, key: Key, n: int) -> jax.Array:
         expect_int(n, "n", at_least=1)
         size = np.shape(self.points)[0]
         index = jax.vmap(lambda k: jax.random.randint(k, (), 0, size))(random.sample_keys(key, n))
         return jnp.asarray(self.points, jnp.float32)[index]
 
 
-def gaussian_mixture(weights: Any, means: Any, covs: Any) -> GaussianMixture:
+def gaussian_mixture(weights: Array, means: Array, covs: Array) -> GaussianMixture:
     """A Gaussian mixture.
 
     Args:
@@ -303,12 +303,12 @@ def gaussian_mixture(weights: Any, means: Any, covs: Any) -> GaussianMixture:
     return GaussianMixture(np.log(weights / weights.sum()), means, variances, bases)
 
 
-def gaussian(mean: Any, cov: Any) -> GaussianMixture:
+def gaussian(mean: Array, cov: Array) -> GaussianMixture:
     """One Gaussian: mean (dim,), cov a variance, (dim,) or (dim, dim)."""
     return gaussian_mixture([1.0], np.asarray(mean)[None], np.asarray(cov, np.float64)[None])
 
 
-def empirical(points: Any) -> Empirical:
+def empirical(points: PyTree) -> Empirical:
     """The uniform distribution on points (K, ...), flattened to (K, dim).
 
     Raises:

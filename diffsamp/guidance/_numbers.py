@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import as_float, namespace, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, PyTree, Value
 from diffsamp.guidance.transform import per_row
 from diffsamp.predictions import Level
 
 __all__ = ["Mixture", "Numbers", "as_partial", "mixture", "scale_numbers", "weight_numbers"]
 
 
-def as_partial(f: Callable[..., Any], what: str) -> jax.tree_util.Partial:
+def as_partial(f: Callable[..., PyTree], what: str) -> jax.tree_util.Partial:
     """A function as a pytree: itself static, the arguments bound to it leaves.
 
     Raises:
@@ -43,7 +43,7 @@ class Numbers:
       pair: read the one number w as the two (w, 1 - w).
     """
 
-    value: Any
+    value: Value
     kind: str = dataclasses.field(metadata={"static": True})
     name: str | None = dataclasses.field(metadata={"static": True})
     what: str = dataclasses.field(metadata={"static": True})
@@ -60,13 +60,13 @@ class Numbers:
         """Whether rows may differ, so that it pays to look for those where a term is silent."""
         return self.kind in ("rows", "function")
 
-    def for_samples(self, numbers: Any) -> Numbers:
+    def for_samples(self, numbers: Array) -> Numbers:
         """As `Transform.for_samples`."""
         if self.kind != "samples":
             return self
         return dataclasses.replace(self, value=self.value[numbers])
 
-    def bind(self, level: Level) -> tuple[Any, ...] | None:
+    def bind(self, level: Level) -> tuple[PyTree, ...] | None:
         """`width` arrays of the level's shape; None if only a call knows them.
 
         Raises:
@@ -82,7 +82,7 @@ class Numbers:
         columns = list(value) if self.width is not None else [value]
         return self._pair(tuple(self._column(column, level) for column in columns))
 
-    def read(self, bound: tuple[Any, ...] | None, x: Any, cond: Mapping[str, Any] | None) -> Any:
+    def read(self, bound: tuple[Bound, ...] | None, x: PyTree, cond: Conditions | None) -> PyTree:
         """The numbers at one call: `width` arrays of shape () or (batch,)."""
         if bound is not None:
             return bound
@@ -98,10 +98,10 @@ class Numbers:
         columns = [value] if self.width is None else [value[:, i] for i in range(self.width)]
         return self._pair(tuple(columns))
 
-    def _pair(self, columns: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _pair(self, columns: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         return (columns[0], 1 - columns[0]) if self.pair else columns
 
-    def _column(self, column: Any, level: Level) -> Any:
+    def _column(self, column: PyTree, level: Level) -> PyTree:
         column = as_float(column, level.alpha)
         if np.shape(column) not in ((), np.shape(level.alpha)):
             raise ValueError(
@@ -112,7 +112,7 @@ class Numbers:
 
 
 def scale_numbers(
-    value: Any, what: str = "scale", *, pair: bool = False, rows: bool = False
+    value: Value, what: str = "scale", *, pair: bool = False, rows: bool = False
 ) -> Numbers:
     """A number, one per sample (an array or the name of an entry of `cond`), or f(level)."""
     if isinstance(value, str):
@@ -130,7 +130,7 @@ def scale_numbers(
     return Numbers(value if np.ndim(value) else _number(value, what), kind, None, what, None, pair)
 
 
-def weight_numbers(value: Any, width: int, what: str = "weights") -> Any:
+def weight_numbers(value: Value, width: int, what: str = "weights") -> PyTree:
     """`width` weights: (width,), (rows, width), f(level), the name of a `cond` entry, a mixture."""
     if isinstance(value, Mixture):
         return value
@@ -157,7 +157,7 @@ class Mixture:
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     varies: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def for_samples(self, numbers: Any) -> Mixture:
+    def for_samples(self, numbers: Array) -> Mixture:
         """As `Transform.for_samples`: nothing here belongs to a sample."""
         del numbers
         return self
@@ -166,7 +166,7 @@ class Mixture:
         """The level, which the classifier is told."""
         return Level(*(as_float(v, level.alpha) for v in level))
 
-    def read(self, bound: Level, x: Any, cond: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    def read(self, bound: Level, x: PyTree, cond: Conditions | None) -> tuple[PyTree, ...]:
         """One weight per term and sample."""
         del cond
         logits = as_float(self.log_prob(x, bound))
@@ -174,7 +174,7 @@ class Mixture:
         return tuple(share[..., i] for i in range(share.shape[-1]))
 
 
-def mixture(log_prob: Callable[[Any, Level], Any]) -> Mixture:
+def mixture(log_prob: Callable[[PyTree, Level], PyTree]) -> Mixture:
     """Weights of `combine` for a mixture of the terms' distributions.
 
     E = sum_i w_i(x, t) E_i with w = softmax(log p_i(x_t)), the share of each in the state.
@@ -188,7 +188,7 @@ def mixture(log_prob: Callable[[Any, Level], Any]) -> Mixture:
     return Mixture(as_partial(log_prob, "log_prob"))
 
 
-def _number(value: Any, what: str) -> Any:
+def _number(value: Value, what: str) -> PyTree:
     if isinstance(value, jax.Array):
         return value
     try:

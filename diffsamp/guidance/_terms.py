@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp._core.types import Array, Bound, Conditions, Network, PyTree, Value
 from diffsamp.predictions import Level
 from diffsamp.score import expect_score_fn, for_samples
 
@@ -33,35 +33,37 @@ class Terms:
       batched: ask terms of one network in one call; else one after another.
     """
 
-    networks: tuple[Any, ...]
-    overrides: tuple[Mapping[str, Any], ...]
+    networks: tuple[PyTree, ...]
+    overrides: tuple[Mapping[str, PyTree], ...]
     which: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     costs: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     batched: bool = dataclasses.field(metadata={"static": True})
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> tuple[Any, ...]:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> tuple[PyTree, ...]:
         """Every network's bound numbers."""
         return tuple(network.bind(level, target) for network in self.networks)
 
-    def check_bound(self, bound: tuple[Any, ...], level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: tuple[Bound, ...], level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`, for every network."""
         for network, own in zip(self.networks, bound, strict=True):
             network.check_bound(own, level, evaluates)
 
-    def for_samples(self, numbers: Any) -> Terms:
+    def for_samples(self, numbers: Array) -> Terms:
         """As `Transform.for_samples`, for every network."""
         networks = tuple(for_samples(network, numbers) for network in self.networks)
         return dataclasses.replace(self, networks=networks)
 
-    def cost(self, what: str = "nfe_factor", terms: int | None = None) -> Any:
+    def cost(self, what: str = "nfe_factor", terms: int | None = None) -> PyTree:
         """The sum of a count per call over the first `terms` terms, each times its own cost."""
         pairs = list(zip(self.which, self.costs, strict=True))[:terms]
         return sum(cost * getattr(self.networks[i], what, 0) for i, cost in pairs)
 
-    def predict(self, x: Any, bound: tuple[Any, ...], cond: Any, terms: int | None = None) -> Any:
+    def predict(
+        self, x: PyTree, bound: tuple[Bound, ...], cond: Conditions | None, terms: int | None = None
+    ) -> PyTree:
         """A list of what every term says, or of what the first `terms` of them say."""
         which = self.which[:terms]
-        parts: list[Any] = [None] * len(which)
+        parts: list[PyTree] = [None] * len(which)
         for number, network in enumerate(self.networks):
             mine = [i for i, index in enumerate(which) if index == number]
             if mine:
@@ -73,7 +75,9 @@ class Terms:
 
 
 def make_terms(
-    terms: Sequence[tuple[Any, Mapping[str, Any]]], batched: bool, costs: Sequence[float] | None
+    terms: Sequence[tuple[PyTree, Mapping[str, PyTree]]],
+    batched: bool,
+    costs: Sequence[float] | None,
 ) -> Terms:
     """Terms from the caller's pairs, checked.
 
@@ -84,7 +88,7 @@ def make_terms(
     terms = list(terms)
     if not terms:
         raise ValueError("`terms` must hold at least one pair (score_fn, conditions).")
-    networks, which, overrides = list[Any](), list[int](), list[Mapping[str, Any]]()
+    networks, which, overrides = list[PyTree](), list[int](), list[Mapping[str, PyTree]]()
     for term in terms:
         if not (isinstance(term, tuple | list) and len(term) == 2):
             raise TypeError(
@@ -109,7 +113,7 @@ def make_terms(
     return Terms(tuple(networks), tuple(overrides), tuple(which), costs, batched)
 
 
-def without(cond: Mapping[str, Any] | None, names: Sequence[str]) -> Mapping[str, Any] | None:
+def without(cond: Conditions | None, names: Sequence[str]) -> Mapping[str, PyTree] | None:
     """The conditions of the network: all but those that a transform reads itself.
 
     Raises:
@@ -122,8 +126,13 @@ def without(cond: Mapping[str, Any] | None, names: Sequence[str]) -> Mapping[str
 
 
 def _ask(
-    network: Any, x: Any, bound: Any, cond: Any, overrides: list[Mapping[str, Any]], batched: bool
-) -> list[Any]:
+    network: Network,
+    x: PyTree,
+    bound: Bound,
+    cond: Conditions | None,
+    overrides: list[Mapping[str, PyTree]],
+    batched: bool,
+) -> list[PyTree]:
     given = dict(cond or {})
     size = np.shape(jax.tree.leaves(x)[0])[0] if network.batched else None
     own = [
@@ -162,14 +171,14 @@ def _ask(
 
 
 def _together(
-    network: Any, x: Any, bound: Any, rest: Any, stacked: Any, count: int, size: int
-) -> list[Any]:
+    network: Network, x: PyTree, bound: Bound, rest: PyTree, stacked: PyTree, count: int, size: int
+) -> list[PyTree]:
     """One call, each sample beside itself: a batch spread over devices stays where it is."""
 
-    def repeat(leaf: Any) -> Any:
+    def repeat(leaf: PyTree) -> PyTree:
         return jnp.repeat(leaf, count, axis=0)
 
-    def repeat_own(leaf: Any) -> Any:
+    def repeat_own(leaf: PyTree) -> PyTree:
         return repeat(leaf) if _is_per_sample(leaf, size) else leaf
 
     inner = jax.tree.map(lambda v: repeat(jnp.asarray(v)) if jnp.ndim(v) else v, bound)
@@ -182,12 +191,12 @@ def _together(
     return [jax.tree.map(lambda v, i=i: v[:, i], split) for i in range(count)]
 
 
-def _is_per_sample(leaf: Any, size: int | None) -> bool:
+def _is_per_sample(leaf: PyTree, size: int | None) -> bool:
     """Whether a condition has one entry per sample; others are shared by the whole batch."""
     return size is None or np.shape(leaf)[:1] == (size,)
 
 
-def _expect_per_sample(name: str, value: Any, size: int | None) -> None:
+def _expect_per_sample(name: str, value: Value, size: int | None) -> None:
     for leaf in jax.tree.leaves(value):
         if not _is_per_sample(leaf, size):
             raise ValueError(
@@ -197,10 +206,10 @@ def _expect_per_sample(name: str, value: Any, size: int | None) -> None:
             )
 
 
-def _own(name: str, value: Any, given: Mapping[str, Any], size: int | None) -> Any:
+def _own(name: str, value: Value, given: Mapping[str, PyTree], size: int | None) -> PyTree:
     """A term's own value of a condition, one per sample, of the dtype of what `cond` holds."""
 
-    def like(leaf: Any, old: Any) -> Any:
+    def like(leaf: PyTree, old: PyTree) -> PyTree:
         shape, own = np.shape(old), np.shape(leaf)
         if own != shape[len(shape) - len(own) :] and own[:1] != shape[:1]:
             raise ValueError(
@@ -210,14 +219,14 @@ def _own(name: str, value: Any, given: Mapping[str, Any], size: int | None) -> A
         leaf = jnp.asarray(leaf) if dtype is None else jnp.asarray(leaf).astype(dtype)
         return jnp.broadcast_to(leaf, shape)
 
-    def spread(leaf: Any) -> Any:
+    def spread(leaf: PyTree) -> PyTree:
         leaf = jnp.asarray(leaf)
         whole = leaf.ndim and _is_per_sample(leaf, size)
         return leaf if size is None or whole else jnp.broadcast_to(leaf, (size, *leaf.shape))
 
     if name not in given:
         return jax.tree.map(spread, value)
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (value, given[name])]
+    structures: list[PyTree] = [jax.tree.structure(tree) for tree in (value, given[name])]
     if structures[0] != structures[1]:
         return jax.tree.map(lambda old: like(value, old), given[name])
     return jax.tree.map(like, value, given[name])

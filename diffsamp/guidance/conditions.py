@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from diffsamp._core import random
 from diffsamp._core.numeric import namespace, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, Key, Network, PyTree
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
@@ -22,9 +23,9 @@ _STREAM = 0xCAD5  # its own noise, should the caller give the sampler's key here
 
 
 class _AnnealedBound(NamedTuple):
-    inner: Any
-    row: Any
-    share: Any
+    inner: Bound
+    row: Array
+    share: PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -32,21 +33,21 @@ class _AnnealedBound(NamedTuple):
 class Annealed(Transform):
     """A network whose conditions are noised at high noise levels; made by `anneal_condition`."""
 
-    score_fn: Any
-    key: Any
-    scale: Any
-    mix: Any
+    score_fn: Network
+    key: Key
+    scale: Array
+    mix: PyTree
     tau: tuple[float, float] = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
-    def for_samples(self, numbers: Any) -> Annealed:
+    def for_samples(self, numbers: Array) -> Annealed:
         """As `Transform.for_samples`, with the keys of these samples."""
         new: Annealed = super().for_samples(numbers)
         key = random.typed(self.key)
         keys = key[numbers] if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         return dataclasses.replace(new, key=keys)
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _AnnealedBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _AnnealedBound:
         """As `ScoreFn.bind`, and how much of the condition each row keeps."""
         per_row(level, "anneal_condition")
         rows = np.arange(np.shape(level.t)[0], dtype=np.int32)
@@ -58,7 +59,7 @@ class Annealed(Transform):
         share = xp.clip((high - u) / (high - low), 0, 1)
         return _AnnealedBound(self.score_fn.bind(level, target), rows, share)
 
-    def predict(self, x: Any, bound: _AnnealedBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _AnnealedBound, cond: Conditions | None = None) -> PyTree:
         """The prediction under this row's conditions."""
         given = dict(cond or {})
         missing = [name for name in self.names if name not in given]
@@ -82,7 +83,7 @@ class Annealed(Transform):
         noised = jax.tree.map(lambda c, n: self._noised(jnp.asarray(c), n, bound.share), own, noise)
         return self.score_fn.predict(x, bound.inner, {**given, **noised})
 
-    def _noised(self, c: jax.Array, n: jax.Array, share: Any) -> jax.Array:
+    def _noised(self, c: jax.Array, n: jax.Array, share: PyTree) -> jax.Array:
         wide, n = (v.astype(working_dtype(c.dtype)) for v in (c, n))
         kept, added = (scale_rows(v, wide) for v in (jnp.sqrt(share), jnp.sqrt(1 - share)))
         new = kept * wide + added * jnp.asarray(self.scale, wide.dtype) * n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from diffsamp import predictions
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, PyTree, Value
 from diffsamp.guidance._numbers import Numbers, as_partial, scale_numbers
 from diffsamp.guidance._terms import Terms, make_terms, without
 from diffsamp.guidance.transform import Transform, per_row
@@ -35,17 +36,17 @@ class Row(NamedTuple):
     """What a rule may know besides the predictions, at one call."""
 
     level: Level
-    scale: Any
-    cond: Mapping[str, Any] | None
+    scale: Array
+    cond: Conditions | None
 
 
 class _RuleBound(NamedTuple):
-    inner: Any
+    inner: Bound
     level: Level
-    scale: Any
-    gain: Any
-    r: Any
-    s: Any
+    scale: Array
+    gain: PyTree
+    r: Array
+    s: Array
 
 
 @jax.tree_util.register_dataclass
@@ -56,12 +57,12 @@ class Rule(Transform):
     terms: Terms
     f: jax.tree_util.Partial
     scale: Numbers | None
-    gain: Any
+    gain: PyTree
     meant_in: str = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def score_fn(self) -> Any:
+    def score_fn(self) -> PyTree:
         """The first term's network."""
         return self.terms.networks[0]
 
@@ -84,13 +85,13 @@ class Rule(Transform):
         pairs = zip(self.terms.which, self.terms.costs, strict=True)
         return sum(cost * self.terms.networks[i].nfe(tableau) for i, cost in pairs)
 
-    def for_samples(self, numbers: Any) -> Rule:
+    def for_samples(self, numbers: Array) -> Rule:
         """As `Transform.for_samples`."""
         scale = None if self.scale is None else self.scale.for_samples(numbers)
         return dataclasses.replace(self, terms=self.terms.for_samples(numbers), scale=scale)
 
     @silence
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _RuleBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _RuleBound:
         """The networks' predictions as the rule means them, and how the row's own follows."""
         w0, w1, g = predictions.weights(self.meant_in, self.process, level, self.sigma_data)
         xp = namespace(level.alpha, level.sigma)
@@ -104,7 +105,7 @@ class Rule(Transform):
             inner, at, None if self.scale is None else self.scale.bind(level), gain, r, s
         )
 
-    def check_bound(self, bound: _RuleBound, level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: _RuleBound, level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`, for the networks and for the way back."""
         self.terms.check_bound(bound.inner, level, evaluates)
         if not is_concrete(bound.r, bound.s, evaluates):
@@ -117,7 +118,7 @@ class Rule(Transform):
                 "rule in another prediction."
             )
 
-    def predict(self, x: Any, bound: _RuleBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _RuleBound, cond: Conditions | None = None) -> PyTree:
         """The row's prediction from the rule's."""
         own = () if self.scale is None else self.scale.names
         network_cond = without(cond, (*self.names, *own))
@@ -138,7 +139,7 @@ class Rule(Transform):
         return jax.tree.map(back, value, wide[0], x)
 
 
-def _expect_like(value: Any, x: Any) -> None:
+def _expect_like(value: Value, x: PyTree) -> None:
     shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (value, x)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -146,24 +147,24 @@ def _expect_like(value: Any, x: Any) -> None:
         )
 
 
-def _plain(f: Any, parts: list[Any], row: Row) -> Any:
+def _plain(f: PyTree, parts: list[PyTree], row: Row) -> PyTree:
     return f(parts, row.level)
 
 
-def _scaled(f: Any, parts: list[Any], row: Row) -> Any:
+def _scaled(f: PyTree, parts: list[PyTree], row: Row) -> PyTree:
     return f(parts, row.level, row.scale)
 
 
-def _alone(f: Any, parts: list[Any], row: Row) -> Any:
+def _alone(f: PyTree, parts: list[PyTree], row: Row) -> PyTree:
     return f(parts[0], row.level, row.cond)
 
 
 def rule(
-    terms: Sequence[tuple[ScoreFn | Transform, Mapping[str, Any]]],
-    f: Callable[..., Any],
+    terms: Sequence[tuple[ScoreFn | Transform, Mapping[str, PyTree]]],
+    f: Callable[..., PyTree],
     *,
     prediction: str = "data",
-    scale: Any = None,
+    scale: Array = None,
     batched: bool = True,
     costs: Sequence[float] | None = None,
 ) -> Rule:
@@ -207,8 +208,8 @@ def scaled_rule(terms: Terms, f: jax.tree_util.Partial, scale: Numbers, predicti
 
 def on_data(
     score_fn: ScoreFn | Transform,
-    f: Callable[[Any, Level, Mapping[str, Any] | None], Any],
-    gain: Any = None,
+    f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree],
+    gain: PyTree = None,
     *,
     names: Sequence[str] = (),
 ) -> Rule:
@@ -238,7 +239,7 @@ def on_data(
 
 def on_noise(
     score_fn: ScoreFn | Transform,
-    f: Callable[[Any, Level, Mapping[str, Any] | None], Any],
+    f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree],
     *,
     names: Sequence[str] = (),
 ) -> Rule:
@@ -295,7 +296,7 @@ def keep_noise(tableau: Tableau) -> np.ndarray:
     return gain
 
 
-def _expect_gain(gain: Any) -> Any:
+def _expect_gain(gain: PyTree) -> PyTree:
     if gain is not None and np.ndim(gain) < 1:
         raise ValueError(
             "`gain` must hold one number per row of the tableau, such as keep_noise(tableau); got "
@@ -324,7 +325,7 @@ def static_thresholding(
     return on_data(score_fn, jax.tree_util.Partial(_clip, float(low), float(high)))
 
 
-def _clip(low: Any, high: Any, data: Any, level: Level, cond: Any) -> Any:
+def _clip(low: PyTree, high: PyTree, data: PyTree, level: Level, cond: Conditions | None) -> PyTree:
     del level, cond
     return jax.tree.map(
         lambda leaf: jnp.clip(leaf, jnp.asarray(low, leaf.dtype), jnp.asarray(high, leaf.dtype)),
@@ -360,7 +361,14 @@ def dynamic_thresholding(
     return on_data(score_fn, jax.tree_util.Partial(f, float(quantile), float(bound)))
 
 
-def _squash(quantile: Any, bound: Any, data: Any, level: Level, cond: Any, first: int = 1) -> Any:
+def _squash(
+    quantile: PyTree,
+    bound: Bound,
+    data: PyTree,
+    level: Level,
+    cond: Conditions | None,
+    first: int = 1,
+) -> PyTree:
     del level, cond
 
     def one(leaf: jax.Array) -> jax.Array:
@@ -374,5 +382,7 @@ def _squash(quantile: Any, bound: Any, data: Any, level: Level, cond: Any, first
     return jax.tree.map(one, data)
 
 
-def _squash_one(quantile: Any, bound: Any, data: Any, level: Level, cond: Any) -> Any:
+def _squash_one(
+    quantile: PyTree, bound: Bound, data: PyTree, level: Level, cond: Conditions | None
+) -> PyTree:
     return _squash(quantile, bound, data, level, cond, first=0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 
 from diffsamp._core import random
 from diffsamp._core.numeric import working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, Key, Network, PyTree
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, ask, scale_rows
@@ -21,11 +21,11 @@ __all__ = ["LearnedRange", "learned_range"]
 
 
 class _RangeBound(NamedTuple):
-    inner: Any
-    row: Any
-    low: Any
-    spread: Any
-    per_output: Any
+    inner: Bound
+    row: Array
+    low: PyTree
+    spread: Array
+    per_output: Array
 
 
 @jax.tree_util.register_dataclass
@@ -33,19 +33,19 @@ class _RangeBound(NamedTuple):
 class LearnedRange(Transform):
     """DDPM's noise with a learned variance; made by `learned_range`."""
 
-    score_fn: Any
-    key: Any
-    low: Any
-    spread: Any
-    per_output: Any
+    score_fn: Network
+    key: Key
+    low: PyTree
+    spread: Array
+    per_output: Array
 
-    def for_samples(self, numbers: Any) -> LearnedRange:
+    def for_samples(self, numbers: Array) -> LearnedRange:
         """With the keys of these samples, so that their noise does not depend on the batch."""
         key = random.typed(self.key)
         keys = key[numbers] if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         return dataclasses.replace(self, key=keys)
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _RangeBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _RangeBound:
         """As `ScoreFn.bind`, with the numbers of each row's noise."""
         numbers = per_row(level, "learned_range", self.low, self.spread, self.per_output)
         rows = np.arange(np.shape(level.t)[0], dtype=np.int32)
@@ -53,24 +53,24 @@ class LearnedRange(Transform):
 
     def __call__(
         self,
-        x: Any,
-        t: Any,
+        x: PyTree,
+        t: Array,
         *,
         prediction: str | None = None,
-        cond: Mapping[str, Any] | None = None,
-    ) -> Any:
+        cond: Conditions | None = None,
+    ) -> PyTree:
         """As for a `ScoreFn`: the prediction of the first head, without noise."""
 
-        def first(*arguments: Any, **more: Any) -> Any:
+        def first(*arguments: PyTree, **more: PyTree) -> PyTree:
             return self.score_fn.apply(*arguments, **more)[0]
 
         return ask(dataclasses.replace(self.score_fn, apply=first), x, t, prediction, cond)
 
-    def predict(self, x: Any, bound: _RangeBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _RangeBound, cond: Conditions | None = None) -> PyTree:
         """The prediction, with this row's noise in it."""
-        heads: list[Any] = []
+        heads: list[PyTree] = []
 
-        def first(*arguments: Any, **more: Any) -> Any:
+        def first(*arguments: PyTree, **more: PyTree) -> PyTree:
             output, second = self.score_fn.apply(*arguments, **more)
             heads.append(second)
             return output
@@ -87,7 +87,7 @@ class LearnedRange(Transform):
         return jax.tree.map(add, output, heads.pop(), noise)
 
 
-def learned_range(score_fn: ScoreFn, tableau: Tableau, key: Any) -> LearnedRange:
+def learned_range(score_fn: ScoreFn, tableau: Tableau, key: Key) -> LearnedRange:
     """Improved DDPM's sampler: the noise's variance from the network's second head.
 
     log variance = f log(beta) + (1 - f) log(beta~), elementwise, with f = (v + 1) / 2 and v the

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, PyTree
 from diffsamp.guidance._numbers import Mixture, Numbers, scale_numbers, weight_numbers
 from diffsamp.guidance._terms import Terms, make_terms, without
 from diffsamp.guidance.data import keep_noise
@@ -23,10 +24,10 @@ __all__ = ["Combined", "cfg", "cfg_pp", "combine"]
 
 
 class _CombinedBound(NamedTuple):
-    inner: Any
-    weights: Any
-    first_alone: Any
-    of_state: Any
+    inner: Bound
+    weights: Array
+    first_alone: PyTree
+    of_state: PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +43,7 @@ class Combined(Transform):
     weights: Numbers | Mixture
 
     @property
-    def score_fn(self) -> Any:
+    def score_fn(self) -> PyTree:
         """The first term's network."""
         return self.terms.networks[0]
 
@@ -70,16 +71,16 @@ class Combined(Transform):
         total = np.sum(np.where(tableau.evaluates, calls, 0))
         return int(total) if float(total).is_integer() else float(total)
 
-    def for_samples(self, numbers: Any) -> Combined:
+    def for_samples(self, numbers: Array) -> Combined:
         """As `Transform.for_samples`."""
         own = {name: getattr(self, name).for_samples(numbers) for name in ("terms", "weights")}
         return dataclasses.replace(self, **own)
 
     @silence
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _CombinedBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _CombinedBound:
         """As `ScoreFn.bind`, with every term's weight in each row."""
         bound = self.weights.bind(level)
-        of_state: Any = None
+        of_state: PyTree = None
         if not isinstance(self.weights, Mixture) and not self.weights.pair:
             # E = sum w_i E_i is, in what the row wants, the same sum and this share of the state
             xp = namespace(level.alpha, *(bound or ()))
@@ -93,7 +94,7 @@ class Combined(Transform):
             self.terms.bind(level, target), bound, self._first_alone(bound), of_state
         )
 
-    def _first_alone(self, bound: Any) -> Any:
+    def _first_alone(self, bound: Bound) -> PyTree:
         """Where all terms but the first have no weight; None if nowhere, or if rows are alike."""
         if not self.weights.varies or len(bound) == 1:
             return None
@@ -102,7 +103,7 @@ class Combined(Transform):
         alone = alone & (bound[0] == 1)
         return alone if not is_concrete(alone) or np.any(alone) else None
 
-    def check_bound(self, bound: _CombinedBound, level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: _CombinedBound, level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`; weights that do not sum to 1 need some signal in the state."""
         self.terms.check_bound(bound.inner, level, evaluates)
         if bound.of_state is None or not is_concrete(bound.of_state, evaluates):
@@ -113,7 +114,7 @@ class Combined(Transform):
                 "at alpha = 0: start the times below it, or let the weights sum to 1 there."
             )
 
-    def predict(self, x: Any, bound: _CombinedBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _CombinedBound, cond: Conditions | None = None) -> PyTree:
         """The combination; terms of one network are one call of it."""
         if bound.first_alone is None:
             return self.with_parts(x, bound, cond)[0]
@@ -125,8 +126,8 @@ class Combined(Transform):
         )
 
     def with_parts(
-        self, x: Any, bound: _CombinedBound, cond: Mapping[str, Any] | None = None
-    ) -> tuple[Any, list[Any]]:
+        self, x: PyTree, bound: _CombinedBound, cond: Conditions | None = None
+    ) -> tuple[PyTree, list[PyTree]]:
         """The combination and what every term says, from the same calls."""
         parts = self.terms.predict(x, bound.inner, without(cond, self.weights.names))
         share = self.weights.read(bound.weights, x, cond)
@@ -146,7 +147,7 @@ class Combined(Transform):
         return jax.tree.map(add, x, *parts), parts
 
 
-def _of_state(share: Sequence[Any], per_missing: Any) -> Any:
+def _of_state(share: Sequence[PyTree], per_missing: PyTree) -> PyTree:
     """What weights that do not sum to 1 add of the state; exactly 0 where they do."""
     xp = namespace(per_missing, *share)
     missing = 1 - sum(share[1:], share[0])
@@ -155,8 +156,8 @@ def _of_state(share: Sequence[Any], per_missing: Any) -> Any:
 
 
 def combine(
-    terms: Sequence[tuple[ScoreFn | Transform, Mapping[str, Any]]],
-    weights: Any,
+    terms: Sequence[tuple[ScoreFn | Transform, Mapping[str, PyTree]]],
+    weights: Array,
     *,
     batched: bool = True,
     costs: Sequence[float] | None = None,
@@ -197,8 +198,8 @@ def combine(
 
 def cfg(
     score_fn: ScoreFn | Transform,
-    scale: float | jax.Array | str | Callable[[Level], Any],
-    null: Mapping[str, Any],
+    scale: float | jax.Array | str | Callable[[Level], Array],
+    null: Mapping[str, PyTree],
 ) -> Combined:
     """Classifier-free guidance: T = T_free + scale (T_given - T_free).
 
@@ -229,7 +230,7 @@ def cfg(
     return Combined(null_terms(score_fn, null), scale_numbers(scale, pair=True))
 
 
-def null_terms(score_fn: ScoreFn | Transform, null: Mapping[str, Any]) -> Terms:
+def null_terms(score_fn: ScoreFn | Transform, null: Mapping[str, PyTree]) -> Terms:
     """The two terms of guidance: the condition given, and none.
 
     Raises:
@@ -246,7 +247,7 @@ def cfg_pp(
     score_fn: ScoreFn | Transform,
     tableau: Tableau,
     strength: float,
-    null: Mapping[str, Any],
+    null: Mapping[str, PyTree],
 ) -> Combined:
     """CFG++: guide the data prediction and keep the noise of the unconditional network.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from diffsamp import predictions
 from diffsamp._core import random
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, Key, Network, PyTree, Value
 from diffsamp.guidance._numbers import Numbers, as_partial, scale_numbers
 from diffsamp.guidance._terms import without
 from diffsamp.guidance.data import keep_noise
@@ -27,7 +28,7 @@ __all__ = ["Loss", "dps", "freedom", "loss", "posterior_std", "step_units"]
 _THROUGH = ("network", "data", "state")
 
 
-def posterior_std(level: Level, std: Any = 1.0) -> Any:
+def posterior_std(level: Level, std: PyTree = 1.0) -> PyTree:
     """The standard deviation of x_0 given x for Gaussian data of that standard deviation.
 
     sigma std / sqrt(sigma^2 + std^2 alpha^2); at sigma = 0 it is 0, at alpha = 0 `std`.
@@ -41,15 +42,15 @@ def posterior_std(level: Level, std: Any = 1.0) -> Any:
 
 
 class _LossBound(NamedTuple):
-    inner: Any
+    inner: Bound
     level: Level
-    row: Any
-    scale: Any
-    spread: Any
-    gain: Any
-    r: Any
-    s: Any
-    of_noise: Any
+    row: Array
+    scale: Array
+    spread: Array
+    gain: PyTree
+    r: Array
+    s: Array
+    of_noise: PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -57,12 +58,12 @@ class _LossBound(NamedTuple):
 class Loss(Transform):
     """A network that descends a loss; made by `loss` and what stands on it."""
 
-    score_fn: Any
+    score_fn: Network
     f: jax.tree_util.Partial
     scale: Numbers
     spread: Numbers | None
-    gain: Any
-    key: Any
+    gain: PyTree
+    key: Key
     through: str = dataclasses.field(metadata={"static": True})
     samples: int = dataclasses.field(metadata={"static": True})
     normalise: str | None = dataclasses.field(metadata={"static": True})
@@ -74,7 +75,7 @@ class Loss(Transform):
         inner = getattr(self.score_fn, "gradients_per_call", 0)
         return inner + (self.score_fn.nfe_factor if self.through == "network" else 0)
 
-    def for_samples(self, numbers: Any) -> Loss:
+    def for_samples(self, numbers: Array) -> Loss:
         """As `Transform.for_samples`, with the keys of these samples."""
         new: Loss = super().for_samples(numbers)
         key = new.key
@@ -85,7 +86,7 @@ class Loss(Transform):
         return dataclasses.replace(new, key=key, scale=new.scale.for_samples(numbers))
 
     @silence
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _LossBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _LossBound:
         """The data prediction, and what the row's own gains from a change of the noise."""
         xp = namespace(level.alpha, level.sigma)
         zero, one = xp.zeros_like(level.alpha), xp.ones_like(level.alpha)
@@ -103,7 +104,7 @@ class Loss(Transform):
         scale = self.scale.bind(level)
         return _LossBound(inner, at, rows, scale, spread, gain, r, s, of_noise)
 
-    def check_bound(self, bound: _LossBound, level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: _LossBound, level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`."""
         self.score_fn.check_bound(bound.inner, level, evaluates)
         if self.key is not None and bound.row is None:
@@ -114,18 +115,18 @@ class Loss(Transform):
         if np.any(bad & np.asarray(evaluates, bool)):
             raise ValueError("a loss cannot be taken at sigma = 0: evaluate away from that end.")
 
-    def predict(self, x: Any, bound: _LossBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _LossBound, cond: Conditions | None = None) -> PyTree:
         """The row's prediction from the changed one."""
         return self.with_plain(x, bound, cond)[0]
 
     def with_plain(
-        self, x: Any, bound: _LossBound, cond: Mapping[str, Any] | None = None
-    ) -> tuple[Any, Any]:
+        self, x: PyTree, bound: _LossBound, cond: Conditions | None = None
+    ) -> tuple[PyTree, PyTree]:
         """The changed prediction and the network's own, from one call."""
         own = without(cond, (*self.names, *self.scale.names))
         wide = jax.tree.map(lambda v: v.astype(working_dtype(v.dtype)), x)
 
-        def ask(state: Any) -> Any:
+        def ask(state: PyTree) -> PyTree:
             narrow = jax.tree.map(lambda v, like: v.astype(like.dtype), state, x)
             said = self.score_fn.predict(narrow, bound.inner, own)
             return jax.tree.map(lambda v, like: v.astype(like.dtype), said, state)
@@ -158,14 +159,19 @@ class Loss(Transform):
 
         return jax.tree.map(convert, data, wide, change, x), jax.tree.map(
             lambda d, v, delta, like: convert(d, v, jnp.zeros_like(delta), like),
-            data, wide, change, x,
-        )  # fmt: skip
+            data,
+            wide,
+            change,
+            x,
+        )
 
-    def _slope(self, at: Any, bound: _LossBound, cond: Any) -> tuple[Any, Any]:
+    def _slope(
+        self, at: PyTree, bound: _LossBound, cond: Conditions | None
+    ) -> tuple[PyTree, PyTree]:
         """The loss per sample, and its gradient."""
         batch = jax.tree.leaves(at)[0].shape[0] if self.score_fn.batched else None
 
-        def one(d: Any) -> jax.Array:
+        def one(d: Array) -> jax.Array:
             value = self.f(d, bound.level, cond)
             want = () if batch is None else (batch,)
             if np.shape(value) != want:
@@ -175,13 +181,13 @@ class Loss(Transform):
                 )
             return value
 
-        def total(d: Any) -> tuple[jax.Array, jax.Array]:
+        def total(d: Array) -> tuple[jax.Array, jax.Array]:
             if self.key is None:
                 value = one(d)
             else:
                 keys, spread = random.sample_keys(self.key, batch), bound.spread
 
-                def noisy(i: Any) -> jax.Array:
+                def noisy(i: PyTree) -> jax.Array:
                     row = bound.row * self.samples + i
                     z = random.normal_like(keys, row, d)
                     return one(jax.tree.map(lambda v, e: v + scale_rows(spread[0], v) * e, d, z))
@@ -195,21 +201,24 @@ class Loss(Transform):
         gradient, value = jax.grad(total, has_aux=True)(at)
         return value, gradient
 
-    def _normalised(self, change: Any, value: Any, x: Any, data: Any, level: Level) -> Any:
+    def _normalised(
+        self, change: PyTree, value: Value, x: PyTree, data: PyTree, level: Level
+    ) -> PyTree:
         if self.normalise == "residual":  # the gradient of sqrt(f)
             root = 2 * jnp.sqrt(jnp.where(value > 0, value, 1))
             return jax.tree.map(lambda g: g / scale_rows(root, g), change)
         if self.normalise == "noise":  # as large as the noise prediction
             noise = jax.tree.map(
                 lambda v, d: (v - scale_rows(level.alpha, v) * d) / scale_rows(level.sigma, v),
-                x, data,
-            )  # fmt: skip
+                x,
+                data,
+            )
             ratio = _size(noise, self.batched) / jnp.maximum(_size(change, self.batched), 1e-30)
             return jax.tree.map(lambda g: g * scale_rows(ratio, g), change)
         return change
 
 
-def _size(tree: Any, batched: bool) -> jax.Array:
+def _size(tree: PyTree, batched: bool) -> jax.Array:
     """Every sample's norm."""
     first = 1 if batched else 0
     squares = [jnp.sum(v * v, axis=tuple(range(first, v.ndim))) for v in jax.tree.leaves(tree)]
@@ -218,14 +227,14 @@ def _size(tree: Any, batched: bool) -> jax.Array:
 
 def loss(
     score_fn: ScoreFn | Transform,
-    f: Callable[[Any, Level, Mapping[str, Any] | None], Any],
-    scale: Any = 1.0,
+    f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree],
+    scale: Array = 1.0,
     *,
     through: str = "network",
     samples: int | None = None,
-    spread: float | Callable[[Level], Any] | None = None,
+    spread: float | Callable[[Level], Array] | None = None,
     normalise: str | None = None,
-    gain: Any = None,
+    gain: PyTree = None,
     key: jax.Array | None = None,
     names: Sequence[str] = (),
 ) -> Loss:
@@ -279,9 +288,17 @@ def loss(
     elif spread is not None:
         raise ValueError("`spread` is for `samples` and for through='data'.")
     return Loss(
-        score_fn, as_partial(f, "f"), scale_numbers(scale, rows=True), numbers, gain,
-        key if samples is not None else None, through, count, normalise, tuple(names),
-    )  # fmt: skip
+        score_fn,
+        as_partial(f, "f"),
+        scale_numbers(scale, rows=True),
+        numbers,
+        gain,
+        key if samples is not None else None,
+        through,
+        count,
+        normalise,
+        tuple(names),
+    )
 
 
 def step_units(tableau: Tableau, step: float) -> np.ndarray:
@@ -309,7 +326,7 @@ def step_units(tableau: Tableau, step: float) -> np.ndarray:
 def dps(
     score_fn: ScoreFn | Transform,
     tableau: Tableau,
-    f: Callable[[Any, Level, Mapping[str, Any] | None], Any],
+    f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree],
     step: float = 1.0,
     *,
     names: Sequence[str] = (),
@@ -331,7 +348,7 @@ def dps(
 
 def freedom(
     score_fn: ScoreFn | Transform,
-    f: Callable[[Any, Level, Mapping[str, Any] | None], Any],
+    f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree],
     step: float = 0.02,
     *,
     names: Sequence[str] = (),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 from diffsamp import predictions
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, Network, PyTree, Value
 from diffsamp.guidance._numbers import Numbers, scale_numbers
 from diffsamp.guidance._terms import without
 from diffsamp.guidance.losses import posterior_std
@@ -26,12 +27,12 @@ _COVARIANCES = ("jacobian", "isotropic", "scalar")
 
 
 class _MeasurementBound(NamedTuple):
-    inner: Any
-    spread: Any
-    per_slope: Any
-    gain: Any
-    r: Any
-    s: Any
+    inner: Bound
+    spread: Array
+    per_slope: PyTree
+    gain: PyTree
+    r: Array
+    s: Array
 
 
 @jax.tree_util.register_dataclass
@@ -39,12 +40,12 @@ class _MeasurementBound(NamedTuple):
 class Measurement(Transform):
     """A network that knows a measurement; made by `measurement`."""
 
-    score_fn: Any
-    operator: Any
-    y: Any
-    noise: Any
+    score_fn: Network
+    operator: PyTree
+    y: PyTree
+    noise: PyTree
     spread: Numbers
-    gain: Any
+    gain: PyTree
     covariance: str = dataclasses.field(metadata={"static": True})
     iterations: int = dataclasses.field(metadata={"static": True})
     name: str | None = dataclasses.field(metadata={"static": True})
@@ -56,7 +57,7 @@ class Measurement(Transform):
         return getattr(self.score_fn, "gradients_per_call", 0) + own * self.score_fn.nfe_factor
 
     @silence
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _MeasurementBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _MeasurementBound:
         """The data prediction, the numbers of its covariance, and the way back."""
         xp = namespace(level.alpha, level.sigma)
         zero, one = xp.zeros_like(level.alpha), xp.ones_like(level.alpha)
@@ -71,7 +72,7 @@ class Measurement(Transform):
         inner = self.score_fn.bind(level, (one, zero))
         return _MeasurementBound(inner, (spread or (one,))[0], per_slope, gain, r, s)
 
-    def check_bound(self, bound: _MeasurementBound, level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: _MeasurementBound, level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`."""
         self.score_fn.check_bound(bound.inner, level, evaluates)
         if is_concrete(bound.r, evaluates):
@@ -80,24 +81,24 @@ class Measurement(Transform):
                 raise ValueError("a measurement cannot enter at sigma = 0.")
 
     def predict(
-        self, x: Any, bound: _MeasurementBound, cond: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, x: PyTree, bound: _MeasurementBound, cond: Conditions | None = None
+    ) -> PyTree:
         """The row's prediction from the posterior mean given x and y."""
         return self.with_plain(x, bound, cond)[0]
 
     def with_plain(
-        self, x: Any, bound: _MeasurementBound, cond: Mapping[str, Any] | None = None
-    ) -> tuple[Any, Any]:
+        self, x: PyTree, bound: _MeasurementBound, cond: Conditions | None = None
+    ) -> tuple[PyTree, PyTree]:
         """The same, and the network's own prediction, from one call."""
         own = without(cond, () if self.name is None else (self.name,))
         wide = jax.tree.map(lambda v: v.astype(working_dtype(v.dtype)), x)
 
-        def ask(state: Any) -> Any:
+        def ask(state: PyTree) -> PyTree:
             narrow = jax.tree.map(lambda v, like: v.astype(like.dtype), state, x)
             said = self.score_fn.predict(narrow, bound.inner, own)
             return jax.tree.map(lambda v, like: v.astype(like.dtype), said, state)
 
-        def scaled(number: Any, tree: Any) -> Any:
+        def scaled(number: Value, tree: PyTree) -> PyTree:
             return jax.tree.map(lambda v: v * scale_rows(number, v), tree)
 
         square = bound.spread**2
@@ -107,7 +108,7 @@ class Measurement(Transform):
         else:
             data, back = jax.vjp(ask, wide)
 
-            def posterior(v: Any) -> Any:
+            def posterior(v: PyTree) -> PyTree:
                 return scaled(bound.per_slope, back(v)[0])
 
             inside = posterior if self.covariance == "jacobian" else lambda v: scaled(square, v)
@@ -116,7 +117,7 @@ class Measurement(Transform):
         y = self.y if self.name is None else (cond or {})[self.name]
         missing = jax.tree.map(lambda v, got: _like(v, got) - got, y, measured)
 
-        def system(u: Any) -> Any:
+        def system(u: PyTree) -> PyTree:
             return jax.tree.map(
                 lambda v, w: v + _like(self.noise, w) ** 2 * w, forward(inside(adjoint(u)[0])), u
             )
@@ -132,17 +133,20 @@ class Measurement(Transform):
 
         return jax.tree.map(convert, data, wide, change, x), jax.tree.map(
             lambda d, v, delta, like: convert(d, v, jnp.zeros_like(delta), like),
-            data, wide, change, x,
-        )  # fmt: skip
+            data,
+            wide,
+            change,
+            x,
+        )
 
 
-def _like(value: Any, like: jax.Array) -> jax.Array:
+def _like(value: Value, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(value).astype(like.dtype), like.shape)
 
 
 def solve(
-    system: Callable[[Any], Any], right: Any, iterations: int, *, batched: bool = True
-) -> Any:
+    system: Callable[[PyTree], PyTree], right: PyTree, iterations: int, *, batched: bool = True
+) -> PyTree:
     """Conjugate gradients, for every sample on its own: u with system(u) = right, from 0.
 
     A sample whose residual is 0, or that meets a direction without positive curvature, stays where
@@ -156,7 +160,7 @@ def solve(
       batched: whether the leading axis is one of samples.
     """
 
-    def dot(a: Any, b: Any) -> jax.Array:
+    def dot(a: Array, b: Array) -> jax.Array:
         first = 1 if batched else 0
         parts = [
             jnp.sum(v * w, axis=tuple(range(first, v.ndim)))
@@ -164,10 +168,10 @@ def solve(
         ]
         return sum(parts[1:], parts[0])
 
-    def add(a: Any, number: Any, b: Any) -> Any:
+    def add(a: Array, number: Value, b: Array) -> PyTree:
         return jax.tree.map(lambda v, w: v + scale_rows(number, w) * w, a, b)
 
-    def body(_: Any, state: Any) -> Any:
+    def body(_: PyTree, state: PyTree) -> PyTree:
         u, residual, direction, size, best, least = state
         image = system(direction)
         curvature = dot(direction, image)
@@ -193,14 +197,14 @@ def _where(pick: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def measurement(
     score_fn: ScoreFn | Transform,
-    operator: Callable[[Any], Any],
-    y: Any,
-    noise: Any,
+    operator: Callable[[PyTree], PyTree],
+    y: PyTree,
+    noise: PyTree,
     *,
     covariance: str = "jacobian",
-    spread: float | Callable[[Level], Any] = 1.0,
+    spread: float | Callable[[Level], Array] = 1.0,
     iterations: int = 8,
-    gain: Any = None,
+    gain: PyTree = None,
 ) -> Measurement:
     """The network that knows y = A x_0 + noise z: its data prediction becomes E[x_0 | x, y].
 
@@ -237,6 +241,13 @@ def measurement(
         operator = jax.tree_util.Partial(operator)
     name = y if isinstance(y, str) else None
     return Measurement(
-        score_fn, operator, None if name else y, noise, scale_numbers(wide, "spread"), gain,
-        covariance, iterations, name,
-    )  # fmt: skip
+        score_fn,
+        operator,
+        None if name else y,
+        noise,
+        scale_numbers(wide, "spread"),
+        gain,
+        covariance,
+        iterations,
+        name,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.tree_util import Partial
 
 from diffsamp._core import random
 from diffsamp._core.numeric import namespace
+from diffsamp._core.types import Array, Conditions, Network, PyTree, Times, Value
 from diffsamp.guidance._numbers import as_partial
 from diffsamp.guidance.data import Rule, keep_noise, on_data, on_noise
 from diffsamp.guidance.transform import Transform
@@ -24,7 +24,7 @@ __all__ = ["bias_table", "calibrate", "ddnm", "inpaint", "mpgd", "omegance"]
 
 
 def inpaint(
-    score_fn: ScoreFn | Transform, known: Any, mask: Any, tableau: Tableau | None = None
+    score_fn: ScoreFn | Transform, known: PyTree, mask: PyTree, tableau: Tableau | None = None
 ) -> Rule:
     """Put the known elements into the data prediction: D -> mask known + (1 - mask) D.
 
@@ -43,30 +43,32 @@ def inpaint(
     return on_data(score_fn, Partial(_inpaint, known, mask), gain)
 
 
-def _inpaint(known: Any, mask: Any, data: Any, level: Level, cond: Any) -> Any:
+def _inpaint(
+    known: PyTree, mask: PyTree, data: PyTree, level: Level, cond: Conditions | None
+) -> PyTree:
     del level, cond
 
-    def put(leaf: jax.Array, value: Any, where: Any) -> jax.Array:
+    def put(leaf: jax.Array, value: Value, where: PyTree) -> jax.Array:
         value, where = (jnp.asarray(v).astype(leaf.dtype) for v in (value, where))
         value, where = (jnp.broadcast_to(v, leaf.shape) for v in (value, where))
         return where * value + (1 - where) * leaf
 
-    structure: list[Any] = [jax.tree.structure(tree) for tree in (mask, data)]
+    structure: list[PyTree] = [jax.tree.structure(tree) for tree in (mask, data)]
     if structure[0] != structure[1]:
         mask = jax.tree.map(lambda _: mask, data)
     return jax.tree.map(put, data, known, mask)
 
 
 @functools.cache  # functions of rules are compared by identity
-def _inpaint_named(name: str) -> Callable[..., Any]:
-    def f(mask: Any, data: Any, level: Level, cond: Mapping[str, Any]) -> Any:
+def _inpaint_named(name: str) -> Callable[..., PyTree]:
+    def f(mask: PyTree, data: PyTree, level: Level, cond: Conditions) -> PyTree:
         return _inpaint(cond[name], mask, data, level, cond)
 
     return f
 
 
 def ddnm(
-    score_fn: ScoreFn | Transform, operator: Any, y: Any, tableau: Tableau | None = None
+    score_fn: ScoreFn | Transform, operator: PyTree, y: PyTree, tableau: Tableau | None = None
 ) -> Rule:
     """Project the data prediction on what was measured: D -> D - A^+ (A D - y).
 
@@ -87,7 +89,9 @@ def ddnm(
     return on_data(score_fn, Partial(_ddnm, operator, y), gain)
 
 
-def _ddnm(operator: Any, y: Any, data: Any, level: Level, cond: Any) -> Any:
+def _ddnm(
+    operator: PyTree, y: PyTree, data: PyTree, level: Level, cond: Conditions | None
+) -> PyTree:
     del level, cond
     measured = operator(data)
     missing = jax.tree.map(lambda v, got: jnp.asarray(v).astype(got.dtype) - got, y, measured)
@@ -95,8 +99,8 @@ def _ddnm(operator: Any, y: Any, data: Any, level: Level, cond: Any) -> Any:
 
 
 @functools.cache
-def _ddnm_named(name: str) -> Callable[..., Any]:
-    def f(operator: Any, data: Any, level: Level, cond: Mapping[str, Any]) -> Any:
+def _ddnm_named(name: str) -> Callable[..., PyTree]:
+    def f(operator: PyTree, data: PyTree, level: Level, cond: Conditions) -> PyTree:
         return _ddnm(operator, cond[name], data, level, cond)
 
     return f
@@ -104,7 +108,7 @@ def _ddnm_named(name: str) -> Callable[..., Any]:
 
 def mpgd(
     score_fn: ScoreFn | Transform,
-    f: Callable[[Any, Level, Mapping[str, Any] | None], Any],
+    f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree],
     step: float,
     tableau: Tableau | None = None,
     *,
@@ -132,8 +136,8 @@ def mpgd(
 
 
 @functools.cache
-def _descend(repeats: int) -> Callable[..., Any]:
-    def run(f: Any, step: Any, data: Any, level: Level, cond: Any) -> Any:
+def _descend(repeats: int) -> Callable[..., PyTree]:
+    def run(f: PyTree, step: PyTree, data: PyTree, level: Level, cond: Conditions | None) -> PyTree:
         gradient = jax.grad(lambda d: jnp.sum(f(d, level, cond)))
         for _ in range(repeats):
             data = jax.tree.map(
@@ -144,7 +148,7 @@ def _descend(repeats: int) -> Callable[..., Any]:
     return run
 
 
-def omegance(score_fn: ScoreFn | Transform, omega: Any) -> Rule:
+def omegance(score_fn: ScoreFn | Transform, omega: PyTree) -> Rule:
     """Scale the noise prediction: E -> omega E; below 1 for more detail, above 1 for less.
 
     Args:
@@ -159,17 +163,17 @@ def omegance(score_fn: ScoreFn | Transform, omega: Any) -> Rule:
     return on_noise(score_fn, Partial(_omega, omega))
 
 
-def _omega(omega: Any, noise: Any, level: Level, cond: Any) -> Any:
+def _omega(omega: PyTree, noise: PyTree, level: Level, cond: Conditions | None) -> PyTree:
     del level, cond
     return jax.tree.map(lambda e: e * jnp.broadcast_to(jnp.asarray(omega, e.dtype), e.shape), noise)
 
 
-def _omega_of_level(f: Any, noise: Any, level: Level, cond: Any) -> Any:
+def _omega_of_level(f: PyTree, noise: PyTree, level: Level, cond: Conditions | None) -> PyTree:
     del cond
     return jax.tree.map(lambda e: e * scale_rows(f(level), e), noise)
 
 
-def calibrate(score_fn: ScoreFn | Transform, table: tuple[Any, Any]) -> Rule:
+def calibrate(score_fn: ScoreFn | Transform, table: tuple[PyTree, PyTree]) -> Rule:
     """Subtract the network's mean error: E -> E - its mean over the data at the level.
 
     The noise prediction of a perfect network has mean zero at every level.
@@ -183,12 +187,14 @@ def calibrate(score_fn: ScoreFn | Transform, table: tuple[Any, Any]) -> Rule:
     return on_noise(score_fn, Partial(_subtract, *table))
 
 
-def _subtract(log_snr: Any, means: Any, noise: Any, level: Level, cond: Any) -> Any:
+def _subtract(
+    log_snr: Array, means: PyTree, noise: PyTree, level: Level, cond: Conditions | None
+) -> PyTree:
     del cond
     at = jnp.log(level.alpha) - jnp.log(level.sigma)
     grid = jnp.asarray(log_snr, at.dtype)
 
-    def one(e: jax.Array, mean: Any) -> jax.Array:
+    def one(e: jax.Array, mean: PyTree) -> jax.Array:
         mean = jnp.asarray(mean, e.dtype)
         flat = mean.reshape(mean.shape[0], -1)
         value = jax.vmap(lambda column: jnp.interp(at, grid, column), 1, -1)(flat)
@@ -200,12 +206,12 @@ def _subtract(log_snr: Any, means: Any, noise: Any, level: Level, cond: Any) -> 
 
 def bias_table(
     score_fn: ScoreFn | Transform,
-    x_0: Any,
-    times: Any,
+    x_0: PyTree,
+    times: Times,
     key: jax.Array,
     *,
-    cond: Mapping[str, Any] | None = None,
-) -> tuple[np.ndarray, Any]:
+    cond: Conditions | None = None,
+) -> tuple[np.ndarray, PyTree]:
     """The mean noise prediction over data, at every time: what `calibrate` subtracts.
 
     Args:
@@ -224,7 +230,7 @@ def bias_table(
     keys = random.sample_keys(key, jax.tree.leaves(x_0)[0].shape[0])
 
     @jax.jit
-    def mean(score_fn: Any, row: Any, t: Any, cond: Any) -> Any:
+    def mean(score_fn: Network, row: Array, t: Array, cond: Conditions | None) -> PyTree:
         z = random.normal_like(keys, row, x_0)
         alpha, sigma = process.alpha(t), process.sigma(t)
         x = jax.tree.map(lambda v, e: scale_rows(alpha, v) * v + scale_rows(sigma, v) * e, x_0, z)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.tree_util import Partial
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Array, PyTree
 from diffsamp.guidance._numbers import scale_numbers
 from diffsamp.guidance.data import Rule, scaled_rule
 from diffsamp.guidance.linear import null_terms
@@ -28,8 +28,8 @@ __all__ = ["apg", "cfg_zero_star", "rescale", "tcfg", "zero_first"]
 
 def apg(
     score_fn: ScoreFn | Transform,
-    scale: float | jax.Array | str | Callable[..., Any],
-    null: Mapping[str, Any],
+    scale: float | jax.Array | str | Callable[..., Array],
+    null: Mapping[str, PyTree],
     *,
     parallel: float = 0.0,
     radius: float = np.inf,
@@ -54,7 +54,9 @@ def apg(
     return scaled_rule(null_terms(score_fn, null), f, scale_numbers(scale), "data")
 
 
-def _apg(parallel: Any, radius: Any, parts: list[Any], level: Any, scale: Any) -> Any:
+def _apg(
+    parallel: PyTree, radius: PyTree, parts: list[PyTree], level: PyTree, scale: Array
+) -> PyTree:
     del level
     (given, free), back = _vectors(parts)
     delta = given - free
@@ -68,8 +70,8 @@ def _apg(parallel: Any, radius: Any, parts: list[Any], level: Any, scale: Any) -
 
 def rescale(
     score_fn: ScoreFn | Transform,
-    scale: float | jax.Array | str | Callable[..., Any],
-    null: Mapping[str, Any],
+    scale: float | jax.Array | str | Callable[..., Array],
+    null: Mapping[str, PyTree],
     *,
     share: float = 0.7,
     prediction: str | None = None,
@@ -93,7 +95,7 @@ def rescale(
     return scaled_rule(null_terms(score_fn, null), f, scale_numbers(scale), own)
 
 
-def _rescale(share: Any, parts: list[Any], level: Any, scale: Any) -> Any:
+def _rescale(share: PyTree, parts: list[PyTree], level: PyTree, scale: Array) -> PyTree:
     del level
     (given, free), back = _vectors(parts)
     guided = free + _column(scale, given) * (given - free)
@@ -104,8 +106,8 @@ def _rescale(share: Any, parts: list[Any], level: Any, scale: Any) -> Any:
 
 def cfg_zero_star(
     score_fn: ScoreFn | Transform,
-    scale: float | jax.Array | str | Callable[..., Any],
-    null: Mapping[str, Any],
+    scale: float | jax.Array | str | Callable[..., Array],
+    null: Mapping[str, PyTree],
 ) -> Rule:
     """CFG-Zero*: the unconditional velocity scaled to fit the conditional one, for flow models.
 
@@ -123,7 +125,7 @@ def cfg_zero_star(
     return scaled_rule(terms, Partial(_cfg_zero_star), scale_numbers(scale), "velocity")
 
 
-def _cfg_zero_star(parts: list[Any], level: Any, scale: Any) -> Any:
+def _cfg_zero_star(parts: list[PyTree], level: PyTree, scale: Array) -> PyTree:
     del level
     (given, free), back = _vectors(parts)
     fitted = _dot(given, free) / (_dot(free, free) + 1e-8) * free
@@ -163,8 +165,8 @@ def zero_first(tableau: Tableau, rows: int | None = None) -> Tableau:
 
 def tcfg(
     score_fn: ScoreFn | Transform,
-    scale: float | jax.Array | str | Callable[..., Any],
-    null: Mapping[str, Any],
+    scale: float | jax.Array | str | Callable[..., Array],
+    null: Mapping[str, PyTree],
     *,
     prediction: str | None = None,
 ) -> Rule:
@@ -185,7 +187,7 @@ def tcfg(
     return scaled_rule(null_terms(score_fn, null), Partial(_tcfg), scale_numbers(scale), own)
 
 
-def _tcfg(parts: list[Any], level: Any, scale: Any) -> Any:
+def _tcfg(parts: list[PyTree], level: PyTree, scale: Array) -> PyTree:
     del level
     (given, free), back = _vectors(parts)
     gg, gf, ff = _dot(given, given), _dot(given, free), _dot(free, free)
@@ -200,15 +202,15 @@ def _tcfg(parts: list[Any], level: Any, scale: Any) -> Any:
     return back(along + _column(scale, given) * (given - along))
 
 
-def _vectors(parts: list[Any]) -> tuple[list[jax.Array], Callable[[jax.Array], Any]]:
+def _vectors(parts: list[PyTree]) -> tuple[list[jax.Array], Callable[[jax.Array], PyTree]]:
     """Every part as (batch, elements), and the way back to the state's structure."""
     leaves, treedef = jax.tree.flatten(parts[0])
     sizes = np.cumsum([int(np.prod(leaf.shape[1:])) for leaf in leaves])[:-1]
 
-    def flat(tree: Any) -> jax.Array:
+    def flat(tree: PyTree) -> jax.Array:
         return jnp.concatenate([v.reshape(v.shape[0], -1) for v in jax.tree.leaves(tree)], axis=1)
 
-    def back(vector: jax.Array) -> Any:
+    def back(vector: jax.Array) -> PyTree:
         pieces = jnp.split(vector, sizes, axis=1)
         shaped = [
             piece.reshape(leaf.shape).astype(leaf.dtype)
@@ -231,6 +233,6 @@ def _divide(a: jax.Array, b: jax.Array, otherwise: float = 0.0) -> jax.Array:
     return jnp.where(b == 0, jnp.asarray(otherwise, a.dtype), a / jnp.where(b == 0, 1, b))
 
 
-def _column(scale: Any, like: jax.Array) -> jax.Array:
+def _column(scale: Array, like: jax.Array) -> jax.Array:
     scale = jnp.asarray(scale, like.dtype)
     return scale.reshape(-1, 1)

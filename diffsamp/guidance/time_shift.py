@@ -9,8 +9,7 @@ with every solver and adds no evaluation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +17,20 @@ import numpy as np
 
 from diffsamp._core.checks import expect_choice
 from diffsamp._core.numeric import as_float, working_dtype
+from diffsamp._core.types import Array, Bound, Conditions, PyTree
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, ask
 
 __all__ = ["PUBLISHED", "TimeShifted", "time_shift"]
 
-# (window, cutoff) of the authors' scripts, as fractions of the training time
+# (window, cutoff) of the authors' scripts, as fractions of the training time: of those that shift
+# the time at which the network is asked, as their paper does, and (ddim_adm) of one that
+# asks at the row's time and shifts the level at which the step ends. Their settings for F-PNDM,
+# which shifts that end too, and DPM-Solver, which goes by the variance of the network's output, are
+# of other algorithms and not here.
 PUBLISHED: dict[str, tuple[float, float]] = {
     "default": (0.002, 0.3),
-    "f_pndm-100": (0.005, 0.55),
-    "dpm_solver_2-5": (0.030, 0.3),
     "deis-5": (0.020, 0.9),
     "ddim_adm-5": (0.080, 0.3),
 }
@@ -36,11 +38,11 @@ _CANDIDATES = 65  # times tried within the window
 
 
 class _ShiftedBound(NamedTuple):
-    inner: Any
-    t: Any
-    active: Any
-    w0: Any
-    w1: Any
+    inner: Bound
+    t: Array
+    active: PyTree
+    w0: Array
+    w1: Array
 
 
 @jax.tree_util.register_pytree_node_class
@@ -49,16 +51,16 @@ class TimeShifted(Transform):
     """A network asked at shifted times; made by `time_shift`."""
 
     score_fn: ScoreFn
-    window: Any
-    cutoff: Any
-    data_variance: Any
+    window: PyTree
+    cutoff: PyTree
+    data_variance: PyTree
     variant: str
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], str]:
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], str]:
         return (self.score_fn, self.window, self.cutoff, self.data_variance), self.variant
 
     @classmethod
-    def tree_unflatten(cls, variant: str, children: tuple[Any, ...]) -> TimeShifted:
+    def tree_unflatten(cls, variant: str, children: tuple[PyTree, ...]) -> TimeShifted:
         new = object.__new__(cls)
         names = ("score_fn", "window", "cutoff", "data_variance")
         for name, value in zip(names, children, strict=True):
@@ -66,32 +68,32 @@ class TimeShifted(Transform):
         object.__setattr__(new, "variant", variant)
         return new
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _ShiftedBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _ShiftedBound:
         """As `ScoreFn.bind`, with what the shift needs: the time, and whether it may be shifted."""
         per_row(level, "time_shift")
         bound = self._bind(level, target)
         first = bound.t < bound.t.max()  # never the first evaluation
         return bound._replace(active=bound.active & first)
 
-    def _bind(self, level: Level, target: tuple[Any, Any]) -> _ShiftedBound:
+    def _bind(self, level: Level, target: tuple[Array, Array]) -> _ShiftedBound:
         t, w0, w1 = as_float(level.t), *(as_float(w, level.t) for w in target)
         cutoff = self.process.t_clean + self.cutoff * (self.process.t_max - self.process.t_clean)
         return _ShiftedBound(self.score_fn.bind(level, target), t, t > cutoff, w0, w1)
 
     def __call__(
         self,
-        x: Any,
-        t: Any,
+        x: PyTree,
+        t: Array,
         *,
         prediction: str | None = None,
-        cond: Mapping[str, Any] | None = None,
-    ) -> Any:
+        cond: Conditions | None = None,
+    ) -> PyTree:
         """As for a `ScoreFn`; every time above the cutoff is shifted, the largest too."""
         one = _AtOneTime(self.score_fn, self.window, self.cutoff, self.data_variance, self.variant)
         # a JAX array, since the shift is made in the program
         return ask(one, x, jnp.asarray(t, jnp.result_type(float)), prediction, cond)
 
-    def predict(self, x: Any, bound: _ShiftedBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _ShiftedBound, cond: Conditions | None = None) -> PyTree:
         """The prediction of the network asked at each sample's own time."""
         shifted = self.shifted_time(x, bound)
         level = Level(shifted, self.process.alpha(shifted), self.process.sigma(shifted))
@@ -107,7 +109,7 @@ class TimeShifted(Transform):
         )
         return self.score_fn.predict(x, mine, cond)
 
-    def shifted_time(self, x: Any, bound: _ShiftedBound) -> Any:
+    def shifted_time(self, x: PyTree, bound: _ShiftedBound) -> PyTree:
         """The time within the window whose variance is closest to each sample's own."""
         leaves = [leaf.astype(working_dtype(leaf.dtype)) for leaf in jax.tree.leaves(x)]
         flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
@@ -129,7 +131,7 @@ class TimeShifted(Transform):
 class _AtOneTime(TimeShifted):
     """The same where there are no rows to follow."""
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _ShiftedBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _ShiftedBound:
         return self._bind(level, target)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.numeric import namespace
+from diffsamp._core.types import Array, Bound, Conditions, Network, PyTree
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.score import ask, for_samples
@@ -24,7 +23,7 @@ class Transform:
     what `bind` returns has the rows in front, and a field `inner` holds the inner bound numbers.
     """
 
-    score_fn: Any
+    score_fn: Network
 
     @property
     def process(self) -> Process:
@@ -77,12 +76,12 @@ class Transform:
 
     def __call__(
         self,
-        x: Any,
-        t: Any,
+        x: PyTree,
+        t: Array,
         *,
         prediction: str | None = None,
-        cond: Mapping[str, Any] | None = None,
-    ) -> Any:
+        cond: Conditions | None = None,
+    ) -> PyTree:
         """The transformed prediction at state x and time t; as for a `ScoreFn`.
 
         Args:
@@ -96,22 +95,22 @@ class Transform:
         """
         return ask(self, x, t, prediction, cond)
 
-    def for_samples(self, numbers: Any) -> Any:
+    def for_samples(self, numbers: Array) -> PyTree:
         """The same transform for a batch of a larger set, which matters if it draws random numbers.
 
         Args:
           numbers: (batch,) integers, each sample's number in the set.
         """
-        inner: Any = for_samples(self.score_fn, numbers)
-        this: Any = self
+        inner: Bound = for_samples(self.score_fn, numbers)
+        this: PyTree = self
         return self if inner is self.score_fn else dataclasses.replace(this, score_fn=inner)
 
-    def check_bound(self, bound: Any, level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: Bound, level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`."""
         self.score_fn.check_bound(bound.inner, level, evaluates)
 
 
-def per_row(level: Level, what: str, *arrays: Any) -> list[Any]:
+def per_row(level: Level, what: str, *arrays: Array) -> list[PyTree]:
     """Arrays with one number per row, for the rows of `level`; padding rows get 0.
 
     For transforms that follow the rows of a tableau.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Array, Bound, Conditions, Network, PyTree
 from diffsamp.guidance._numbers import scale_numbers
 from diffsamp.guidance._terms import make_terms
 from diffsamp.guidance.transform import Transform, per_row
@@ -27,8 +28,8 @@ __all__ = ["Selected", "select", "unfold"]
 
 
 class _SelectedBound(NamedTuple):
-    inner: Any
-    which: Any
+    inner: Bound
+    which: PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -36,16 +37,16 @@ class _SelectedBound(NamedTuple):
 class Selected(Transform):
     """A network asked with or without its condition, row by row; made by `select`."""
 
-    score_fn: Any
-    null: Mapping[str, Any]
-    which: Any
+    score_fn: Network
+    null: Mapping[str, PyTree]
+    which: PyTree
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _SelectedBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _SelectedBound:
         """As `ScoreFn.bind`, and which rows ask the null condition."""
         which = per_row(level, "select", self.which)[0]
         return _SelectedBound(self.score_fn.bind(level, target), which)
 
-    def predict(self, x: Any, bound: _SelectedBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _SelectedBound, cond: Conditions | None = None) -> PyTree:
         """One call of the network, under the row's condition."""
         given = dict(cond or {})
         missing = [name for name in self.null if name not in given]
@@ -55,7 +56,7 @@ class Selected(Transform):
                 f"{', '.join(map(repr, missing))}."
             )
 
-        def choose(old: Any, new: Any) -> Any:
+        def choose(old: PyTree, new: PyTree) -> PyTree:
             # a condition that the batch shares stays shared, unless samples differ in their rows
             old, pick = jnp.asarray(old), jnp.asarray(bound.which)
             new = jnp.broadcast_to(jnp.asarray(new).astype(old.dtype), old.shape)
@@ -69,7 +70,7 @@ class Selected(Transform):
         own = {}
         for name, null in self.null.items():
             old = given[name]
-            structures: list[Any] = [jax.tree.structure(tree) for tree in (null, old)]
+            structures: list[PyTree] = [jax.tree.structure(tree) for tree in (null, old)]
             same = structures[0] == structures[1]
             own[name] = jax.tree.map(
                 choose, old, null if same else jax.tree.map(lambda _, n=null: n, old)
@@ -77,7 +78,7 @@ class Selected(Transform):
         return self.score_fn.predict(x, bound.inner, {**given, **own})
 
 
-def select(score_fn: ScoreFn | Transform, null: Mapping[str, Any], which: Any) -> Selected:
+def select(score_fn: ScoreFn | Transform, null: Mapping[str, PyTree], which: PyTree) -> Selected:
     """The network for a tableau of `unfold`: null rows ask it without the condition.
 
     Args:
@@ -99,7 +100,7 @@ def select(score_fn: ScoreFn | Transform, null: Mapping[str, Any], which: Any) -
     return Selected(score_fn, dict(null), which)
 
 
-def unfold(tableau: Tableau, scale: Any) -> tuple[Tableau, np.ndarray]:
+def unfold(tableau: Tableau, scale: Array) -> tuple[Tableau, np.ndarray]:
     """Classifier-free guidance as rows of a tableau.
 
     Every row that evaluates becomes two, one that asks the null condition and keeps the state and

@@ -7,7 +7,6 @@ or a generator, differentiate sum(stop_gradient(gradient) * x_0).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,14 @@ import numpy as np
 
 from diffsamp._core import random
 from diffsamp._core.checks import expect_times
+from diffsamp._core.types import Array, Conditions, Key, Network, PyTree, Times
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
 
 __all__ = ["ddcm", "dmd", "sds", "vsd"]
 
 
-def _noised(score_fn: Any, x_0: Any, t: Any, key: Any) -> tuple[Any, Any]:
+def _noised(score_fn: Network, x_0: PyTree, t: Array, key: Key) -> tuple[PyTree, PyTree]:
     batch = jax.tree.leaves(x_0)[0].shape[0]
     eps = random.normal_like(random.sample_keys(key, batch), 0, x_0)
     t = jnp.asarray(t, jax.tree.leaves(x_0)[0].dtype)
@@ -33,8 +33,8 @@ def _noised(score_fn: Any, x_0: Any, t: Any, key: Any) -> tuple[Any, Any]:
 
 
 def sds(
-    score_fn: ScoreFn, x_0: Any, t: Any, *, key: jax.Array, cond: Mapping[str, Any] | None = None
-) -> Any:
+    score_fn: ScoreFn, x_0: PyTree, t: Array, *, key: jax.Array, cond: Conditions | None = None
+) -> PyTree:
     """Score distillation sampling: E(x_t) - eps, one draw of eps. Costs one evaluation.
 
     It has no entropy term: descended, a distribution collapses to the most likely sample.
@@ -56,13 +56,13 @@ def sds(
 def vsd(
     score_fn: ScoreFn,
     fake: ScoreFn,
-    x_0: Any,
-    t: Any,
+    x_0: PyTree,
+    t: Array,
     *,
     key: jax.Array,
-    cond: Mapping[str, Any] | None = None,
-    fake_cond: Mapping[str, Any] | None = None,
-) -> Any:
+    cond: Conditions | None = None,
+    fake_cond: Conditions | None = None,
+) -> PyTree:
     """Variational score distillation: E_real(x_t) - E_fake(x_t). Costs one evaluation of each.
 
     sigma / alpha times it (in the noised sample's own units, over sigma) is the gradient of the
@@ -88,14 +88,14 @@ def vsd(
 def dmd(
     score_fn: ScoreFn,
     fake: ScoreFn,
-    x_0: Any,
-    t: Any,
+    x_0: PyTree,
+    t: Array,
     *,
     key: jax.Array,
-    cond: Mapping[str, Any] | None = None,
-    fake_cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
+    fake_cond: Conditions | None = None,
     normalise: bool = True,
-) -> Any:
+) -> PyTree:
     """Distribution matching distillation: (D_fake - D_real) / mean |x_0 - D_real|, per sample.
 
     Args:
@@ -125,13 +125,13 @@ def dmd(
 
 def ddcm(
     score_fn: ScoreFn,
-    x_0: Any,
-    times: Any,
+    x_0: PyTree,
+    times: Times,
     *,
     key: jax.Array,
-    source: Mapping[str, Any],
-    target: Mapping[str, Any],
-) -> Any:
+    source: Mapping[str, PyTree],
+    target: Mapping[str, Array],
+) -> PyTree:
     """Edit without inversion: what the target condition says, less what the source's says.
 
     At every level one z noises both the given sample and the edited one; the edited data is
@@ -160,7 +160,7 @@ def ddcm(
     keys = random.sample_keys(key, jax.tree.leaves(x_0)[0].shape[0])
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
 
-    def body(carry: Any, row: Any) -> Any:
+    def body(carry: PyTree, row: Array) -> PyTree:
         data, n = carry
         own, a, s = row
         z = random.normal_like(keys, n, x_0)
@@ -173,8 +173,11 @@ def ddcm(
         becomes = score_fn.predict(edited, own, target)
         data = jax.tree.map(
             lambda v, e, b, w: (v - scale_rows(s, v) * (b - w + e)) / scale_rows(a, v),
-            edited, z, becomes, was,
-        )  # fmt: skip
+            edited,
+            z,
+            becomes,
+            was,
+        )
         return (data, n + 1), None
 
     rows = jax.tree.map(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from diffsamp import guidance, sampling, schedules, solvers
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int, expect_times
 from diffsamp._core.numeric import namespace
+from diffsamp._core.types import Array, Conditions, Key, Network, PyTree, Times, Value
 from diffsamp.guidance import Rule, Transform, measurement
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
@@ -27,7 +27,7 @@ __all__ = ["daps", "ddnm", "diffpir", "red_diff", "repaint"]
 
 
 def ddnm(
-    score_fn: ScoreFn | Transform, operator: Any, y: Any, times: Any, *, share: float = 0.85
+    score_fn: ScoreFn | Transform, operator: PyTree, y: PyTree, times: Times, *, share: float = 0.85
 ) -> tuple[Rule, Tableau]:
     """DDNM as its paper runs it: projected data on rows that re-noise a constant share.
 
@@ -49,10 +49,10 @@ def ddnm(
 
 def diffpir(
     score_fn: ScoreFn | Transform,
-    operator: Any,
-    y: Any,
+    operator: PyTree,
+    y: PyTree,
     noise: float,
-    times: Any,
+    times: Times,
     *,
     weight: float = 8.0,
     zeta: float = 0.3,
@@ -82,7 +82,7 @@ def diffpir(
     return known, tableau
 
 
-def _diffpir_spread(weight: Any, level: Level) -> Any:
+def _diffpir_spread(weight: PyTree, level: Level) -> PyTree:
     xp = namespace(level.alpha, level.sigma)
     # at alpha = 0 the network says nothing yet; a large number stands for none
     return level.sigma / (xp.maximum(level.alpha, 1e-3) * xp.sqrt(xp.asarray(weight * 1.0)))
@@ -90,19 +90,19 @@ def _diffpir_spread(weight: Any, level: Level) -> Any:
 
 def daps(
     score_fn: ScoreFn | Transform,
-    operator: Callable[[Any], Any],
-    y: Any,
+    operator: Callable[[PyTree], PyTree],
+    y: PyTree,
     noise: float,
-    x_T: Any,
-    times: Any,
+    x_T: PyTree,
+    times: Times,
     *,
     key: jax.Array,
     ode_steps: int = 5,
     chain: int = 50,
     step: float = 0.3,
-    spread: Callable[[Level], Any] | None = None,
-    cond: Mapping[str, Any] | None = None,
-) -> Any:
+    spread: Callable[[Level], Array] | None = None,
+    cond: Conditions | None = None,
+) -> PyTree:
     """DAPS: at every level a guess of the sample, a chain towards the measurement, new noise.
 
     x^ is where `ode_steps` DDIM rows lead from x; a chain on exp(-|A x - y|^2 / (2 noise^2)
@@ -148,7 +148,7 @@ def daps(
     return _daps(score_fn, operator, y, noise, x_T, keys, stacked, numbers, step, cond, chain=chain)
 
 
-def _is_tree(operator: Any) -> bool:
+def _is_tree(operator: PyTree) -> bool:
     return not any(leaf is operator for leaf in jax.tree.leaves(operator))
 
 
@@ -162,15 +162,25 @@ def _way(process: Process, t: float, steps: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("chain",))
 def _daps(
-    score_fn: Any, operator: Any, y: Any, noise: Any, x_T: Any, keys: Any, ways: Any, numbers: Any,
-    step: Any, cond: Any, *, chain: int,
-) -> Any:  # fmt: skip
-    def body(carry: Any, given: Any) -> Any:
+    score_fn: Network,
+    operator: PyTree,
+    y: PyTree,
+    noise: PyTree,
+    x_T: PyTree,
+    keys: Key,
+    ways: PyTree,
+    numbers: Array,
+    step: PyTree,
+    cond: Conditions | None,
+    *,
+    chain: int,
+) -> PyTree:
+    def body(carry: PyTree, given: PyTree) -> PyTree:
         x, n = carry
         way, (r, alpha, sigma) = given
         guess = sampling.sample(score_fn, way, x, cond=cond)
 
-        def log_prob(v: Any) -> Any:
+        def log_prob(v: PyTree) -> PyTree:
             misfit = _square(jax.tree.map(jnp.subtract, operator(v), y))
             away = _square(jax.tree.map(jnp.subtract, v, guess))
             return -0.5 * (misfit / noise**2 + away / r**2)
@@ -181,15 +191,16 @@ def _daps(
         z = random.normal_like(own, chain + 1, x)
         x = jax.tree.map(
             lambda v, e: (scale_rows(alpha, v) * v + scale_rows(sigma, v) * e).astype(v.dtype),
-            moved, z,
-        )  # fmt: skip
+            moved,
+            z,
+        )
         return (x, n + 1), None
 
     (x, _), _ = jax.lax.scan(body, (x_T, jnp.zeros((), jnp.int32)), (ways, numbers))
     return x
 
 
-def _square(tree: Any) -> Any:
+def _square(tree: PyTree) -> PyTree:
     parts: list[jax.Array] = [
         jnp.sum((v * v).reshape(v.shape[0], -1), axis=1) for v in jax.tree.leaves(tree)
     ]
@@ -198,16 +209,16 @@ def _square(tree: Any) -> Any:
 
 def red_diff(
     score_fn: ScoreFn | Transform,
-    operator: Callable[[Any], Any],
-    y: Any,
-    x_0: Any,
-    times: Any,
+    operator: Callable[[PyTree], PyTree],
+    y: PyTree,
+    x_0: PyTree,
+    times: Times,
     *,
     key: jax.Array,
     weight: float = 0.25,
     rate: float = 0.1,
-    cond: Mapping[str, Any] | None = None,
-) -> Any:
+    cond: Conditions | None = None,
+) -> PyTree:
     """RED-diff: a sample that fits the measurement and that the network would not change.
 
     Adam steps, one draw of noise each, on |y - A mu|^2 / 2 + weight (sigma / alpha)
@@ -234,7 +245,7 @@ def red_diff(
     alpha, sigma = (np.asarray(f(times)) for f in (process.alpha, process.sigma))
     if times.ndim != 1 or not np.all((alpha > 0) & (sigma > 0)):
         raise ValueError("`times` must be (n,), with signal and noise at every level.")
-    network: Any = score_fn
+    network: Network = score_fn
     bound = network.bind(Level(times, alpha, sigma), (np.zeros(len(times)), np.ones(len(times))))
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
     rows = jax.tree.map(
@@ -248,10 +259,17 @@ def red_diff(
 
 @jax.jit
 def _red_diff(
-    score_fn: Any, operator: Any, y: Any, x_0: Any, keys: Any, rows: Any, weight: Any, rate: Any,
-    cond: Any,
-) -> Any:  # fmt: skip
-    def body(carry: Any, row: Any) -> Any:
+    score_fn: Network,
+    operator: PyTree,
+    y: PyTree,
+    x_0: PyTree,
+    keys: Key,
+    rows: Array,
+    weight: PyTree,
+    rate: PyTree,
+    cond: Conditions | None,
+) -> PyTree:
+    def body(carry: PyTree, row: Array) -> PyTree:
         mu, first, second, n = carry
         bound, alpha, sigma = row
         eps = random.normal_like(keys, n, mu)
@@ -260,18 +278,24 @@ def _red_diff(
         misfit = lambda v: 0.5 * jnp.sum(_square(jax.tree.map(jnp.subtract, operator(v), y)))  # noqa: E731
         slope = jax.tree.map(
             lambda g, e, z: g + scale_rows(weight * sigma / alpha, g) * (e - z),
-            jax.grad(misfit)(mu), noise, eps,
-        )  # fmt: skip
+            jax.grad(misfit)(mu),
+            noise,
+            eps,
+        )
         first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, slope)
         second = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, second, slope)
         turn = (n + 1).astype(jax.tree.leaves(mu)[0].dtype)
         mu = jax.tree.map(
-            lambda v, m, s: v
-            - scale_rows(rate, v)
-            * (m / (1 - 0.9**turn))
-            / (jnp.sqrt(s / (1 - 0.99**turn)) + 1e-8),
-            mu, first, second,
-        )  # fmt: skip
+            lambda v, m, s: (
+                v
+                - scale_rows(rate, v)
+                * (m / (1 - 0.9**turn))
+                / (jnp.sqrt(s / (1 - 0.99**turn)) + 1e-8)
+            ),
+            mu,
+            first,
+            second,
+        )
         return (mu, first, second, n + 1), None
 
     zero = jax.tree.map(jnp.zeros_like, x_0)
@@ -281,15 +305,15 @@ def _red_diff(
 
 def repaint(
     score_fn: ScoreFn | Transform,
-    known: Any,
-    mask: Any,
-    x_T: Any,
-    times: Any,
+    known: PyTree,
+    mask: PyTree,
+    x_T: PyTree,
+    times: Times,
     *,
     key: jax.Array,
     repeats: int = 10,
-    cond: Mapping[str, Any] | None = None,
-) -> Any:
+    cond: Conditions | None = None,
+) -> PyTree:
     """RePaint: put the noised known elements into the state, step, go back up, again.
 
     Before every ancestral row the known elements of x become alpha known + sigma z; each row is
@@ -332,22 +356,33 @@ def _up(down: Tableau) -> Tableau:
     (alpha, low), (sigma, small) = down.alpha, down.sigma
     ratio = alpha / low
     return Tableau.create(
-        times=down.times[::-1], alpha=down.alpha[::-1], sigma=down.sigma[::-1],
-        target=[[1.0, 0.0]], a=[[ratio]], b=[[0.0]],
-        c=[np.sqrt(max(sigma**2 - (ratio * small) ** 2, 0.0))], evaluates=[False],
-    )  # fmt: skip
+        times=down.times[::-1],
+        alpha=down.alpha[::-1],
+        sigma=down.sigma[::-1],
+        target=[[1.0, 0.0]],
+        a=[[ratio]],
+        b=[[0.0]],
+        c=[np.sqrt(max(sigma**2 - (ratio * small) ** 2, 0.0))],
+        evaluates=[False],
+    )
 
 
 @jax.jit
 def _repaint(
-    score_fn: Any, travel: Any, known: Any, mask: Any, x_T: Any, keys: Any, cond: Any
-) -> Any:
-    def body(n: Any, state: Any) -> Any:
+    score_fn: Network,
+    travel: PyTree,
+    known: PyTree,
+    mask: PyTree,
+    x_T: PyTree,
+    keys: Key,
+    cond: Conditions | None,
+) -> PyTree:
+    def body(n: Array, state: PyTree) -> PyTree:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, 0x9A17)
         z = random.normal_like(own, n, state.x)
         alpha, sigma = (jnp.asarray(v)[n] for v in (travel.alpha, travel.sigma))
 
-        def put(x: jax.Array, value: Any, where: Any, e: jax.Array) -> jax.Array:
+        def put(x: jax.Array, value: Value, where: PyTree, e: jax.Array) -> jax.Array:
             value, where = (
                 jnp.broadcast_to(jnp.asarray(v, x.dtype), x.shape) for v in (value, where)
             )
@@ -366,5 +401,7 @@ def _repaint(
     )
     return jax.tree.map(
         lambda x, v, w: w * jnp.broadcast_to(jnp.asarray(v, x.dtype), x.shape) + (1 - w) * x,
-        state.x, known, where,
-    )  # fmt: skip
+        state.x,
+        known,
+        where,
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from diffsamp._core.checks import expect_int
+from diffsamp._core.types import Array, Key, PyTree
 
 __all__ = ["Operator", "blur", "downsample", "linear", "mask", "nonlinear"]
 
@@ -34,15 +34,15 @@ class Operator:
     pinv_: Partial | None
     name: str = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: PyTree) -> PyTree:
         """What is measured of a batch of samples."""
         return self.forward_(x)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: PyTree) -> PyTree:
         """What is measured of a batch of samples."""
         return self.forward_(x)
 
-    def adjoint(self, y: Any) -> Any:
+    def adjoint(self, y: PyTree) -> PyTree:
         """A^T y.
 
         Raises:
@@ -50,7 +50,7 @@ class Operator:
         """
         return self._expect(self.adjoint_, "adjoint")(y)
 
-    def pinv(self, y: Any) -> Any:
+    def pinv(self, y: PyTree) -> PyTree:
         """A^+ y: of all samples with that measurement the smallest.
 
         Raises:
@@ -67,7 +67,7 @@ class Operator:
         return f
 
 
-def mask(keep: Any) -> Operator:
+def mask(keep: PyTree) -> Operator:
     """Only some elements are seen: A x = keep x, 0 elsewhere.
 
     Args:
@@ -77,7 +77,7 @@ def mask(keep: Any) -> Operator:
     return Operator(f, f, f, "mask")
 
 
-def _mask(keep: Any, x: jax.Array) -> jax.Array:
+def _mask(keep: PyTree, x: jax.Array) -> jax.Array:
     return x * jnp.broadcast_to(jnp.asarray(keep).astype(x.dtype), x.shape)
 
 
@@ -89,19 +89,21 @@ def downsample(factor: int) -> Operator:
     """
     factor = expect_int(factor, "factor", at_least=1)
     return Operator(
-        Partial(_means[factor]), Partial(_repeat[factor, True]), Partial(_repeat[factor, False]),
+        Partial(_means[factor]),
+        Partial(_repeat[factor, True]),
+        Partial(_repeat[factor, False]),
         "downsample",
-    )  # fmt: skip
+    )
 
 
-class _Made(dict[Any, Any]):
+class _Made(dict[PyTree, PyTree]):
     """Functions by their static arguments, made once: they are compared by identity."""
 
-    def __init__(self, make: Callable[[Any], Any]) -> None:
+    def __init__(self, make: Callable[[PyTree], PyTree]) -> None:
         super().__init__()
         self.make = make
 
-    def __missing__(self, key: Any) -> Any:
+    def __missing__(self, key: Key) -> PyTree:
         self[key] = self.make(key)
         return self[key]
 
@@ -133,7 +135,7 @@ def _make_repeat(key: tuple[int, bool]) -> Callable[[jax.Array], jax.Array]:
 _means, _repeat = _Made(_make_means), _Made(_make_repeat)
 
 
-def blur(kernel: Any, *, cutoff: float = 1e-3) -> Operator:
+def blur(kernel: PyTree, *, cutoff: float = 1e-3) -> Operator:
     """Circular convolution of images with a kernel, every channel alike.
 
     Args:
@@ -148,12 +150,14 @@ def blur(kernel: Any, *, cutoff: float = 1e-3) -> Operator:
     if kernel.ndim != 2 or not all(n % 2 for n in kernel.shape):
         raise ValueError(f"`kernel` must be (rows, columns) of odd sizes; got {kernel.shape}.")
     return Operator(
-        Partial(_convolve, kernel), Partial(_convolve, kernel[::-1, ::-1]),
-        Partial(_deconvolve, kernel, float(cutoff)), "blur",
-    )  # fmt: skip
+        Partial(_convolve, kernel),
+        Partial(_convolve, kernel[::-1, ::-1]),
+        Partial(_deconvolve, kernel, float(cutoff)),
+        "blur",
+    )
 
 
-def _response(kernel: Any, x: jax.Array) -> jax.Array:
+def _response(kernel: PyTree, x: jax.Array) -> jax.Array:
     rows, columns = np.shape(kernel)
     height, width = x.shape[1:3]
     if rows > height or columns > width:
@@ -164,13 +168,13 @@ def _response(kernel: Any, x: jax.Array) -> jax.Array:
     return spectrum.reshape(1, height, width, *(1,) * (x.ndim - 3))
 
 
-def _convolve(kernel: Any, x: jax.Array) -> jax.Array:
+def _convolve(kernel: PyTree, x: jax.Array) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if x.dtype != jnp.float64 else x
     told = jnp.fft.ifft2(jnp.fft.fft2(wide, axes=(1, 2)) * _response(kernel, wide), axes=(1, 2))
     return told.real.astype(x.dtype)
 
 
-def _deconvolve(kernel: Any, cutoff: Any, y: jax.Array) -> jax.Array:
+def _deconvolve(kernel: PyTree, cutoff: PyTree, y: jax.Array) -> jax.Array:
     spectrum = _response(kernel, y)
     size = jnp.abs(spectrum)
     seen = size > jnp.asarray(cutoff, size.dtype) * jnp.max(size)
@@ -179,7 +183,7 @@ def _deconvolve(kernel: Any, cutoff: Any, y: jax.Array) -> jax.Array:
     return jnp.fft.ifft2(jnp.fft.fft2(y, axes=(1, 2)) * back, axes=(1, 2)).real.astype(y.dtype)
 
 
-def linear(matrix: Any, shape: tuple[int, ...] | None = None) -> Operator:
+def linear(matrix: Array, shape: tuple[int, ...] | None = None) -> Operator:
     """Any linear measurement, (m, n), of samples with n elements.
 
     Args:
@@ -198,17 +202,19 @@ def linear(matrix: Any, shape: tuple[int, ...] | None = None) -> Operator:
         )
     back = _reshaped[shape]
     return Operator(
-        Partial(_measure, matrix), Partial(back, matrix.T), Partial(back, np.linalg.pinv(matrix)),
+        Partial(_measure, matrix),
+        Partial(back, matrix.T),
+        Partial(back, np.linalg.pinv(matrix)),
         "linear",
-    )  # fmt: skip
+    )
 
 
-def _measure(matrix: Any, x: jax.Array) -> jax.Array:
+def _measure(matrix: Array, x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1) @ jnp.asarray(matrix, x.dtype).T
 
 
-def _make_reshaped(shape: tuple[int, ...]) -> Callable[[Any, jax.Array], jax.Array]:
-    def back(matrix: Any, y: jax.Array) -> jax.Array:
+def _make_reshaped(shape: tuple[int, ...]) -> Callable[[PyTree, jax.Array], jax.Array]:
+    def back(matrix: Array, y: jax.Array) -> jax.Array:
         return (y @ jnp.asarray(matrix, y.dtype).T).reshape(y.shape[0], *shape)
 
     return back
@@ -217,7 +223,7 @@ def _make_reshaped(shape: tuple[int, ...]) -> Callable[[Any, jax.Array], jax.Arr
 _reshaped = _Made(_make_reshaped)
 
 
-def nonlinear(f: Callable[[Any], Any]) -> Operator:
+def nonlinear(f: Callable[[PyTree], PyTree]) -> Operator:
     """Any differentiable measurement, such as a network or the absolute value of a transform.
 
     Args:

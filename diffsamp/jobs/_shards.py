@@ -11,12 +11,13 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from diffsamp._core.files import read_json
+from diffsamp._core.types import PyTree, Value
 
 __all__ = [
     "Generated",
@@ -160,7 +161,7 @@ def file_name(first: int, batch: int, format: str) -> str:
     return f"samples-{first // batch:06d}.{format}"
 
 
-def named(x: Any) -> dict[str, Any]:
+def named(x: PyTree) -> dict[str, PyTree]:
     """The arrays of a pytree by their path; one that is alone is "x"."""
     leaves = jax.tree_util.tree_flatten_with_path(x)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/") or "x": v for path, v in leaves}
@@ -194,7 +195,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def safetensors() -> Any:
+def safetensors() -> PyTree:
     """That package's functions for NumPy.
 
     Raises:
@@ -210,30 +211,31 @@ def safetensors() -> Any:
     return safetensors_numpy
 
 
-def manifest_bytes(settings: Mapping[str, Any], shards: list[Shard]) -> bytes:
+def manifest_bytes(settings: Mapping[str, Value], shards: list[Shard]) -> bytes:
     """What a manifest's file holds: JSON, a line per shard."""
     head = {"format": _FORMAT, "version": _VERSION, "settings": settings}
     lines = ",\n  ".join(json.dumps(shard) for shard in shards)
     return (json.dumps(head)[:-1] + f',\n "shards": [\n  {lines}\n ]}}\n').encode()
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing(one: Mapping[str, PyTree], other: Mapping[str, PyTree]) -> list[str]:
     """The settings in which two jobs differ; n may, and what one does not know (None)."""
     return sorted(
         name
         for name in one.keys() | other.keys()
-        if name != "n" and one.get(name) != other.get(name)
+        if name != "n"
+        and one.get(name) != other.get(name)
         and not (name == "labels" and None in (one.get(name), other.get(name)))
-    )  # fmt: skip
+    )
 
 
-def scan(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
+def scan(folder: Path) -> tuple[dict[str, PyTree] | None, tuple[Shard, ...]]:
     """The settings of the job that a folder holds, and the files that are there and whole.
 
     Raises:
       ValueError: a manifest is corrupt, of another version, or of another job than the others.
     """
-    settings: dict[str, Any] | None = None
+    settings: dict[str, Value] | None = None
     shards: dict[int, Shard] = {}
     for path in sorted(folder.glob("manifest-*.json")):
         own, listed = _read(path)
@@ -254,7 +256,7 @@ def scan(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
     return settings, tuple(sorted(shards.values(), key=lambda shard: shard.first))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Shard]]:
+def _read(path: Path) -> tuple[dict[str, PyTree], list[Shard]]:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f"{path} is no manifest of `generate`.")

@@ -14,7 +14,6 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jax import export as jax_export
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.files import write_atomically
+from diffsamp._core.types import Array, Conditions, DType, Key, PyTree, Value
 from diffsamp.jobs.sampler import Sampler
 
 __all__ = ["ExportedSampler", "export", "load_exported"]
@@ -54,11 +54,11 @@ class ExportedSampler:
     platforms: tuple[str, ...]
     cond: Mapping[str, tuple[tuple[int, ...], str]]
     random: str
-    _program: Any = dataclasses.field(repr=False)
-    _prior: Any = dataclasses.field(repr=False)
-    _weights: list[Any] = dataclasses.field(repr=False)
+    _program: PyTree = dataclasses.field(repr=False)
+    _prior: PyTree = dataclasses.field(repr=False)
+    _weights: list[Array] = dataclasses.field(repr=False)
 
-    def __call__(self, key: Any, x_T: Any, *, cond: Mapping[str, Any] | None = None) -> jax.Array:
+    def __call__(self, key: Key, x_T: PyTree, *, cond: Conditions | None = None) -> jax.Array:
         """Sample.
 
         Args:
@@ -109,7 +109,7 @@ class ExportedSampler:
         return self._program.call(self._weights, jax.random.key_data(keys), x_T, given)
 
 
-def _converted(value: Any, dtype: str, name: str) -> jax.Array:
+def _converted(value: Value, dtype: str, name: str) -> jax.Array:
     array = jnp.asarray(value)
     if not jnp.can_cast(array.dtype, dtype, "same_kind"):
         raise TypeError(f"`{name}` must be of dtype {dtype}; got {array.dtype}.")
@@ -121,8 +121,8 @@ def export(
     path: str | os.PathLike[str],
     *,
     shape: Sequence[int],
-    cond: Mapping[str, Any] | None = None,
-    dtype: Any = jnp.float32,
+    cond: Conditions | None = None,
+    dtype: DType = jnp.float32,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> None:
     """Write a sampler as one file that runs without the model's code.
@@ -178,10 +178,10 @@ def export(
     empty = jax.random.key(0)
     width = jax.random.key_data(empty).shape
 
-    def typed(data: Any) -> Any:
+    def typed(data: Value) -> PyTree:
         return jax.random.wrap_key_data(data)
 
-    def run(weights: list[Any], keys: Any, x_T: Any, cond: dict[str, Any]) -> Any:
+    def run(weights: list[Array], keys: Key, x_T: PyTree, cond: dict[str, PyTree]) -> PyTree:
         leaves = [
             leaf if kind is None else jax.random.wrap_key_data(leaf, impl=kind)
             for leaf, kind in zip(weights, kinds, strict=True)
@@ -191,7 +191,7 @@ def export(
 
     process = sampler.score_fn.process
 
-    def prior(keys: Any) -> Any:
+    def prior(keys: Key) -> PyTree:
         first = sampler.tableau.times[0]
         return process.start_sample(typed(keys), (keys.shape[0], *shape), first).astype(dtype)
 
@@ -212,11 +212,17 @@ def export(
     except NotImplementedError as error:
         raise ValueError(f"the network's program cannot be exported: {error}") from error
     meta = {
-        "format": _FORMAT, "version": _VERSION, "shape": list(shape),
-        "dtype": str(jnp.dtype(dtype)), "nfe": sampler.tableau.nfe, "cond": conditions,
-        "platforms": list(platforms), "weights": [str(leaf.dtype) for leaf in weights],
-        "name": sampler.tableau.name, "random": str(jax.random.key_impl(empty)),
-    }  # fmt: skip
+        "format": _FORMAT,
+        "version": _VERSION,
+        "shape": list(shape),
+        "dtype": str(jnp.dtype(dtype)),
+        "nfe": sampler.tableau.nfe,
+        "cond": conditions,
+        "platforms": list(platforms),
+        "weights": [str(leaf.dtype) for leaf in weights],
+        "name": sampler.tableau.name,
+        "random": str(jax.random.key_impl(empty)),
+    }
     arrays = {
         "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
         "program": np.frombuffer(program.serialize(), np.uint8),
@@ -232,7 +238,7 @@ def export(
     write_atomically(path, buffer.getvalue())
 
 
-def _expect_platforms(platforms: Any) -> tuple[str, ...]:
+def _expect_platforms(platforms: Value) -> tuple[str, ...]:
     if isinstance(platforms, str) or not platforms or not set(platforms) <= set(_PLATFORMS):
         raise ValueError(
             f'`platforms` must be some of {_PLATFORMS}, such as ("cpu",); got {platforms!r}.'
@@ -248,7 +254,7 @@ def _expect_writable(path: Path) -> None:
         raise kind(2, "the folder of `path` does not exist", str(path.parent))
 
 
-def _expect_condition(name: str, value: Any) -> tuple[tuple[int, ...], str]:
+def _expect_condition(name: str, value: Value) -> tuple[tuple[int, ...], str]:
     if not hasattr(value, "dtype") or np.ndim(value) < 1:
         raise ValueError(
             f"cond[{name!r}] must be an array with a leading batch axis; got "
@@ -297,7 +303,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedSampler:
         raise ValueError(f"{name} is corrupt: {error!r}.") from error
 
 
-def _built(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> ExportedSampler:
+def _built(meta: dict[str, PyTree], arrays: dict[str, np.ndarray]) -> ExportedSampler:
     program = jax_export.deserialize(bytearray(arrays["program"].tobytes()))
     prior = jax_export.deserialize(bytearray(arrays["prior"].tobytes()))
     shapes = [aval.shape for aval in program.in_avals[: len(meta["weights"])]]
@@ -307,9 +313,16 @@ def _built(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> ExportedSampl
     ]
     cond = {name: (tuple(tail), d) for name, (tail, d) in meta["cond"].items()}
     return ExportedSampler(
-        tuple(meta["shape"]), meta["dtype"], meta["nfe"], tuple(meta["platforms"]), cond,
-        meta["random"], program, prior, weights,
-    )  # fmt: skip
+        tuple(meta["shape"]),
+        meta["dtype"],
+        meta["nfe"],
+        tuple(meta["platforms"]),
+        cond,
+        meta["random"],
+        program,
+        prior,
+        weights,
+    )
 
 
 def _flatbuffers() -> None:

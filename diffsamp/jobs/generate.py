@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from diffsamp._core.digest import digest, fingerprint, seed_of
 from diffsamp._core.files import remove_temporaries, write_atomically
 from diffsamp._core.progress import ProgressBar
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Array, Conditions, Key, PyTree, Sharding, Value
 from diffsamp.jobs._shards import (
     Generated,
     Shard,
@@ -43,7 +43,7 @@ from diffsamp.tableau import Tableau
 
 __all__ = ["generate"]
 
-Condition = Callable[[np.ndarray], Mapping[str, Any]]
+Condition = Callable[[np.ndarray], Mapping[str, PyTree]]
 
 
 def generate(
@@ -52,13 +52,13 @@ def generate(
     n: int,
     out: str | os.PathLike[str],
     *,
-    key: Any,
+    key: Key,
     shape: tuple[int, ...],
     cond: Condition | None = None,
-    finish: Callable[[Any], Any] | None = None,
+    finish: Callable[[PyTree], PyTree] | None = None,
     batch: int = 256,
     format: str = "npz",
-    sharding: Any = None,
+    sharding: Sharding = None,
     processes: tuple[int, int] | None = None,
     verify: bool = False,
     progress: Callable[[str, int, int], None] | bool = True,
@@ -137,17 +137,23 @@ def generate(
         )
     score_fn = on_mesh(score_fn, sharding)
 
-    def conditions(first: int) -> Mapping[str, Any] | None:
+    def conditions(first: int) -> Mapping[str, PyTree] | None:
         # the last batch is filled up, so that one program serves all
         numbers = np.minimum(np.arange(first, first + batch), n - 1)
         return None if cond is None else expect_cond(cond(numbers), batch)
 
     settings = {
-        "n": n, "batch": batch, "shape": list(shape), "format": format, "key": seed_of(key),
-        "random": str(jax.random.key_impl(key)), "network": fingerprint(score_fn),
-        "tableau": digest(tableau), **_outline(conditions(0), n >= batch),
+        "n": n,
+        "batch": batch,
+        "shape": list(shape),
+        "format": format,
+        "key": seed_of(key),
+        "random": str(jax.random.key_impl(key)),
+        "network": fingerprint(score_fn),
+        "tableau": digest(tableau),
+        **_outline(conditions(0), n >= batch),
         "arrays": _expect_arrays(finish, (batch, *shape), format),
-    }  # fmt: skip
+    }
     folder = _expect_folder(out)
     found, done = scan(folder)
     if found is not None:
@@ -162,7 +168,7 @@ def generate(
         folder, [f"manifest-{index}.json", *(file_name(i, batch, format) for i in mine)]
     )
 
-    def keep(first: int, arrays: Mapping[str, Any], finite: Any) -> None:
+    def keep(first: int, arrays: Mapping[str, Array], finite: PyTree) -> None:
         size = min(batch, n - first)
         name = file_name(first, batch, format)
         content = shard_bytes({key: np.asarray(v)[:size] for key, v in arrays.items()}, format)
@@ -220,11 +226,11 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _finished(finish: Any, x: jax.Array) -> Any:
+def _finished(finish: PyTree, x: jax.Array) -> PyTree:
     return finish(x)
 
 
-def _teller(progress: Any, kept: list[Shard], mine: range, total: int) -> Callable[[], None]:
+def _teller(progress: Value, kept: list[Shard], mine: range, total: int) -> Callable[[], None]:
     """A function that reports how much is done, and warns of samples that are not finite."""
     if progress is True:
         try:
@@ -253,13 +259,13 @@ def _teller(progress: Any, kept: list[Shard], mine: range, total: int) -> Callab
 # -- arguments ------------------------------------------------------------------------------------
 
 
-def _expect_shape(shape: Any) -> tuple[int, ...]:
+def _expect_shape(shape: PyTree) -> tuple[int, ...]:
     if not isinstance(shape, tuple | list):
         raise TypeError(f"`shape` must be a tuple, that of one sample; got {shape!r}.")
     return tuple(expect_int(size, "shape", at_least=1) for size in shape)
 
 
-def _expect_one_key(key: Any) -> jax.Array:
+def _expect_one_key(key: Key) -> jax.Array:
     if key is None:
         raise ValueError("`generate` draws the starts: pass `key`, such as jax.random.key(0).")
     key = random.typed(key)
@@ -270,7 +276,7 @@ def _expect_one_key(key: Any) -> jax.Array:
     return key
 
 
-def _expect_processes(processes: Any) -> tuple[int, int]:
+def _expect_processes(processes: PyTree) -> tuple[int, int]:
     if processes is None:
         return jax.process_index(), jax.process_count()
     if not (isinstance(processes, tuple) and len(processes) == 2):
@@ -281,7 +287,7 @@ def _expect_processes(processes: Any) -> tuple[int, int]:
     return index, count
 
 
-def _expect_folder(out: Any) -> Path:
+def _expect_folder(out: Array) -> Path:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +300,7 @@ def _expect_folder(out: Any) -> Path:
     return folder
 
 
-def _expect_same(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _expect_same(folder: Path, found: Mapping[str, PyTree], settings: Mapping[str, Value]) -> None:
     changed = differing(found, settings)
     if changed:
         raise ValueError(
@@ -308,9 +314,9 @@ def _expect_same(folder: Path, found: Mapping[str, Any], settings: Mapping[str, 
         )
 
 
-def _expect_arrays(finish: Any, shape: tuple[int, ...], format: str) -> dict[str, Any]:
+def _expect_arrays(finish: PyTree, shape: tuple[int, ...], format: str) -> dict[str, PyTree]:
     """{name: shape of one entry and dtype} of what is written."""
-    x: Any = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(float))
+    x: PyTree = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(float))
     if finish is not None:
         x = jax.eval_shape(finish, x)
     leaves = named(x)
@@ -332,7 +338,7 @@ def _expect_arrays(finish: Any, shape: tuple[int, ...], format: str) -> dict[str
     return {name: [list(leaf.shape[1:]), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
-def _outline(cond: Mapping[str, Any] | None, whole: bool) -> dict[str, Any]:
+def _outline(cond: Conditions | None, whole: bool) -> dict[str, PyTree]:
     """Names, shapes and dtypes of a condition; and a digest of whole numbers, of a whole batch."""
     arrays = {name: np.asarray(value) for name, value in named(cond or {}).items()}
     numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "biu"}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffsamp import schedules, solvers
 from diffsamp._core import random
-from diffsamp.sampling import sample
+from diffsamp._core.types import Conditions, Key, PyTree, Value
+from diffsamp.sampling import Policy, sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
@@ -33,12 +32,18 @@ class Sampler:
     tableau: Tableau
 
     def __call__(
-        self, key: Any, x_T: Any, *, cond: Mapping[str, Any] | None = None, checkpoint: bool = False
-    ) -> Any:
+        self,
+        key: Key,
+        x_T: PyTree,
+        *,
+        cond: Conditions | None = None,
+        checkpoint: bool | Policy = False,
+    ) -> PyTree:
         """Sample.
 
         Args:
           key: a random key, or one per sample; for the start, if it is drawn here, and the noise.
+            With `x_T` given also what `diffsamp.brownian_key` returns.
           x_T: the start, or the shape (batch, ...) of one to draw: the process's prior, scaled to
             the level at which the tableau begins (`process.start_sample`).
           cond: keyword arguments for the network.
@@ -48,6 +53,11 @@ class Sampler:
           Samples shaped like x_T.
         """
         if isinstance(x_T, tuple) and all(isinstance(size, int) for size in x_T):
+            if isinstance(key, random.Brownian):
+                raise TypeError(
+                    "a start cannot be drawn with a `brownian_key`: draw `x_T` by "
+                    "`score_fn.process.start_sample` and pass it."
+                )
             shape = x_T if self.score_fn.batched else (1, *x_T)
             keys = random.sample_keys(key, shape[0] if self.score_fn.batched else None)
             split = jax.vmap(jax.random.split) if keys.ndim else jax.random.split
@@ -70,7 +80,7 @@ def sampler(
     nfe: int,
     schedule: str | None = None,
     final: str = "clean",
-    **options: Any,
+    **options: Value,
 ) -> Sampler:
     """A function that samples, from names and a budget.
 
@@ -93,7 +103,8 @@ def sampler(
       A `Sampler`: call it with (key, x_T or shape); its `tableau` says what it does.
 
     Raises:
-      ValueError: an unknown name, or a budget the solver cannot meet, with the nearest it can.
+      ValueError: an unknown name, a budget the solver cannot meet, with the nearest it can, or
+        options that change how many evaluations a step takes.
     """
     found = solvers.get(solver)
     closed = final == "clean"
@@ -106,4 +117,10 @@ def sampler(
             f"{' and '.join(str(n) for n in sorted(near[:2]))}."
         )
     times = schedules.get(schedule or found.schedule)(score_fn.process, steps, final=final)
-    return Sampler(score_fn, found(score_fn.process, times, **options))
+    tableau = found(score_fn.process, times, **options)
+    if tableau.nfe != nfe:
+        raise ValueError(
+            f"with {options} {found.name} makes {tableau.nfe} evaluations in {steps} steps, not "
+            f"{nfe}; build the tableau with ds.solvers and pass it to ds.sample or ds.Sampler."
+        )
+    return Sampler(score_fn, tableau)

@@ -10,8 +10,8 @@ tableau's own times. Rectified flows are flow models; consistency models have a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from diffsamp import solvers
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, to_host
+from diffsamp._core.types import Array, Bound, Conditions, Network, PyTree, Times, Value
 from diffsamp.guidance import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
@@ -32,8 +33,8 @@ _LABELS = ("log2", "length", "end")
 
 
 class _StepBound(NamedTuple):
-    inner: Any
-    label: Any
+    inner: Bound
+    label: PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -41,12 +42,12 @@ class _StepBound(NamedTuple):
 class StepConditioned(Transform):
     """A network told where each step ends; made by `shortcut` and `flow_map`."""
 
-    score_fn: Any
+    score_fn: Network
     name: str = dataclasses.field(metadata={"static": True})
-    label: str | Callable[[Any, Any], Any] = dataclasses.field(metadata={"static": True})
+    label: str | Callable[[PyTree, PyTree], PyTree] = dataclasses.field(metadata={"static": True})
 
     @silence
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _StepBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _StepBound:
         """As `ScoreFn.bind`, with every row's step from the tableau's own times."""
         per_row(level, "a step-conditioned network")
         t = as_float(level.t)
@@ -57,12 +58,12 @@ class StepConditioned(Transform):
 
     def __call__(
         self,
-        x: Any,
-        t: Any,
+        x: PyTree,
+        t: Array,
         *,
         prediction: str | None = None,
-        cond: Mapping[str, Any] | None = None,
-    ) -> Any:
+        cond: Conditions | None = None,
+    ) -> PyTree:
         """As for a `ScoreFn`; the step is the one from t to the clean end."""
         t = as_float(t)
         label = jnp.asarray(self._label(t, as_float(self.process.t_clean, t)))
@@ -71,7 +72,7 @@ class StepConditioned(Transform):
             label = jnp.broadcast_to(label, jax.tree.leaves(x)[0].shape[:1])
         return ask(self.score_fn, x, t, prediction, {**(cond or {}), self.name: label})
 
-    def _label(self, t: Any, end: Any) -> Any:
+    def _label(self, t: Array, end: PyTree) -> PyTree:
         xp = namespace(t)
         if callable(self.label):
             label = self.label(t, end)
@@ -82,7 +83,7 @@ class StepConditioned(Transform):
             label = length if self.label == "length" else -xp.log2(length)
         return label
 
-    def predict(self, x: Any, bound: _StepBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _StepBound, cond: Conditions | None = None) -> PyTree:
         """The network's prediction, given the step as one more condition."""
         if cond and self.name in cond:
             raise ValueError(f"`cond` must not hold {self.name!r}: it is the step, set here.")
@@ -92,7 +93,7 @@ class StepConditioned(Transform):
             label = jnp.broadcast_to(label, jax.tree.leaves(x)[0].shape[:1])
         return self.score_fn.predict(x, bound.inner, {**(cond or {}), self.name: label})
 
-    def check_bound(self, bound: Any, level: Level, evaluates: Any) -> None:
+    def check_bound(self, bound: Bound, level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`; with log2 labels, also that steps are powers of 1/2."""
         self.score_fn.check_bound(bound.inner, level, evaluates)
         if self.label != "log2" or not is_concrete(bound, evaluates):
@@ -127,7 +128,7 @@ def flow_map(
     score_fn: ScoreFn | Transform,
     *,
     name: str = "r",
-    label: str | Callable[[Any, Any], Any] = "end",
+    label: str | Callable[[PyTree, PyTree], PyTree] = "end",
 ) -> StepConditioned:
     """A flow map or MeanFlow model: u(x, t, r), the mean velocity from t down to r.
 
@@ -167,11 +168,11 @@ class Piecewise(Process):
     within a window is x' = x + (t' - t) v. Made by `piecewise`.
     """
 
-    times: Any
-    alphas: Any
-    sigmas: Any
+    times: Times
+    alphas: Array
+    sigmas: Array
 
-    def _linear(self, t: Any, values: Any) -> tuple[Any, Any]:
+    def _linear(self, t: Array, values: Value) -> tuple[Array, Array]:
         """`values` interpolated at t, and the slope there (of the window below, at an end)."""
         t = as_float(t, self.times)
         xp = namespace(t, self.times)
@@ -182,24 +183,25 @@ class Piecewise(Process):
         slope = (values[i] - values[i - 1]) / (times[i] - times[i - 1])
         return values[i - 1] + slope * (t - times[i - 1]), slope
 
-    def alpha(self, t: Any) -> Any:
+    def alpha(self, t: Array) -> Array:
         return self._linear(t, self.alphas)[0]
 
-    def sigma(self, t: Any) -> Any:
+    def sigma(self, t: Array) -> Array:
         return self._linear(t, self.sigmas)[0]
 
-    def alpha_dot(self, t: Any) -> Any:
+    def alpha_dot(self, t: Array) -> Array:
         return self._linear(t, self.alphas)[1]
 
-    def sigma_dot(self, t: Any) -> Any:
+    def sigma_dot(self, t: Array) -> Array:
         return self._linear(t, self.sigmas)[1]
 
     @silence
-    def time(self, log_snr: Any) -> Any:
+    def time(self, log_snr: Array) -> Array:
         log_snr = as_float(log_snr, self.times)
         xp = namespace(log_snr, self.times)
-        times, alphas, sigmas = (as_float(v, log_snr) for v in
-                                 (self.times, self.alphas, self.sigmas))  # fmt: skip
+        times, alphas, sigmas = (
+            as_float(v, log_snr) for v in (self.times, self.alphas, self.sigmas)
+        )
         rho = xp.exp(-log_snr)
         i = xp.clip(xp.searchsorted(sigmas / alphas, rho), 1, np.shape(times)[0] - 1)
         step_alpha, step_sigma = alphas[i] - alphas[i - 1], sigmas[i] - sigmas[i - 1]
@@ -211,15 +213,15 @@ class Piecewise(Process):
         return times[i - 1] + u * (times[i] - times[i - 1])
 
     @property
-    def t_max(self) -> Any:
+    def t_max(self) -> Array:
         return self.times[-1]
 
     @property
-    def t_min(self) -> Any:
+    def t_min(self) -> Array:
         return self.times[0] + (self.times[-1] - self.times[0]) * 1e-3
 
     @property
-    def t_clean(self) -> Any:
+    def t_clean(self) -> Array:
         return self.times[0]
 
 

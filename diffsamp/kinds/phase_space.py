@@ -10,15 +10,15 @@ eps of z = exp(F0 b) (x_0, 0) + L eps, L the lower Cholesky factor of S; the sco
 
 Every row of every method here is z' = z + P z + Q eps with matrices of 2 x 2 that depend on the
 row. They mix the parts, which a tableau's coefficients do not; so a transform of the network gives
-P z + Q eps, and the tableau adds it.
+P z + Q eps, and the tableau adds it. A stochastic row adds R zeta with zeta standard normal and R
+triangular. Its state is therefore kept as y = R^-1 z, to which a tableau can add zeta itself; the
+transform goes from y to z and on to the next row's y.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +33,15 @@ from diffsamp._core.numeric import (
     to_host,
     working_dtype,
 )
+from diffsamp._core.types import Array, Bound, Conditions, DType, Network, PyTree, Times
 from diffsamp.guidance import Transform, per_row
+from diffsamp.kinds._phase_steps import METHODS, STOCHASTIC, deterministic_steps, stochastic_steps
 from diffsamp.predictions import Level, level_at
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
 
 __all__ = ["PSLD", "PhaseSpaceSampler", "PhaseSpaceSteps", "psld", "sampler"]
-
-_METHODS = ("euler", "conjugate", "symplectic_euler", "verlet", "reduced_verlet")
 
 
 @jax.tree_util.register_dataclass
@@ -52,24 +52,24 @@ class PSLD(Process):
     Pandey & Mandt 2023, arXiv:2303.01748.
     """
 
-    beta: Any
-    gamma: Any
-    nu: Any
-    kappa: Any
+    beta: Array
+    gamma: Array
+    nu: Array
+    kappa: Array
 
     @property
-    def mass(self) -> Any:
+    def mass(self) -> Array:
         """M, the momentum's stationary variance."""
         return 4 / (self.gamma - self.nu) ** 2
 
-    def mean(self, t: Any) -> tuple[Any, Any, Any, Any]:
+    def mean(self, t: Array) -> tuple[Array, Array, Array, Array]:
         """exp(F0 b), as (xx, xm, mx, mm); the inverse at -t."""
         b = as_float(t) * self.beta
         decay = namespace(b).exp(-(self.nu + self.gamma) / 4 * b)
         slope = (self.nu - self.gamma) / 4 * b
         return decay * (1 + slope), decay * b / (2 * self.mass), -decay * b / 2, decay * (1 - slope)
 
-    def covariance(self, t: Any) -> tuple[Any, Any, Any]:
+    def covariance(self, t: Array) -> tuple[Array, Array, Array]:
         """S as (xx, xm, mm): the stationary diag(1, M) less what the mean has not yet forgotten."""
         xx, xm, mx, mm = self.mean(t)
         rest = (1 - self.kappa) * self.mass
@@ -79,25 +79,25 @@ class PSLD(Process):
             self.mass - mx**2 - rest * mm**2,
         )
 
-    def alpha(self, t: Any) -> Any:
+    def alpha(self, t: Array) -> Array:
         return self.mean(t)[0]
 
     @silence
-    def sigma(self, t: Any) -> Any:
+    def sigma(self, t: Array) -> Array:
         return namespace(as_float(t)).sqrt(self.covariance(t)[0])
 
-    def alpha_dot(self, t: Any) -> Any:
+    def alpha_dot(self, t: Array) -> Array:
         xx, _, mx, _ = self.mean(t)  # d exp(F0 b) = beta F0 exp(F0 b) dt
         return self.beta / 2 * (-self.gamma * xx + mx / self.mass)
 
     @silence
-    def sigma_dot(self, t: Any) -> Any:
+    def sigma_dot(self, t: Array) -> Array:
         xx, xm, _ = self.covariance(t)  # dS = F S + S F^T + G G^T
         change = self.beta * (-self.gamma * xx + xm / self.mass + self.gamma)
         return change / (2 * namespace(as_float(t)).sqrt(xx))
 
     @silence
-    def time(self, log_snr: Any) -> Any:
+    def time(self, log_snr: Array) -> Array:
         log_snr = as_float(log_snr)
         xp = namespace(log_snr)
         low, high = xp.zeros_like(log_snr), xp.ones_like(log_snr)
@@ -119,7 +119,9 @@ class PSLD(Process):
     def prior_std(self) -> float:
         return 1.0
 
-    def prior_sample(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
+    def prior_sample(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: DType = float
+    ) -> jax.Array:
         """Draw (x, m) ~ N(0, diag(1, M)); `shape` ends in 2. Else as for any process."""
         if np.ndim(shape) != 1 or len(shape) < 2 or shape[-1] != 2:
             raise ValueError(
@@ -131,7 +133,7 @@ class PSLD(Process):
         return noise * width.reshape((1,) * (len(shape) - 1) + (2,))
 
     def start_sample(
-        self, key: jax.Array, shape: tuple[int, ...], t: Any, dtype: Any = float
+        self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: DType = float
     ) -> jax.Array:
         """The prior, for samplers that start at t_max: below it x and m are correlated.
 
@@ -168,9 +170,10 @@ def psld(beta: float = 8.0, gamma: float = 0.01, nu: float = 4.01, kappa: float 
 
 
 class _StepsBound(NamedTuple):
-    inner: Any
-    on_state: Any
-    on_noise: Any
+    inner: Bound
+    on_state: Array
+    on_noise: Array
+    basis: Array
 
 
 @jax.tree_util.register_dataclass
@@ -182,35 +185,40 @@ class PhaseSpaceSteps(Transform):
       score_fn: the network, of the noise prediction.
       on_state: P as four arrays (N,): xx, xm, mx, mm.
       on_noise: Q likewise.
+      basis: R likewise, where the state is y = R^-1 z; None: it is z.
     """
 
-    score_fn: Any
-    on_state: Any
-    on_noise: Any
+    score_fn: Network
+    on_state: Array
+    on_noise: Array
+    basis: Array = None
 
-    def bind(self, level: Level, target: tuple[Any, Any]) -> _StepsBound:
+    def bind(self, level: Level, target: tuple[Array, Array]) -> _StepsBound:
         """As `ScoreFn.bind`, with the matrices of every row."""
-        numbers = per_row(level, "phase_space.sampler", *self.on_state, *self.on_noise)
+        own = (*self.on_state, *self.on_noise, *(self.basis or ()))
+        numbers = per_row(level, "phase_space.sampler", *own)
         if is_concrete(target) and np.any(to_host(target[0]) != 0):
             raise ValueError(
                 "the steps of phase_space.sampler are no prediction of data: sample them with the "
                 "tableau they came with, and nothing around them but guidance."
             )
-        return _StepsBound(self.score_fn.bind(level, target), numbers[:4], numbers[4:])
+        inner = self.score_fn.bind(level, target)
+        return _StepsBound(inner, numbers[:4], numbers[4:8], numbers[8:] or None)
 
-    def predict(self, x: Any, bound: _StepsBound, cond: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, x: PyTree, bound: _StepsBound, cond: Conditions | None = None) -> PyTree:
         """P z + Q eps."""
+
+        def times(matrix: Array, v: jax.Array) -> jax.Array:
+            xx, xm, mx, mm = (scale_rows(entry, v[..., 0]) for entry in matrix)
+            first, second = (v[..., i].astype(working_dtype(v.dtype)) for i in (0, 1))
+            return jnp.stack([xx * first + xm * second, mx * first + mm * second], axis=-1)
+
+        if bound.basis is not None:
+            x = jax.tree.map(lambda y: times(bound.basis, y).astype(y.dtype), x)
         noise = self.score_fn.predict(x, bound.inner, cond)
 
         def both(z: jax.Array, eps: jax.Array) -> jax.Array:
-            def times(matrix: Any, v: jax.Array) -> jax.Array:
-                xx, xm, mx, mm = (scale_rows(entry, z[..., 0]) for entry in matrix)
-                first, second = v[..., 0], v[..., 1]
-                return jnp.stack([xx * first + xm * second, mx * first + mm * second], axis=-1)
-
-            wide = working_dtype(z.dtype)
-            value = times(bound.on_state, z.astype(wide)) + times(bound.on_noise, eps.astype(wide))
-            return value.astype(z.dtype)
+            return (times(bound.on_state, z) + times(bound.on_noise, eps)).astype(z.dtype)
 
         return jax.tree.map(both, x, noise)
 
@@ -228,9 +236,9 @@ class PhaseSpaceSampler(NamedTuple):
 
 
 def sampler(
-    score_fn: ScoreFn, times: Any, *, method: str = "reduced_verlet", rate: float = 0.0
+    score_fn: ScoreFn, times: Times, *, method: str = "reduced_verlet", rate: float = 0.0
 ) -> PhaseSpaceSampler:
-    """A sampler of a phase-space model: the reverse ODE dz = F z + (1/2) G G^T L^-T eps dt.
+    """A sampler of a phase-space model: the reverse ODE dz = F z + (1/2) G G^T L^-T eps dt, or SDE.
 
     - "euler": one evaluation a step.
     - "conjugate": the linear part exact and eps frozen, in coordinates stretched by exp(rate t)
@@ -241,6 +249,17 @@ def sampler(
       evaluation of its own at the step's first time (naive); three a step.
     - "reduced_verlet": the first two share an evaluation, and the last is made at the step's end;
       two a step.
+
+    Of the reverse SDE, whose drift has twice the part of eps, one evaluation a step each:
+
+    - "euler_maruyama".
+    - "sscs": half a step of the linear equation that leaves N(0, diag(1, M)) as it is, exactly and
+      with its noise; Euler's step for what the score has beyond it; the other half.
+    - "reduced_oba": friction and noise exactly, then the momentum's and the data's part of the
+      equation, both with one score (that of the paper without its factor on the data's noise).
+
+    The half step or friction of sscs and reduced_oba before the first evaluation is left out, as it
+    does not change the prior; the last step adds no noise.
 
     All are of order 1; at equal steps the split ones are closer.
 
@@ -263,12 +282,14 @@ def sampler(
       rate: of "conjugate"; 0 is the exponential integrator.
 
     Returns:
-      A `PhaseSpaceSampler`, deterministic.
+      A `PhaseSpaceSampler`, deterministic or stochastic as its method. The states of a stochastic
+      one are z in coordinates in which its noise is white, all but the first and last.
 
     Raises:
-      ValueError: another process, prediction or method, or times down to 0.
+      ValueError: another process, prediction or method, times down to 0, or noise without gamma.
 
-    Reference: Pandey, Rudolph & Mandt 2023 (efficient integrators), arXiv:2310.07894.
+    References: Pandey, Rudolph & Mandt 2023 (efficient integrators), arXiv:2310.07894; the SDE's,
+    Pandey & Mandt 2023, arXiv:2303.01748; sscs, Dockhorn, Vahdat & Kreis 2022, arXiv:2112.07068.
     """
     process = score_fn.process
     if not isinstance(process, PSLD) or score_fn.prediction != "noise":
@@ -276,67 +297,48 @@ def sampler(
             "phase-space samplers take a ScoreFn with a phase_space.psld() process and "
             f'prediction="noise"; got {type(process).__name__} and {score_fn.prediction!r}.'
         )
-    expect_choice(method, "method", _METHODS)
+    expect_choice(method, "method", METHODS)
     times = expect_times(times)
     if times[-1] <= 0 or times[0] > process.t_max:
         raise ValueError(
             f"`times` must lie in (0, {process.t_max:g}], such as down to process.t_min; got "
             f"{times[0]:g} .. {times[-1]:g}."
         )
-    rows: list[tuple[float, np.ndarray, np.ndarray]] = []  # time of the evaluation, P, Q
-    x_only, m_only = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
-    drift = _drift(process)
-    for s, t in itertools.pairwise(times):
-        step, noise = t - s, _noise(process, s)
-        whole = (step * drift, step * noise)
-        if method == "euler":
-            rows.append((s, *whole))
-        elif method == "conjugate":
-            rows.append((s, *_conjugate(process, s, t, rate)))
-        elif method == "reduced_verlet":
-            half = np.eye(2) * [step, step / 2] + step**2 / 2 * drift * [[0, 1], [0, 0]]
-            rows.append((s, half @ drift, half @ noise))
-            rows.append((t, m_only @ whole[0] / 2, m_only @ _noise(process, t) * step / 2))
-        else:
-            parts = [m_only, x_only] if method[0] == "s" else [m_only / 2, x_only, m_only / 2]
-            rows += [(s, part @ whole[0], part @ whole[1]) for part in parts]
-    asked = np.array([row[0] for row in rows] + [times[-1]])
-    level = level_at(process, asked)
-    matrices = [tuple(np.stack([row[i] for row in rows]).reshape(-1, 4).T) for i in (1, 2)]
-    one = np.ones((len(rows), 1))
-    tableau = Tableau.create(
-        times=asked, alpha=level.alpha, sigma=level.sigma, target=one * [0.0, 1.0], a=one, b=one,
-        name=f"psld_{method}", source="arXiv:2310.07894", check="none",
-    )  # fmt: skip
-    return PhaseSpaceSampler(PhaseSpaceSteps(score_fn, *matrices), tableau)
-
-
-def _drift(process: PSLD) -> np.ndarray:
-    """F, (2, 2)."""
-    entries = [[-process.gamma, 1 / process.mass], [-1.0, -process.nu]]
-    return process.beta / 2 * np.array(entries)
-
-
-def _noise(process: PSLD, t: Any) -> np.ndarray:
-    """(1/2) G G^T L^-T at t: what eps is multiplied by in the reverse ODE."""
-    xx, xm, mm = process.covariance(np.float64(t))
-    first = np.sqrt(xx)
-    second = np.sqrt(mm - xm**2 / xx)
-    inverse = np.array([[1 / first, -xm / xx / second], [0.0, 1 / second]])
-    return process.beta / 2 * np.diag([process.gamma, process.mass * process.nu]) @ inverse
-
-
-def _conjugate(process: PSLD, s: float, t: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """P and Q with A(t') = exp(rate (t' - s) - F (t' - s)) and eps frozen."""
-
-    def stretch(time: float) -> np.ndarray:
-        return np.exp(rate * (time - s)) * np.array(process.mean(s - time)).reshape(2, 2)
-
-    nodes, weights = np.polynomial.legendre.leggauss(32)
-    inner = s + (t - s) * (nodes + 1) / 2
-    total = sum(
-        w * (t - s) / 2 * stretch(time) @ _noise(process, time)
-        for w, time in zip(weights, inner, strict=True)
+    if method in STOCHASTIC and not process.gamma > 0:
+        raise ValueError(
+            f"method={method!r} adds noise to the data, of which a process with gamma = 0 has "
+            "none; take a deterministic method."
+        )
+    stochastic = method in STOCHASTIC
+    build = stochastic_steps if stochastic else deterministic_steps
+    steps = build(process, times, method, rate)
+    spreads = [np.eye(2) if step.spread is None else step.spread for step in steps]
+    # from y to the next y; the first and the last state are z itself
+    on_state = _entries(
+        [np.linalg.solve(r, step.on_state) for r, step in zip(spreads, steps, strict=True)]
     )
-    back = np.linalg.inv(stretch(t))
-    return back * (1 + rate * (t - s)) - np.eye(2), back @ total
+    on_noise = _entries(
+        [np.linalg.solve(r, step.on_noise) for r, step in zip(spreads, steps, strict=True)]
+    )
+    basis = _entries([np.eye(2), *spreads[:-1]]) if stochastic else None
+    asked = np.array([step.time for step in steps] + [times[-1]])
+    level = level_at(process, asked)
+    one = np.ones((len(steps), 1))
+    tableau = Tableau.create(
+        times=asked,
+        alpha=level.alpha,
+        sigma=level.sigma,
+        target=one * [0.0, 1.0],
+        a=0 * one if stochastic else one,
+        b=one,
+        c=[step.spread is not None for step in steps],
+        name=f"psld_{method}",
+        source="arXiv:2303.01748" if stochastic else "arXiv:2310.07894",
+        check="none",
+    )
+    return PhaseSpaceSampler(PhaseSpaceSteps(score_fn, on_state, on_noise, basis), tableau)
+
+
+def _entries(matrices: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """xx, xm, mx, mm of every row."""
+    return tuple(np.stack(matrices).reshape(-1, 4).T)

@@ -7,15 +7,15 @@ With y = x / (alpha + sigma) and v = sigma / (alpha + sigma) the probability-flo
 without a linear part and finite from v = 0 (clean) to v = 1 (no signal), for every process. diffrax
 integrates it with steps that follow from a tolerance; the number of evaluations is then an outcome.
 For a budget take a tableau. Each sample takes its own steps, so it does not depend on its batch; a
-batch runs until its slowest sample is done.
+batch runs until its slowest sample is done. `dpm_solver`, which needs no diffrax, is DPM-Solver's
+own adaptive method.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +25,13 @@ from jax.flatten_util import ravel_pytree
 from diffsamp._core import random
 from diffsamp._core.checks import expect_choice, expect_int, expect_state
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Conditions, Key, Network, PyTree, Times, Value
+from diffsamp.loops._dpm_adaptive import dpm_solver
+from diffsamp.loops._samples import OdeSolution, each, number
 from diffsamp.predictions import level_at
 from diffsamp.score import scale_rows
 
-__all__ = ["LogLikelihood", "OdeSolution", "log_likelihood", "ode_solution"]
-
-
-class OdeSolution(NamedTuple):
-    """What `ode_solution` returns.
-
-    Attributes:
-      x: the state at `t_end`, like the given one.
-      nfe: (batch,) int32, calls of `score_fn` that each sample needed, rejected steps included.
-      points: like x with len(save_at) in front, the states there; None without `save_at`.
-    """
-
-    x: Any
-    nfe: Any
-    points: Any
+__all__ = ["LogLikelihood", "OdeSolution", "dpm_solver", "log_likelihood", "ode_solution"]
 
 
 class LogLikelihood(NamedTuple):
@@ -54,23 +43,23 @@ class LogLikelihood(NamedTuple):
       nfe: as in `OdeSolution`; Jacobian-vector products are not counted.
     """
 
-    log_prob: Any
-    x_T: Any
-    nfe: Any
+    log_prob: PyTree
+    x_T: PyTree
+    nfe: PyTree
 
 
 def ode_solution(
-    score_fn: Any,
-    x: Any,
+    score_fn: Network,
+    x: PyTree,
     t_start: float,
     t_end: float,
     *,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    save_at: Any = None,
+    save_at: PyTree = None,
     max_steps: int = 4096,
-    solver: Any = None,
+    solver: Value = None,
 ) -> OdeSolution:
     """Solve the probability-flow ODE from `t_start` to `t_end`; up in time is encoding.
 
@@ -117,17 +106,23 @@ def ode_solution(
     batch = expect_state(x, "x", score_fn.batched)
     numbers, to_clean = _prepare(score_fn, x, t_start, t_end, save_at, rtol, atol)
     return _solve(
-        score_fn, x, numbers, dict(cond or {}), solver=solver, batch=batch,
-        max_steps=expect_int(max_steps, "max_steps", 1), to_clean=to_clean,
-    )  # fmt: skip
+        score_fn,
+        x,
+        numbers,
+        dict(cond or {}),
+        solver=solver,
+        batch=batch,
+        max_steps=expect_int(max_steps, "max_steps", 1),
+        to_clean=to_clean,
+    )
 
 
 def log_likelihood(
-    score_fn: Any,
-    x_0: Any,
+    score_fn: Network,
+    x_0: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
     t_start: float | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -179,9 +174,16 @@ def log_likelihood(
             )
         keys = random.sample_keys(key, batch)
     return _change_of_variables(
-        score_fn, x_0, numbers, keys, dict(cond or {}), solver=solver, batch=batch, probes=probes,
+        score_fn,
+        x_0,
+        numbers,
+        keys,
+        dict(cond or {}),
+        solver=solver,
+        batch=batch,
+        probes=probes,
         max_steps=expect_int(max_steps, "max_steps", 1),
-    )  # fmt: skip
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "batch", "max_steps", "to_clean"))
@@ -202,7 +204,7 @@ def _solve(score_fn, x, numbers, cond, *, solver, batch, max_steps, to_clean):
             )
         return y, nfe, points
 
-    return OdeSolution(*_each(one, x, cond, None, batch, (0, 0, 1)))
+    return OdeSolution(*each(one, x, cond, None, batch, (0, 0, 1)))
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "batch", "probes", "max_steps"))
@@ -230,10 +232,10 @@ def _change_of_variables(score_fn, x, numbers, keys, cond, *, solver, batch, pro
         x_T = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(x_T), x)
         return log_prob + change, x_T, nfe
 
-    return LogLikelihood(*_each(one, x, cond, keys, batch, 0))
+    return LogLikelihood(*each(one, x, cond, keys, batch, 0))
 
 
-def _slope(score_fn: Any, cond: Any, v: Any, y: Any) -> Any:
+def _slope(score_fn: Network, cond: Conditions | None, v: PyTree, y: PyTree) -> PyTree:
     """dy/dv = E - D of one sample; a network with a batch axis is given a batch of 1."""
     t = score_fn.process.time(jnp.log1p(-v) - jnp.log(v))
     level = level_at(score_fn.process, t)
@@ -259,14 +261,19 @@ def _integrate(slope, y, v_start, v_end, saved, tolerances, solver, max_steps):
     known = int(solver.tableau.fsal)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda v, y, _: slope(v, y)),
-        solver, v_start, v_end, 0.1 * tolerances[0] ** 0.2 * (v_end - v_start), y,
+        solver,
+        v_start,
+        v_end,
+        0.1 * tolerances[0] ** 0.2 * (v_end - v_start),
+        y,
         saveat=diffrax.SaveAt(subs=subs),
         solver_state=(jnp.asarray(False), slope(v_start, y)) if known else None,
         stepsize_controller=diffrax.PIDController(
             *tolerances, norm=_norm, dtmin=float(jnp.finfo(v_start.dtype).eps), force_dtmin=False
         ),
-        max_steps=max_steps, throw=False,
-    )  # fmt: skip
+        max_steps=max_steps,
+        throw=False,
+    )
     good = solution.result == diffrax.RESULTS.successful
     ys = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), solution.ys)
     end, points = jax.tree.map(lambda leaf: leaf[0], ys[0]), None
@@ -276,27 +283,14 @@ def _integrate(slope, y, v_start, v_end, saved, tolerances, solver, max_steps):
     return end, points, nfe
 
 
-def _norm(tree: Any) -> Any:
+def _norm(tree: PyTree) -> PyTree:
     """The largest root mean square of an array; in a common mean an integral would not count."""
     squares = jnp.stack([jnp.mean(leaf * leaf) for leaf in jax.tree.leaves(tree)])
     # NaN as an infinite error, for which steps shrink until the solve gives up
     return jnp.sqrt(jnp.max(jnp.where(jnp.isnan(squares), jnp.inf, squares)))
 
 
-def _each(function, x, cond, keys, batch, out_axes):
-    """`function(x, cond, key)` of each sample."""
-    if batch is None:
-        return function(x, cond, keys)
-    mapped = jax.tree.map(lambda leaf: jnp.shape(leaf)[:1] == (batch,), cond)
-
-    def one(x, cond, key):
-        return function(x, jax.tree.map(lambda m, v: v[None] if m else v, mapped, cond), key)
-
-    in_axes = (0, jax.tree.map(lambda m: 0 if m else None, mapped), 0)
-    return jax.vmap(one, in_axes, out_axes)(x, cond, keys)
-
-
-def _diffrax() -> Any:
+def _diffrax() -> PyTree:
     try:
         import diffrax
     except ModuleNotFoundError as error:
@@ -306,22 +300,14 @@ def _diffrax() -> Any:
     return diffrax
 
 
-def _number(value: Any, name: str, low: float, high: float) -> float:
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(f"`{name}` must be known outside `jit`; got a traced value.")
-    if not low <= float(value) <= high:
-        raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}]; got {float(value):g}.")
-    return float(value)
-
-
 def _prepare(score_fn, x, t_start, t_end, save_at, rtol, atol):
     """The numbers of a solve in the dtype of x, and whether it ends at the clean end; checked."""
     process = score_fn.process
     if not is_concrete(process):
         raise TypeError("`score_fn.process` must be known outside `jit`: close over it.")
     clean, low, high = process.t_clean, process.t_min, process.t_max
-    t_start = _number(t_start, "t_start", clean, high)
-    t_end = _number(t_end, "t_end", clean, high)
+    t_start = number(t_start, "t_start", clean, high)
+    t_end = number(t_end, "t_end", clean, high)
     t_stop = low if t_end == clean else t_end
     if t_start == clean:
         raise ValueError(
@@ -337,15 +323,15 @@ def _prepare(score_fn, x, t_start, t_end, save_at, rtol, atol):
         level, one = level_at(process, t), np.ones(())
         score_fn.check_bound(score_fn.bind(level, (-one, one)), level, one)
 
-    def coordinates(times: Any) -> Any:
+    def coordinates(times: Times) -> PyTree:
         level = level_at(process, times)
         return level.sigma / (level.alpha + level.sigma), level.alpha + level.sigma
 
     within = sorted((t_start, t_stop))
     saved = None
     if save_at is not None:
-        saved = coordinates([_number(t, "save_at", *within) for t in np.atleast_1d(save_at)])
-    tolerances = _number(rtol, "rtol", 1e-15, 1), _number(atol, "atol", 1e-15, 1)
+        saved = coordinates([number(t, "save_at", *within) for t in np.atleast_1d(save_at)])
+    tolerances = number(rtol, "rtol", 1e-15, 1), number(atol, "atol", 1e-15, 1)
     numbers = coordinates([t_start, t_stop, t_end]), saved, tolerances, process.prior_std
     wide = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(x))
     dtype = jax.dtypes.canonicalize_dtype(np.float64 if wide else np.float32)

@@ -11,14 +11,14 @@ another up to rounding, however few the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.checks import expect_state
+from diffsamp._core.types import Conditions, PyTree
 from diffsamp.sampling import State, init, resume, sample
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
       state: before the tableau's second row; `diffsamp.resume` on it returns the data to rounding.
     """
 
-    x_T: Any
+    x_T: PyTree
     state: State
 
 
@@ -93,25 +93,34 @@ def inverse(tableau: Tableau) -> Tableau:
     error[1] = 1.0
     for k in range(1, rows):  # an error of the second state, in x / alpha, which DDIM carries as is
         error[k + 1] = new_a[k, 0] * error[k] + new_a[k, 1] * error[k - 1]
-        growth = max(growth, abs(error[k + 1]) * np.hypot(alpha[1], sigma[1])
-                     / np.hypot(alpha[k + 1], sigma[k + 1]))  # fmt: skip
+        growth = max(
+            growth,
+            abs(error[k + 1]) * np.hypot(alpha[1], sigma[1]) / np.hypot(alpha[k + 1], sigma[k + 1]),
+        )
     if growth > _MOST_GROWTH:
         raise ValueError(
             f"running {tableau.name!r} backwards multiplies rounding errors by {growth:.1g}: "
             "take gamma in [0.92, 1], fewer steps, or a more even grid."
         )
     return Tableau.create(
-        times=tableau.times[::-1], alpha=alpha, sigma=sigma, target=target, a=new_a, b=new_b,
-        name=f"inverse of {tableau.name}", source=tableau.source, check="none",
-    )  # fmt: skip
+        times=tableau.times[::-1],
+        alpha=alpha,
+        sigma=sigma,
+        target=target,
+        a=new_a,
+        b=new_b,
+        name=f"inverse of {tableau.name}",
+        source=tableau.source,
+        check="none",
+    )
 
 
 def encode(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_0: Any,
+    x_0: PyTree,
     *,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
 ) -> Encoded:
     """The noise from which an invertible tableau makes `x_0`, and the state that returns it.
 
@@ -153,13 +162,13 @@ def encode(
 def translate(
     source_fn: ScoreFn,
     target_fn: ScoreFn,
-    x: Any,
+    x: PyTree,
     up: Tableau,
     down: Tableau,
     *,
-    source_cond: Mapping[str, Any] | None = None,
-    target_cond: Mapping[str, Any] | None = None,
-) -> Any:
+    source_cond: Conditions | None = None,
+    target_cond: Conditions | None = None,
+) -> PyTree:
     """Dual diffusion implicit bridge: encode with one model, decode with another.
 
     Both ways with the same model, only discretisation error is left; x, translated there and back,

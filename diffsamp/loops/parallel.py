@@ -13,8 +13,7 @@ the window slides on. Any tableau will do, multistep, multi-stage or stochastic.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jax import lax
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int, expect_state
 from diffsamp._core.numeric import working_dtype
+from diffsamp._core.types import Array, Conditions, Key, PyTree
 from diffsamp.predictions import Level
 from diffsamp.sampling import expect_key
 from diffsamp.score import ScoreFn
@@ -42,18 +42,18 @@ class ParallelResult(NamedTuple):
       evaluations: (batch,) int32, rows at which the network was asked for each sample.
     """
 
-    x: Any
-    sweeps: Any
-    evaluations: Any
+    x: PyTree
+    sweeps: PyTree
+    evaluations: PyTree
 
 
 def sample_parallel(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
     window: int | None = None,
     tolerance: float = 1e-3,
 ) -> ParallelResult:
@@ -112,9 +112,17 @@ def sample_parallel(
     x_T = jax.tree.map(jnp.asarray, x_T)
     keys = random.sample_keys(key, batch) if noisy.size else None
     return _sweep(
-        score_fn, bound, weights, x_T, keys, noisy, dict(cond or {}), tolerance,
-        window=min(window or live.size, live.size), batch=batch,
-    )  # fmt: skip
+        score_fn,
+        bound,
+        weights,
+        x_T,
+        keys,
+        noisy,
+        dict(cond or {}),
+        tolerance,
+        window=min(window or live.size, live.size),
+        batch=batch,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("window", "batch"))
@@ -126,7 +134,7 @@ def _sweep(score_fn, bound, weights, x_T, keys, noisy, cond, tolerance, *, windo
     size = jax.tree.leaves(x_T)[0].shape[0]
     bound = jax.tree.map(jnp.asarray, bound)
 
-    def combine(matrix: Any, stack: Any) -> Any:
+    def combine(matrix: Array, stack: PyTree) -> PyTree:
         """sum_j matrix[.., row, j] stack[sample, j]: (sample, row, ...), in at least float32."""
 
         def one(leaf):
@@ -144,12 +152,12 @@ def _sweep(score_fn, bound, weights, x_T, keys, noisy, cond, tolerance, *, windo
         drawn = jax.vmap(lambda row: random.normal_like(keys, row, x_T), out_axes=1)(noisy)
         fixed = jax.tree.map(jnp.add, fixed, combine(on_noise, drawn))
 
-    def states(rows: Any, data: Any) -> Any:
+    def states(rows: Array, data: PyTree) -> PyTree:
         """u at `rows` (sample, n) of each sample, from the data predictions."""
         part = jax.tree.map(lambda leaf: jax.vmap(lambda v, r: v[r])(leaf, rows), fixed)
         return jax.tree.map(jnp.add, part, combine(on_data[rows], data))
 
-    def ask(rows: Any, u: Any) -> Any:
+    def ask(rows: Array, u: PyTree) -> PyTree:
         """D at `rows` (sample, n), all in one call."""
         n = rows.shape[1]
         flat = jax.tree.map(
@@ -202,7 +210,7 @@ def _sweep(score_fn, bound, weights, x_T, keys, noisy, cond, tolerance, *, windo
     return jax.tree.map(lambda leaf: leaf[0], result) if batch is None else result
 
 
-def _distance(new: Any, old: Any) -> Any:
+def _distance(new: PyTree, old: PyTree) -> PyTree:
     """Root mean square over each sample's elements, (sample, rows); NaN counts as no move."""
 
     def squares(a: jax.Array, b: jax.Array) -> jax.Array:

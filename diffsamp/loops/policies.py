@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import working_dtype
+from diffsamp._core.types import Array, Conditions, PyTree, Value
 from diffsamp.predictions import Level
 from diffsamp.sampling import Trajectory, expect_tableau
 from diffsamp.score import ScoreFn
@@ -30,7 +29,7 @@ def log_prob(
     trajectory: Trajectory,
     score_fn: ScoreFn | None = None,
     *,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
 ) -> jax.Array:
     """Log-density of every state of a run, given what came before it.
 
@@ -84,8 +83,8 @@ def log_prob(
 
 
 def replay(
-    score_fn: ScoreFn, tableau: Tableau, points: Any, *, cond: Mapping[str, Any] | None = None
-) -> Any:
+    score_fn: ScoreFn, tableau: Tableau, points: PyTree, *, cond: Conditions | None = None
+) -> PyTree:
     """What a network says at recorded states, row by row: (rows, batch, ...), as `outputs`.
 
     Args:
@@ -99,10 +98,10 @@ def replay(
     score_fn.check_bound(bound, level, tableau.evaluates)
     bound = jax.tree.map(jnp.asarray, bound)
 
-    def ask(row: tuple[Any, Any, Any]) -> Any:
+    def ask(row: tuple[Array, Array, Array]) -> PyTree:
         x, own, evaluates = row
 
-        def call() -> Any:
+        def call() -> PyTree:
             return score_fn.predict(x, own, cond)
 
         return jax.lax.cond(evaluates, call, lambda: jax.tree.map(jnp.zeros_like, x))
@@ -111,7 +110,7 @@ def replay(
     return jax.lax.map(ask, (states, bound, jnp.asarray(tableau.evaluates)))
 
 
-def row_kl(tableau: Tableau, m: Any, m_ref: Any) -> jax.Array:
+def row_kl(tableau: Tableau, m: PyTree, m_ref: PyTree) -> jax.Array:
     """Divergence of every row between two networks, from the same states and earlier rows.
 
     |sum_j b_j (m_j - m_ref_j)|^2 / (2 c^2), exact; 0 for rows without noise.
@@ -139,14 +138,14 @@ def row_kl(tableau: Tableau, m: Any, m_ref: Any) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _rows(values: Any, like: jax.Array, rows: int) -> jax.Array:
+def _rows(values: Value, like: jax.Array, rows: int) -> jax.Array:
     """One number per row (or row and sample), shaped to go with (rows, batch, ...)."""
     values = jnp.asarray(values, like.dtype)
     values = jnp.broadcast_to(values, (rows,)) if values.ndim == 0 else values
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def _mix(rows: int, weights: Any, values: jax.Array) -> jax.Array:
+def _mix(rows: int, weights: Array, values: jax.Array) -> jax.Array:
     """sum_i weights[n, i] values[n - i]."""
     wide = working_dtype(values.dtype)
     total = jnp.zeros(values.shape, wide)

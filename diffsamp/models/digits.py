@@ -14,13 +14,14 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.files import write_atomically
+from diffsamp._core.types import PyTree
 from diffsamp.processes import edm
 from diffsamp.score import ScoreFn
 
@@ -196,7 +197,7 @@ class DigitsTransformer(nn.Module):
 
 
 def apply(
-    params: Mapping[str, Any], x: jax.Array, t: jax.Array, label: jax.Array | None = None
+    params: Mapping[str, PyTree], x: jax.Array, t: jax.Array, label: jax.Array | None = None
 ) -> jax.Array:
     """Evaluates the network with its default sizes.
 
@@ -215,7 +216,7 @@ def apply(
     return cast(jax.Array, DigitsTransformer().apply({"params": params}, x, t, label))
 
 
-def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+def _flatten(params: Mapping[str, PyTree], prefix: str = "") -> dict[str, np.ndarray]:
     """Nested parameters to {"block_0/mlp_in/kernel": array}."""
     flat: dict[str, np.ndarray] = {}
     for name, value in params.items():
@@ -226,9 +227,9 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarra
     return flat
 
 
-def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, PyTree]:
     """The inverse of `_flatten`, with jax arrays as leaves."""
-    nested: dict[str, Any] = {}
+    nested: dict[str, PyTree] = {}
     for path, value in flat.items():
         *folders, name = path.split("/")
         node = nested
@@ -238,7 +239,7 @@ def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return nested
 
 
-def load_params(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def load_params(path: str | os.PathLike[str] | None = None) -> dict[str, PyTree]:
     """Reads the pretrained weights that ship with the package, or others that `save_params` wrote.
 
     Args:
@@ -259,7 +260,7 @@ def load_params(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     return _unflatten(safetensors_numpy.load(data))
 
 
-def save_params(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
+def save_params(path: str | os.PathLike[str], params: Mapping[str, PyTree]) -> None:
     """Writes parameters as a safetensors file, atomically.
 
     Args:

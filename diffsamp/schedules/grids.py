@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int, expect_times
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Array
 from diffsamp.processes import Process
 
 __all__ = [
@@ -70,8 +70,8 @@ def _spaced(
     t_max: float | None,
     t_min: float | None,
     final: str,
-    to_grid: Callable[[Any], Any],
-    from_grid: Callable[[Any], Any],
+    to_grid: Callable[[Array], Array],
+    from_grid: Callable[[Array], Array],
 ) -> np.ndarray:
     """Points uniform in `to_grid(t)` from t_max to t_min, then t_clean if `final` asks for it."""
     first, last, points = checked_ends(process, n, t_max, t_min, final)

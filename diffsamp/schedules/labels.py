@@ -14,11 +14,10 @@ conventions of other libraries, without their off-by-one errors, which are:
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.schedules.grids import with_end
 
@@ -37,11 +36,11 @@ def _levels(process: Process, n: int) -> int:
     return levels
 
 
-def _finish(process: Process, labels: Any, final: str) -> np.ndarray:
+def _finish(process: Process, labels: Array, final: str) -> np.ndarray:
     return with_end(process, np.asarray(labels, np.float64), final)
 
 
-def rounded(process: Process, times: Any) -> np.ndarray:
+def rounded(process: Process, times: Times) -> np.ndarray:
     """Times rounded to the integer labels of a discrete process, for networks that need them.
 
     Raises:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from scipy.stats import beta as beta_distribution
 
 from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.types import Array
 from diffsamp.processes import Process
 from diffsamp.schedules.grids import checked_ends
 
@@ -158,7 +158,7 @@ def linear_quadratic(
     return _warped(process, n, t_max, t_min, final, warp)
 
 
-def shifted(t: Any, shift: float) -> Any:
+def shifted(t: Array, shift: float) -> Array:
     """The resolution shift t' = shift t / (1 + (shift - 1) t) of times in [0, 1].
 
     Esser et al. 2024 (SD3, arXiv:2403.03206, eq. 23).

@@ -16,7 +16,14 @@ from diffsamp.search.compare import Comparison, Entry, candidates, compare
 from diffsamp.search.distill import distill
 from diffsamp.search.dynamic import Costs, shortest_path, step_costs
 from diffsamp.search.evolve import Evolution, evolve
-from diffsamp.search.fit import Fit, fit_dc, fit_iia, model_statistics
+from diffsamp.search.fit import (
+    Fit,
+    RatioPolynomial,
+    fit_dc,
+    fit_dc_cascade,
+    fit_iia,
+    model_statistics,
+)
 from diffsamp.search.genome import Genome
 from diffsamp.search.objective import Objective, reference_tableau, run, run_many
 from diffsamp.search.plan import Front, Plan
@@ -34,6 +41,7 @@ __all__ = [
     "Genome",
     "Objective",
     "Plan",
+    "RatioPolynomial",
     "align_costs",
     "align_steps",
     "best",
@@ -45,6 +53,7 @@ __all__ = [
     "evolve",
     "fine_times",
     "fit_dc",
+    "fit_dc_cascade",
     "fit_iia",
     "from_canonical",
     "model_statistics",

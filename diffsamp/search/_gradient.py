@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import silence
+from diffsamp._core.types import Conditions, PyTree, Value
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
 from diffsamp.search.canonical import from_canonical
@@ -19,7 +19,7 @@ from diffsamp.tableau import Tableau
 __all__ = ["arrays_of", "default_optimizer", "fit_step", "optax_or_error", "scales_of"]
 
 
-def optax_or_error() -> Any:
+def optax_or_error() -> Value:
     """The optax module.
 
     Raises:
@@ -35,7 +35,7 @@ def optax_or_error() -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def default_optimizer(steps: int, learning_rate: float) -> Any:
+def default_optimizer(steps: int, learning_rate: float) -> Value:
     """Made once per setting, so that the compiled step, which holds it statically, is reused."""
     optax = optax_or_error()
     return optax.chain(
@@ -58,8 +58,8 @@ def scales_of(base: Mapping[str, np.ndarray], start: Tableau) -> dict[str, np.nd
 
 @silence
 def arrays_of(
-    moved: Mapping[str, Any], fixed: Any, process: Process, *, host: bool
-) -> dict[str, Any]:
+    moved: Mapping[str, PyTree], fixed: PyTree, process: Process, *, host: bool
+) -> dict[str, PyTree]:
     """The tableau's arrays for learned changes `moved`, in float64 on the host or in JAX."""
     base, ends, scale = fixed
     if host:
@@ -78,12 +78,24 @@ def arrays_of(
     jax.jit, static_argnames=("loss_of_samples", "optimizer", "checkpoint", "radius", "pieces")
 )
 def fit_step(
-    moved, optimizer_state, fixed, score_fn, x_T, own, cond, reference,
-    *, loss_of_samples, optimizer, checkpoint, radius, pieces,
-):  # fmt: skip
+    moved,
+    optimizer_state,
+    fixed,
+    score_fn,
+    x_T,
+    own,
+    cond,
+    reference,
+    *,
+    loss_of_samples,
+    optimizer,
+    checkpoint,
+    radius,
+    pieces,
+):
     """The numbers, the optimizer's state, the loss and the relaxed starts after one step."""
 
-    def loss_of(moved: Any, x: Any, cond: Any, reference: Any) -> jax.Array:
+    def loss_of(moved: PyTree, x: PyTree, cond: Conditions | None, reference: PyTree) -> jax.Array:
         arrays = arrays_of(moved, fixed, score_fn.process, host=False)
         rows = arrays["a"].shape[0]
         tableau = Tableau(**arrays, c=jnp.zeros(rows, jnp.float32), evaluates=np.ones(rows, bool))
@@ -93,7 +105,7 @@ def fit_step(
     # the gradient by the starts only where they may move
     value_and_grad = jax.value_and_grad(loss_of, argnums=0 if own is None else (0, 1))
 
-    def of_piece(piece: Any) -> Any:
+    def of_piece(piece: PyTree) -> PyTree:
         loss, gradient = value_and_grad(moved, *piece)
         return (loss, gradient, None) if own is None else (loss, *gradient)
 

@@ -14,8 +14,6 @@ Reference: Sabour, Fidler & Kreis 2024, arXiv:2404.14507.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ import numpy as np
 from diffsamp import schedules
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Times
 from diffsamp.score import ScoreFn
 from diffsamp.search.dynamic import Costs
 from diffsamp.search.objective import Progress, expect_batch, slice_batch
@@ -33,13 +32,13 @@ __all__ = ["align_costs", "align_steps"]
 
 def align_costs(
     score_fn: ScoreFn,
-    data: Any,
-    levels: Any,
+    data: PyTree,
+    levels: Times,
     *,
-    key: Any,
-    cond: Mapping[str, Any] | None = None,
+    key: Key,
+    cond: Conditions | None = None,
     batch: int = 64,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Costs:
     """The bound of every step between the given noise levels, by Monte Carlo.
@@ -142,16 +141,16 @@ def _cell_costs(score_fn, data, keys, rho, time, cond):
 
 def align_steps(
     score_fn: ScoreFn,
-    data: Any,
+    data: PyTree,
     n: int,
     *,
-    key: Any,
-    cond: Mapping[str, Any] | None = None,
+    key: Key,
+    cond: Conditions | None = None,
     points: int = 60,
     rounds: int = 3,
     final: str = "clean",
     batch: int = 64,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """A schedule by Align Your Steps for this network and data.
@@ -187,9 +186,15 @@ def align_steps(
     found = np.zeros(0)
     for i in range(rounds):
         costs = align_costs(
-            score_fn, data, levels, key=jax.random.fold_in(key, i), cond=cond, batch=batch,
-            sharding=sharding, progress=progress,
-        )  # fmt: skip
+            score_fn,
+            data,
+            levels,
+            key=jax.random.fold_in(key, i),
+            cond=cond,
+            batch=batch,
+            sharding=sharding,
+            progress=progress,
+        )
         found = levels[costs.path(steps)]
         logs = np.log(found)
         each = max(2, points // max(steps - 1, 1))

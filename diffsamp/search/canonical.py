@@ -15,12 +15,13 @@ N (N - 1) / 2. Without consistency the row sums of G and the coefficient of u_n 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.numeric import as_float, namespace
+from diffsamp._core.types import Array, PyTree
 from diffsamp.processes import Process
+from diffsamp.search.explicit import own_start
 from diffsamp.tableau import Tableau
 
 __all__ = ["can_distill", "canonical", "from_canonical"]
@@ -28,6 +29,8 @@ __all__ = ["can_distill", "canonical", "from_canonical"]
 
 def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
     """The numbers of the canonical form of a deterministic tableau; float64.
+
+    A first row that only scales the start (`explicit.from_largest_level`) is no part of it.
 
     Returns:
       "log_snr" (N - 1,) of the inner points, "weights" (N, N) strictly lower part of G, "sums"
@@ -38,6 +41,7 @@ def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
       ValueError: a stochastic tableau, rows without evaluation other than trailing padding, or
         levels that do not fall (multi-stage methods revisit one).
     """
+    tableau, _ = own_start(tableau)
     rows = tableau.nfe
     live = np.asarray(tableau.evaluates)
     if tableau.stochastic or not np.all(live[:rows]):
@@ -67,8 +71,8 @@ def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
 
 
 def from_canonical(
-    numbers: Mapping[str, Any], ends: Mapping[str, Any], process: Process
-) -> dict[str, Any]:
+    numbers: Mapping[str, Array], ends: Mapping[str, PyTree], process: Process
+) -> dict[str, PyTree]:
     """Arrays of the tableau with these numbers: the inverse of `canonical`.
 
     Works on the host in float64 and, differentiably, on JAX arrays.

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_int
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.score import ScoreFn
 from diffsamp.search.canonical import can_distill
+from diffsamp.search.explicit import from_largest_level
 from diffsamp.search.objective import Progress, finite_psnr, make_reference, run_many
 from diffsamp.tableau import Tableau
 
 __all__ = ["Comparison", "Entry", "LeftOut", "candidates", "compare"]
 
 # (samples, reference) -> a number
-Score = Callable[[Any, Any], float]
+Score = Callable[[PyTree, PyTree], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Comparison:
     """
 
     entries: tuple[Entry, ...]
-    reference: Any
+    reference: PyTree
     left_out: tuple[LeftOut, ...] = ()
 
     @property
@@ -156,19 +158,19 @@ class Comparison:
 
 def compare(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: Sequence[int] = (4, 5, 6, 8, 10),
     solver: Sequence[str] | None = None,
-    schedule: Sequence[str] | Mapping[str, Callable[..., Any]] | None = None,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
-    reference: Tableau | Any = None,
+    schedule: Sequence[str] | Mapping[str, Callable[..., PyTree]] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
+    reference: Tableau | PyTree = None,
     scores: Mapping[str, Score] | None = None,
     data_range: float = 2.0,
     batch: int | None = None,
     population: int = 1,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure solvers x schedules x budgets on a network.
@@ -197,7 +199,8 @@ def compare(
       progress: called with (what, done, total).
 
     Returns:
-      A `Comparison`. What cannot be built is left out, counted and named there.
+      A `Comparison`. What cannot be built is left out, counted and named there. A sampler whose
+      schedule begins below t_max gets a first row that scales the start and asks nothing.
 
     Raises:
       ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet,
@@ -228,7 +231,7 @@ def compare(
                     continue
                 try:
                     times = spacing.get(grid, schedules.get(s.schedule))(process, steps)
-                    todo.append((s.name, grid, s(process, times)))
+                    todo.append((s.name, grid, from_largest_level(s(process, times), process)))
                 except ValueError as error:
                     left_out.append(LeftOut(s.name, grid, budget, str(error)))
     if not todo and left_out:
@@ -241,13 +244,25 @@ def compare(
             f"none of {[s.name for s in chosen]} can make exactly {budgets} evaluations."
         )
     reference = make_reference(
-        score_fn, reference, x_T, key=key, cond=cond, batch=batch, sharding=sharding,
+        score_fn,
+        reference,
+        x_T,
+        key=key,
+        cond=cond,
+        batch=batch,
+        sharding=sharding,
         progress=progress,
-    )  # fmt: skip
+    )
     samples = run_many(
-        score_fn, [tableau for _, _, tableau in todo], x_T, key=key, cond=cond, batch=batch,
-        population=population, sharding=sharding,
-    )  # fmt: skip
+        score_fn,
+        [tableau for _, _, tableau in todo],
+        x_T,
+        key=key,
+        cond=cond,
+        batch=batch,
+        population=population,
+        sharding=sharding,
+    )
     entries = []
     for done, ((name, grid, tableau), x) in enumerate(zip(todo, samples, strict=True)):
         finite = bool(jnp.all(jnp.isfinite(x)))
@@ -280,7 +295,7 @@ def candidates(found: Comparison, nfe: int, *, most: int = 4) -> list[Tableau]:
     Raises:
       ValueError: nothing of this budget can be distilled.
     """
-    starts: dict[Any, Tableau] = {}
+    starts: dict[PyTree, Tableau] = {}
     for entry in sorted(found.entries, key=lambda e: -e.psnr):
         family = solvers.get(entry.solver).function
         if entry.nfe == nfe and family not in starts and can_distill(entry.tableau):

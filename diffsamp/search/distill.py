@@ -14,8 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ import numpy as np
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.digest import seed_of
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search._gradient import (
     arrays_of,
@@ -34,6 +34,7 @@ from diffsamp.search._gradient import (
 )
 from diffsamp.search.canonical import canonical
 from diffsamp.search.compare import candidates, compare
+from diffsamp.search.explicit import from_largest_level, own_start
 from diffsamp.search.objective import (
     Objective,
     Progress,
@@ -54,18 +55,18 @@ _LEARNED = {"all": {"log_snr", "weights"}, "times": {"log_snr"}, "weights": {"we
 
 def distill(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: int | None = None,
     start: Tableau | Sequence[Tableau] | None = None,
-    key: Any,
-    cond: Mapping[str, Any] | None = None,
-    reference: Tableau | Any = None,
+    key: Key,
+    cond: Conditions | None = None,
+    reference: Tableau | PyTree = None,
     held_out: int | None = None,
     steps: int = 400,
     batch: int = 64,
     learning_rate: float = 1e-2,
-    optimizer: Any = None,
+    optimizer: Value = None,
     objective: Objective | None = None,
     learn: str = "all",
     memory: int | None = None,
@@ -76,7 +77,7 @@ def distill(
     checkpoint: bool = True,
     micro_batch: int | None = None,
     data_range: float = 2.0,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Learn a sampler of `nfe` evaluations for this network.
@@ -89,8 +90,9 @@ def distill(
       score_fn: the network.
       x_T: (n, ...) starts at the process's t_max, an array.
       nfe: the budget. May be left out if `start` is given.
-      start: the tableau to start from: deterministic, one evaluation a row, falling levels. Of
-        several, each is tried for an eighth of the steps and the one that got furthest is taken.
+      start: the tableau to start from: deterministic, one evaluation a row, falling levels. A
+        first row that only scales the start, as `regress` makes it, stays as it is. Of several,
+        each is tried for an eighth of the steps and the one that got furthest is taken.
         None: the best of each of four families of solvers in `compare`, on the fit noise.
       key: random key for the order of the minibatches.
       cond: keyword arguments for the network, every array with the leading axis n.
@@ -164,10 +166,15 @@ def distill(
         if nfe is None:
             raise ValueError("give `nfe`, the budget, or a tableau to `start` from.")
         found = compare(
-            score_fn, x_T[:batch], nfe=[nfe], cond=slice_batch(cond, 0, batch),
-            reference=slice_batch(reference, 0, batch), data_range=data_range,
-            sharding=sharding, progress=progress,
-        )  # fmt: skip
+            score_fn,
+            x_T[:batch],
+            nfe=[nfe],
+            cond=slice_batch(cond, 0, batch),
+            reference=slice_batch(reference, 0, batch),
+            data_range=data_range,
+            sharding=sharding,
+            progress=progress,
+        )
         starts = candidates(found, nfe)
     else:
         starts = [start] if isinstance(start, Tableau) else list(start)
@@ -179,10 +186,24 @@ def distill(
     if optimizer is None:
         optimizer = default_optimizer(steps, float(learning_rate))
     problem = _Problem(
-        score_fn, x_T, cond, reference, fit, fit + held // 2, batch, key, optimizer, objective,
-        _LEARNED[learn] if consistent else None, memory, float(radius), checkpoint, pieces,
-        evaluate_every, sharding,
-    )  # fmt: skip
+        score_fn,
+        x_T,
+        cond,
+        reference,
+        fit,
+        fit + held // 2,
+        batch,
+        key,
+        optimizer,
+        objective,
+        _LEARNED[learn] if consistent else None,
+        memory,
+        float(radius),
+        checkpoint,
+        pieces,
+        evaluate_every,
+        sharding,
+    )
     if len(starts) > 1:
         # a short run from each: what is best to start from is not what is best as it stands
         trial = max(evaluate_every, steps // 8)
@@ -199,11 +220,13 @@ def distill(
         **problem.arrays(best),
         name=f"distilled from {chosen.name}, {chosen.nfe} NFE",
         source=f"diffsamp.search.distill (after arXiv:2403.01329); start: {chosen.source}",
-        check="full" if consistent and _is_consistent(chosen) else "none",
+        check="full" if consistent and _is_consistent(own_start(chosen)[0]) else "none",
     )
+    if best.scale != 1:
+        tableau = from_largest_level(tableau, score_fn.process)
     zero = dataclasses.replace(best, moved=jax.tree.map(jnp.zeros_like, best.moved))
     spans = {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}
-    judges: dict[str, Any] = {
+    judges: dict[str, Value] = {
         objective.name: objective,
         "psnr": functools.partial(finite_psnr, data_range=data_range),
     }
@@ -215,24 +238,42 @@ def distill(
                 value = judge(x, slice_batch(reference, first, last))
                 scores[name].setdefault(span, {})[sampler] = value
     settings = {
-        "nfe": chosen.nfe, "starts": size, "held_out": held, "steps": steps, "batch": batch,
-        "learning_rate": learning_rate, "objective": objective.name, "learn": learn,
-        "memory": memory, "radius": radius, "consistent": consistent,
-    }  # fmt: skip
+        "nfe": chosen.nfe,
+        "starts": size,
+        "held_out": held,
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "objective": objective.name,
+        "learn": learn,
+        "memory": memory,
+        "radius": radius,
+        "consistent": consistent,
+    }
     return Plan(
-        tableau, "distill", chosen.name, scores, best.history, time.perf_counter() - began,
-        settings, seed_of(key),
-    )  # fmt: skip
+        tableau,
+        "distill",
+        chosen.name,
+        scores,
+        best.history,
+        time.perf_counter() - began,
+        settings,
+        seed_of(key),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """Learned changes `moved` of a start whose numbers are `fixed`, and how good they are."""
+    """Learned changes `moved` of a start whose numbers are `fixed`, and how good they are.
 
-    fixed: Any
-    moved: Any
+    `scale` is what x_T is multiplied by: 1 for samplers that begin at t_max.
+    """
+
+    fixed: PyTree
+    moved: PyTree
     value: float
     history: tuple[tuple[int, float, float], ...]
+    scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,14 +281,14 @@ class _Problem:
     """What stays the same over the starts of one search: fit on [0, fit), stop on [fit, stop)."""
 
     score_fn: ScoreFn
-    x_T: Any
-    cond: Any
-    reference: Any
+    x_T: PyTree
+    cond: PyTree
+    reference: PyTree
     fit: int
     stop: int
     batch: int
-    key: Any
-    optimizer: Any
+    key: Key
+    optimizer: Value
     objective: Objective
     free: set[str] | None  # None: everything
     memory: int | None
@@ -255,23 +296,27 @@ class _Problem:
     checkpoint: bool
     pieces: int
     evaluate_every: int
-    sharding: Any
+    sharding: Sharding
 
-    def arrays(self, candidate: _Candidate) -> dict[str, Any]:
+    def arrays(self, candidate: _Candidate) -> dict[str, PyTree]:
         """The tableau's arrays, float64 on the host."""
         return arrays_of(candidate.moved, candidate.fixed, self.score_fn.process, host=True)
 
-    def samples(self, candidate: _Candidate, first: int, last: int) -> Any:
+    def samples(self, candidate: _Candidate, first: int, last: int) -> PyTree:
         """Samples first .. last - 1; NaN if the numbers themselves are not finite."""
         arrays = self.arrays(candidate)
-        x_T = slice_batch(self.x_T, first, last)
+        x_T = _scaled(slice_batch(self.x_T, first, last), candidate.scale)
         if not all(np.all(np.isfinite(array)) for array in arrays.values()):
             return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x_T)
         tableau = Tableau.create(**arrays, check="none")
         return run(
-            self.score_fn, tableau, x_T, cond=slice_batch(self.cond, first, last),
-            batch=self.batch, sharding=self.sharding,
-        )  # fmt: skip
+            self.score_fn,
+            tableau,
+            x_T,
+            cond=slice_batch(self.cond, first, last),
+            batch=self.batch,
+            sharding=self.sharding,
+        )
 
     def value(self, candidate: _Candidate) -> float:
         """The objective on the stopping samples; inf if anything is not finite."""
@@ -286,6 +331,7 @@ class _Problem:
         progress: Progress | None = None,
     ) -> _Candidate:
         """Gradient descent from `start`; the best candidate seen on the stopping samples."""
+        start, scale = own_start(start)
         base = canonical(start)
         ends = {
             k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
@@ -297,11 +343,11 @@ class _Problem:
             scales["weights"] = scales["weights"] * (lag < self.memory)
         moved = {name: jnp.zeros(base[name].shape, jnp.float32) for name in sorted(free)}
         state = self.optimizer.init(moved)
-        best = _Candidate((base, ends, scales), moved, np.inf, ())
+        best = _Candidate((base, ends, scales), moved, np.inf, (), scale)
         best = dataclasses.replace(best, value=self.value(best))
         history = [(0, float("nan"), best.value)]
         key, since_gain, order = self.key, 0, np.arange(0)
-        fit_x = slice_batch(self.x_T, 0, self.fit)
+        fit_x = _scaled(slice_batch(self.x_T, 0, self.fit), scale)
         own = fit_x if self.radius else None  # the starts, as far as they have moved
         for step in range(1, steps + 1):
             if order.size < self.batch:
@@ -309,14 +355,24 @@ class _Problem:
                 order = np.asarray(jax.random.permutation(key_epoch, self.fit))
             index, order = order[: self.batch], order[self.batch :]
 
-            def pick(tree: Any, at: Any = index) -> Any:
+            def pick(tree: PyTree, at: PyTree = index) -> PyTree:
                 return put(jax.tree.map(lambda leaf: leaf[at], tree), self.sharding)
 
             moved, state, loss, new = fit_step(
-                moved, state, best.fixed, self.score_fn, pick(fit_x), pick(own), pick(self.cond),
-                pick(self.reference), loss_of_samples=self.objective.loss, optimizer=self.optimizer,
-                checkpoint=self.checkpoint, radius=self.radius, pieces=self.pieces,
-            )  # fmt: skip
+                moved,
+                state,
+                best.fixed,
+                self.score_fn,
+                pick(fit_x),
+                pick(own),
+                pick(self.cond),
+                pick(self.reference),
+                loss_of_samples=self.objective.loss,
+                optimizer=self.optimizer,
+                checkpoint=self.checkpoint,
+                radius=self.radius,
+                pieces=self.pieces,
+            )
             if own is not None:
                 own = jax.tree.map(lambda all_, part, at=index: all_.at[at].set(part), own, new)
             if step % self.evaluate_every == 0 or step == steps:
@@ -332,6 +388,10 @@ class _Problem:
             if progress is not None:
                 progress("distilling", step, steps)
         return dataclasses.replace(best, history=tuple(history))
+
+
+def _scaled(x: PyTree, scale: float) -> PyTree:
+    return x if scale == 1 else jax.tree.map(lambda leaf: leaf * scale, x)
 
 
 def _is_consistent(tableau: Tableau) -> bool:

@@ -17,8 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +25,29 @@ import numpy as np
 from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_choice, expect_int, expect_times
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Conditions, PyTree, Sharding, Times, Value
 from diffsamp.processes import Process
-from diffsamp.sampling import trajectory
+from diffsamp.sampling import sample, trajectory
 from diffsamp.score import ScoreFn
 from diffsamp.search.objective import Progress, expect_batch, slice_batch
+from diffsamp.tableau import Tableau
 
 __all__ = ["Costs", "shortest_path", "step_costs"]
 
+_CANDIDATES, _COARSE = 10, 12  # later starts that are tried; evaluations of a coarse solution
 
-def shortest_path(cost: np.ndarray, steps: int, *, weight: float = 1.0) -> np.ndarray:
-    """Indices 0 = i_0 < .. < i_steps = M that minimise sum_k weight^k cost[i_k, i_{k+1}].
+
+def shortest_path(
+    cost: np.ndarray, steps: int, *, weight: float = 1.0, start: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices i_0 < .. < i_steps = M that minimise start[i_0] + sum_k weight^k cost[i_k, i_{k+1}].
 
     Args:
       cost: (M + 1, M + 1), of which the part above the diagonal is used; inf forbids a step.
       steps: from 1 to M.
       weight: factor from one step to the next; above 1 the later, cleaner steps count more (the
         coefficient of GITS).
+      start: (M + 1,) what it costs to begin at a point, inf forbids it; None: begin at point 0.
 
     Returns:
       (steps + 1,) integers. Exact, in O(M^2 steps).
@@ -58,8 +63,15 @@ def shortest_path(cost: np.ndarray, steps: int, *, weight: float = 1.0) -> np.nd
     if not 0 < weight < np.inf:
         raise ValueError(f"`weight` must be positive and finite; got {weight}.")
     forward = np.where(np.triu(np.ones_like(cost, bool), 1), cost, np.inf)
-    value = np.full(last + 1, np.inf)
-    value[0] = 0.0
+    if start is None:
+        value = np.full(last + 1, np.inf)
+        value[0] = 0.0
+    else:
+        value = np.asarray(start, np.float64).copy()
+        if value.shape != (last + 1,) or np.isnan(value).any():
+            raise ValueError(
+                f"`start` must be {last + 1} numbers without NaN; got shape {value.shape}."
+            )
     came = np.zeros((steps, last + 1), int)
     for k in range(steps):
         total = value[:, None] + weight**k * forward
@@ -83,21 +95,35 @@ class Costs:
       times: (M + 1,) fine times, falling, the last the clean end (or t_min).
       cost: (M + 1, M + 1): [i, j] is the cost of a step from times[i] to times[j].
       weight: default of `schedule`.
+      start: (M + 1,) what it costs to begin at a point below t_max, taking the noise for all there
+        is; None: paths begin at times[0].
     """
 
     times: np.ndarray
     cost: np.ndarray
     weight: float = 1.0
+    start: np.ndarray | None = None
 
-    def path(self, n: int, *, weight: float | None = None) -> np.ndarray:
-        """Indices of the best path of n steps (see `shortest_path`)."""
-        return shortest_path(self.cost, n, weight=self.weight if weight is None else weight)
+    def path(self, n: int, *, weight: float | None = None, free: bool = True) -> np.ndarray:
+        """Indices of the best path of n steps (see `shortest_path`).
 
-    def schedule(self, n: int, *, weight: float | None = None) -> np.ndarray:
-        """The n + 1 times of the best path of n steps."""
-        return expect_times(self.times[self.path(n, weight=weight)])
+        Args:
+          n: steps.
+          weight: factor from one step to the next; None: the default.
+          free: let the path begin below times[0] where `start` says that this is cheaper.
+        """
+        weight = self.weight if weight is None else weight
+        return shortest_path(self.cost, n, weight=weight, start=self.start if free else None)
 
-    def value(self, path: Any) -> float:
+    def schedule(self, n: int, *, weight: float | None = None, free: bool = True) -> np.ndarray:
+        """The n + 1 times of the best path of n steps.
+
+        They may begin below t_max, where a sampler starts from less noise: `ds.Sampler` draws it,
+        `compare` scales the starts it is given. Arguments as for `path`.
+        """
+        return expect_times(self.times[self.path(n, weight=weight, free=free)])
+
+    def value(self, path: Value) -> float:
         """The cost of a path of indices, unweighted."""
         path = np.asarray(path, int)
         return float(sum(self.cost[i, j] for i, j in itertools.pairwise(path)))
@@ -114,14 +140,15 @@ class Costs:
 
 def step_costs(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    times: Any = None,
+    times: Times = None,
     points: int = 100,
     kind: str = "local",
-    cond: Mapping[str, Any] | None = None,
+    free_start: bool = True,
+    cond: Conditions | None = None,
     batch: int = 64,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Costs:
     """What Euler (DDIM) steps between the points of a fine grid cost on this network.
@@ -136,19 +163,25 @@ def step_costs(
       points: M.
       kind: "local": mean squared error of the step's end, in units of alpha there, which sums to
         the squared error of the sample if errors neither grow nor shrink (BOSS); "distance": its
-        root, the mean distance (GITS).
+        root, the mean distance (GITS); "deviation": by how much further than the trajectory the
+        step's end lies from the straight line between the trajectory's first and last state, in
+        x / alpha, which may be negative (GITS's "dev"; the default of its authors' code).
+      free_start: of "local" costs: also measure what it costs to begin at later points, from noise
+        of their level, by what becomes of it: 10 points with two coarse solutions of at most 12
+        evaluations each, for the first batch of starts. Distances add up otherwise, and would let
+        paths begin too late.
       cond: keyword arguments for the network, every array with the leading axis n.
       batch: starts at a time: `points` x `batch` states are in memory.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
     Returns:
-      The `Costs`.
+      The `Costs`, whose paths may begin below t_max.
 
     Raises:
-      ValueError: an unknown kind, or a trajectory that is not finite.
+      ValueError: an unknown kind, a trajectory that is not finite, or "deviation" from alpha = 0.
     """
-    expect_choice(kind, "kind", ("local", "distance"))
+    expect_choice(kind, "kind", ("local", "distance", "deviation"))
     process = score_fn.process
     if times is None:
         times = schedules.logsnr(process, expect_int(points, "points", at_least=2))
@@ -159,18 +192,32 @@ def step_costs(
     score_fn = on_mesh(score_fn, sharding)
     tableau = solvers.unipc(process, times, order=3)
     alpha, sigma = (np.asarray(v, np.float64) for v in (tableau.alpha, tableau.sigma))
+    if kind == "deviation" and alpha[0] == 0:
+        raise ValueError(
+            f'kind="deviation" measures x / alpha, which is infinite at t = {times[0]:g}, where '
+            'alpha = 0; pass `times` that start below it, or take kind="distance".'
+        )
     total = np.zeros((len(times), len(times)))
+    begin = None
     for start in range(0, size, batch):
         stop = min(start + batch, size)
         run = trajectory(
-            score_fn, tableau, put(slice_batch(x_T, start, stop), sharding),
+            score_fn,
+            tableau,
+            put(slice_batch(x_T, start, stop), sharding),
             cond=put(slice_batch(cond, start, stop), sharding),
-        )  # fmt: skip
+        )
         part = pair_costs(
-            run.points, run.outputs, jnp.asarray(alpha, jnp.float32),
-            jnp.asarray(sigma, jnp.float32), root=kind == "distance",
-        )  # fmt: skip
+            run.points,
+            run.outputs,
+            jnp.asarray(alpha, jnp.float32),
+            jnp.asarray(sigma, jnp.float32),
+            kind=kind,
+        )
         total += np.asarray(part, np.float64)
+        if free_start and kind == "local" and begin is None:
+            own = put(slice_batch(cond, start, stop), sharding)
+            begin = _start_costs(score_fn, tableau, run.points, own)
         if progress is not None:
             progress("measuring steps", stop, size)
     if not np.all(np.isfinite(total)):
@@ -178,14 +225,51 @@ def step_costs(
             "the fine trajectory is not finite: the network returned NaN or inf. Look at its "
             "samples with a fine solver first."
         )
-    return Costs(times, np.triu(total / size, 1))
+    return Costs(times, np.triu(total / size, 1), start=begin)
 
 
-@functools.partial(jax.jit, static_argnames="root")
-def pair_costs(points, outputs, alpha, sigma, *, root):
+def _start_costs(
+    score_fn: ScoreFn, fine: Tableau, points: PyTree, cond: Conditions | None
+) -> np.ndarray:
+    """What beginning at each fine point costs, in squares; inf where it was not tried.
+
+    A start there is noise alone, scaled from x_T. It is wrong by what is left of the data, most of
+    which the way down forgets: so both starts are solved to the end, on one coarse grid, and their
+    samples compared.
+    """
+    process, last = score_fn.process, len(fine.times) - 1
+    costs = np.full(last + 1, np.inf)
+    costs[0] = 0.0
+    tried = np.unique(np.linspace(0, 0.6 * last, _CANDIDATES + 1).astype(int))[1:]
+    at_end = float(fine.alpha[-1])
+    for i in tried:
+        grid = np.unique(np.linspace(i, last, min(_COARSE, last - i) + 1).astype(int))
+        solver = solvers.unipc(process, fine.times[grid], order=2)
+        ends = [
+            sample(score_fn, solver, x, cond=cond)
+            for x in (points[0] * (fine.sigma[i] / fine.sigma[0]), points[i])
+        ]
+        value = float(jnp.mean(jnp.square(ends[0] - ends[1])))
+        costs[i] = value / at_end**2 if np.isfinite(value) else np.inf
+    return costs
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def pair_costs(points, outputs, alpha, sigma, *, kind):
     """Sum over samples of the error of each step i -> j, (M + 1, M + 1)."""
     rows = outputs.shape[0]
     weights = jnp.maximum(alpha, jnp.finfo(jnp.float32).tiny)
+
+    scaled = points / weights.reshape((-1,) + (1,) * (points.ndim - 1))
+    straight = scaled[-1] - scaled[0]
+
+    def from_line(end):
+        """Distance of (n, ...) states over alpha to the line, a number each."""
+        axes = tuple(range(1, end.ndim))
+        away = scaled[-1] - end
+        size = jnp.maximum(jnp.sum(jnp.square(straight), axes, keepdims=True), 1e-30)
+        along = jnp.sum(away * straight, axes, keepdims=True) / size
+        return jnp.sqrt(jnp.mean(jnp.square(away - along * straight), axes))
 
     def from_point(i):
         ratio = sigma / sigma[i]
@@ -193,9 +277,11 @@ def pair_costs(points, outputs, alpha, sigma, *, root):
 
         def error(ratio, kappa, weight, state):
             end = ratio * points[i] + kappa * outputs[i]
+            if kind == "deviation":
+                return jnp.sum(from_line(end / weight) - from_line(state / weight))
             axes = tuple(range(1, end.ndim))
             squared = jnp.mean(jnp.square((end - state) / weight), axis=axes)
-            return jnp.sum(jnp.sqrt(squared) if root else squared)
+            return jnp.sum(jnp.sqrt(squared) if kind == "distance" else squared)
 
         return jax.lax.map(lambda v: error(*v), (ratio, kappa, weights, points))
 

@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,11 @@ from diffsamp._core.checks import expect_int
 from diffsamp._core.digest import digest, fingerprint
 from diffsamp._core.files import write_atomically
 from diffsamp._core.sharding import on_mesh
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
+from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
 from diffsamp.search.compare import Comparison
+from diffsamp.search.explicit import own_start
 from diffsamp.search.genome import (
     KINDS,
     Genome,
@@ -86,13 +88,13 @@ class Evolution:
 
 def evolve(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: int,
-    key: Any,
+    key: Key,
     start: Comparison | None = None,
-    cond: Mapping[str, Any] | None = None,
-    reference: Any = None,
+    cond: Conditions | None = None,
+    reference: PyTree = None,
     objective: Objective | None = None,
     population: int = 32,
     rounds: int = 8,
@@ -100,7 +102,7 @@ def evolve(
     predictor: bool = True,
     batch: int | None = None,
     together: int = 1,
-    sharding: Any = None,
+    sharding: Sharding = None,
     state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Evolution:
@@ -155,11 +157,17 @@ def evolve(
     )
     seeds = np.asarray(jax.random.key_data(key)).ravel().tolist()
     settings = {
-        "nfe": nfe, "key": seeds, "population": population, "rounds": rounds, "grids": list(grids),
-        "predictor": predictor, "objective": objective.name,
-        "starts": state and digest(x_T, cond), "network": state and fingerprint(score_fn),
+        "nfe": nfe,
+        "key": seeds,
+        "population": population,
+        "rounds": rounds,
+        "grids": list(grids),
+        "predictor": predictor,
+        "objective": objective.name,
+        "starts": state and digest(x_T, cond),
+        "network": state and fingerprint(score_fn),
         "from": [] if start is None else [e.solver for e in _encodable(start, nfe)],
-    }  # fmt: skip
+    }
     known = _read(state, settings)
 
     def measure(genomes: Sequence[Genome]) -> None:
@@ -196,7 +204,7 @@ def evolve(
     )
 
 
-def _tableau(genome: Genome, process: Any) -> Any:
+def _tableau(genome: Genome, process: Process) -> PyTree:
     """None for a genome whose weights are so large that the tableau is consistent no more."""
     try:
         return genome.tableau(process)
@@ -204,18 +212,25 @@ def _tableau(genome: Genome, process: Any) -> Any:
         return None
 
 
-def _encodable(start: Comparison, nfe: int) -> list[Any]:
+def _encodable(start: Comparison, nfe: int) -> list[PyTree]:
     entries = [e for e in start.entries if e.nfe == nfe and e.solver in KINDS]
     return sorted(entries, key=lambda e: -e.psnr)
 
 
 def _first(
-    rng: np.random.Generator, nfe: int, process: Any, grids: Sequence[str], start: Any, size: int
+    rng: np.random.Generator,
+    nfe: int,
+    process: Process,
+    grids: Sequence[str],
+    start: PyTree,
+    size: int,
 ) -> list[Genome]:
     """Half of the first population from the comparison, the rest at random."""
     chosen: dict[Genome, None] = {}
     for entry in [] if start is None else _encodable(start, nfe)[: size // 2]:
-        chosen[from_times(process, entry.tableau.times, [KINDS[entry.solver]] * nfe)] = None
+        chosen[
+            from_times(process, own_start(entry.tableau)[0].times, [KINDS[entry.solver]] * nfe)
+        ] = None
     while len(chosen) < size:
         chosen[random_genome(rng, nfe, process, grids)] = None
     return list(chosen)
@@ -241,8 +256,12 @@ def _children(
         return children
     worst = max((v for v in known.values() if math.isfinite(v)), default=0.0) + 1
     values = np.array([v if math.isfinite(v) else worst for v in known.values()])
-    ranked = _rank(rng, np.stack([features(g) for g in known]), values,
-                   np.stack([features(g) for g in children]))  # fmt: skip
+    ranked = _rank(
+        rng,
+        np.stack([features(g) for g in known]),
+        values,
+        np.stack([features(g) for g in children]),
+    )
     best = [children[i] for i in ranked[: size - size // 4]]
     rest = [children[i] for i in rng.permutation(ranked[size - size // 4 :])[: size // 4]]
     return best + rest
@@ -251,7 +270,7 @@ def _children(
 # -- the predictor --------------------------------------------------------------------------------
 
 
-def _packages() -> tuple[Any, Any]:
+def _packages() -> tuple[PyTree, PyTree]:
     try:
         import optax
         from flax import linen
@@ -264,10 +283,11 @@ def _packages() -> tuple[Any, Any]:
 
 
 @functools.cache
-def _ranker() -> tuple[Any, Any]:
+def _ranker() -> tuple[PyTree, PyTree]:
     linen, optax = _packages()
-    net = linen.Sequential([linen.Dense(64), linen.gelu, linen.Dense(64), linen.gelu,
-                            linen.Dense(1)])  # fmt: skip
+    net = linen.Sequential(
+        [linen.Dense(64), linen.gelu, linen.Dense(64), linen.gelu, linen.Dense(1)]
+    )
     return net, optax.adam(3e-3)
 
 
@@ -312,7 +332,7 @@ def _rank(
 # -- state ----------------------------------------------------------------------------------------
 
 
-def _read(path: Any, settings: dict[str, Any]) -> dict[Genome, float]:
+def _read(path: Value, settings: dict[str, Value]) -> dict[Genome, float]:
     if path is None or not Path(path).exists():
         return {}
     try:
@@ -332,7 +352,7 @@ def _read(path: Any, settings: dict[str, Any]) -> dict[Genome, float]:
     return known
 
 
-def _write(path: Any, settings: dict[str, Any], known: Mapping[Genome, float]) -> None:
+def _write(path: Value, settings: dict[str, Value], known: Mapping[Genome, float]) -> None:
     if path is not None:
         rows = [[g.to_list(), v if math.isfinite(v) else None] for g, v in known.items()]
         write_atomically(path, json.dumps({"settings": settings, "known": rows}).encode())

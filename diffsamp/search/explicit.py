@@ -21,7 +21,7 @@ import numpy as np
 from diffsamp.processes import Process
 from diffsamp.tableau import Tableau
 
-__all__ = ["Explicit", "from_largest_level"]
+__all__ = ["Explicit", "from_largest_level", "own_start"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,3 +137,26 @@ def from_largest_level(tableau: Tableau, process: Process) -> Tableau:
         evaluates=before(False, tableau.evaluates),
         d=None if tableau.d is None else before(np.zeros(np.shape(tableau.d)[1:]), tableau.d),
     )
+
+
+def own_start(tableau: Tableau) -> tuple[Tableau, float]:
+    """The sampler without a first row that only scales the start, and that scale; else 1.
+
+    The inverse of `from_largest_level`.
+    """
+    live = np.asarray(tableau.evaluates)
+    scales = (
+        tableau.rows > 1
+        and not live[0]
+        and bool(np.any(live))
+        and np.all(tableau.b[0] == 0)
+        and np.all(tableau.a[0, 1:] == 0)
+        and np.all(tableau.c[0] == 0)
+        and (tableau.d is None or np.all(np.asarray(tableau.d)[0] == 0))
+        and np.size(tableau.a[0, 0]) == 1
+    )
+    if not scales:
+        return tableau, 1.0
+    names = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates", "d")
+    rest = {k: v[1:] for k in names if (v := getattr(tableau, k)) is not None}
+    return dataclasses.replace(tableau, **rest), float(tableau.a[0, 0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,17 @@ from scipy.optimize import minimize_scalar
 from diffsamp import solvers
 from diffsamp._core import random
 from diffsamp._core.checks import expect_choice, expect_int, expect_state, expect_times
+from diffsamp._core.types import Array, Conditions, Key, Network, PyTree, Times, Value
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.sampling import sample, trajectory
 from diffsamp.score import ScoreFn
 from diffsamp.search.objective import Progress
 from diffsamp.solvers import ModelStatistics
-from diffsamp.solvers.iia import iia_features
+from diffsamp.solvers.iia import FEATURES, iia_features
 from diffsamp.tableau import Tableau
 
-__all__ = ["Fit", "fit_dc", "fit_iia", "model_statistics"]
+__all__ = ["Fit", "RatioPolynomial", "fit_dc", "fit_dc_cascade", "fit_iia", "model_statistics"]
 
 
 class Fit(NamedTuple):
@@ -47,14 +48,14 @@ class Fit(NamedTuple):
 
 def fit_dc(
     score_fn: ScoreFn,
-    times: Any,
-    x_T: Any,
+    times: Times,
+    x_T: PyTree,
     *,
     order: int = 2,
     variant: str = "bh2",
     lower_order_final: bool = True,
     correct_first: bool = True,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     bounds: tuple[float, float] = (0.5, 1.5),
     refine: int = 20,
     progress: Progress | None = None,
@@ -85,10 +86,12 @@ def fit_dc(
     process, times = score_fn.process, expect_times(times)
     steps = len(times) - 1
     truth = _fine_states(score_fn, times, x_T, refine, cond)
-    options: dict[str, Any] = {
-        "order": order, "variant": variant, "lower_order_final": lower_order_final,
+    options: dict[str, Value] = {
+        "order": order,
+        "variant": variant,
+        "lower_order_final": lower_order_final,
         "correct_first": correct_first,
-    }  # fmt: skip
+    }
     ratios, errors = np.ones(steps), np.full((steps, 2), np.nan)
     shape = {"rows": steps, "p": 1, "q": steps}  # one program for all trials
 
@@ -103,9 +106,12 @@ def fit_dc(
         errors[n] = before
         if n >= 2:
             found = minimize_scalar(
-                error, bounds=bounds, args=(n,), method="bounded",
+                error,
+                bounds=bounds,
+                args=(n,),
+                method="bounded",
                 options={"xatol": 1e-3, "maxiter": 25},
-            )  # fmt: skip
+            )
             if found.fun < before:
                 ratios[n], errors[n, 1] = found.x, found.fun
         if progress is not None:
@@ -113,13 +119,78 @@ def fit_dc(
     return Fit(solvers.dc_solver(process, times, ratios=ratios, **options), ratios, errors)
 
 
+class RatioPolynomial(NamedTuple):
+    """DC-Solver's ratios for any number of evaluations and guidance scale; made by
+    `fit_dc_cascade`.
+
+    Attributes:
+      coefficients: (4, 3, 3), of the powers 3..0 of i / NFE, 2..0 of scale / 12 and 2..0 of
+        NFE / 50, i the step's number from 1 on: the authors' 36 numbers, in their order.
+    """
+
+    coefficients: np.ndarray
+
+    def __call__(self, nfe: int, scale: float = 1.0) -> np.ndarray:
+        """The (nfe,) ratios for `solvers.dc_solver`; those of the first two steps are 1."""
+        nfe = expect_int(nfe, "nfe", at_least=1)
+        ratios = np.ones(nfe)
+        basis = _cascade_basis(np.arange(3, nfe + 1), nfe, scale)
+        ratios[2:] = basis @ np.asarray(self.coefficients, np.float64).reshape(-1)
+        return ratios
+
+
+def fit_dc_cascade(ratios: Mapping[tuple[int, float], Array]) -> RatioPolynomial:
+    """DC-Solver's ratios as a polynomial in step, evaluations and guidance, from known ones.
+
+    rho(i, NFE, scale) = sum_k c_k (i / NFE)^k, every c_k a quadratic in scale / 12 whose
+    coefficients are quadratics in NFE / 50. The authors fit one variable after the other; here
+    all 36 numbers are one least-squares fit, of least norm where the data leave some open.
+
+    Args:
+      ratios: {(nfe, guidance scale): (nfe,) ratios}, each from `fit_dc` on that grid and with that
+        guidance; three of either determine the quadratics.
+
+    Returns:
+      A `RatioPolynomial`; `solvers.dc_solver(process, times, ratios=found(nfe, scale))`.
+
+    Raises:
+      ValueError: another number of ratios than evaluations, or none beyond the first two steps.
+
+    Reference: Zhao et al. 2024, arXiv:2409.03755, section 3.3 (cascade polynomial regression).
+    """
+    rows, values = [], []
+    for (nfe, scale), given in ratios.items():
+        given = np.asarray(given, np.float64)
+        if given.shape != (nfe,) or not np.all(np.isfinite(given)):
+            raise ValueError(
+                f"the ratios of ({nfe}, {scale:g}) must be {nfe} finite numbers, one per step; got "
+                f"{given}."
+            )
+        rows.append(_cascade_basis(np.arange(3, nfe + 1), nfe, scale))
+        values.append(given[2:])
+    if not sum(len(v) for v in values):
+        raise ValueError(
+            "`ratios` must hold some with 3 evaluations and more: those of the first two steps are "
+            "not used."
+        )
+    found = np.linalg.lstsq(np.concatenate(rows), np.concatenate(values), rcond=1e-10)[0]
+    return RatioPolynomial(found.reshape(4, 3, 3))
+
+
+def _cascade_basis(i: np.ndarray, nfe: int, scale: float) -> np.ndarray:
+    """(len(i), 36) products of powers, highest first."""
+    of_step = np.vander(i / nfe, 4)
+    of_scale, of_nfe = np.vander([scale / 12], 3)[0], np.vander([nfe / 50], 3)[0]
+    return np.einsum("ik,s,n->iksn", of_step, of_scale, of_nfe).reshape(len(i), 36)
+
+
 def fit_iia(
     score_fn: ScoreFn,
-    times: Any,
-    x_T: Any,
+    times: Times,
+    x_T: PyTree,
     *,
     method: str = "ddim",
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     refine: int = 10,
     ridge: float = 1e-6,
     progress: Progress | None = None,
@@ -134,7 +205,7 @@ def fit_iia(
       score_fn: the network (with guidance, as it will be sampled).
       times: (n + 1,) decreasing times.
       x_T: (batch, ...) starts at times[0], an array; twenty are enough.
-      method: "ddim", "guided" or "heun", as for `solvers.iia`.
+      method: as for `solvers.iia`.
       cond: keyword arguments for the network.
       refine: steps of the fine solution (Heun's) per step.
       ridge: added to the normal equations, relative to their largest diagonal entry.
@@ -146,9 +217,9 @@ def fit_iia(
     Reference: Zhang, Niwa & Kleijn 2023, arXiv:2304.11328.
     """
     process, times = score_fn.process, expect_times(times)
-    steps, width = len(times) - 1, {"ddim": 2, "guided": 1, "heun": 4}
-    expect_choice(method, "method", tuple(width))
-    values, errors = np.zeros((steps, width[method])), np.zeros((steps, 2))
+    steps = len(times) - 1
+    expect_choice(method, "method", tuple(FEATURES))
+    values, errors = np.zeros((steps, FEATURES[method])), np.zeros((steps, 2))
     full, _, rows = iia_features(process, times, values + 1.0, method)
     shape = {"rows": full.rows, "p": full.p, "q": full.q}
     for n in range(steps):
@@ -179,12 +250,12 @@ def fit_iia(
 
 def model_statistics(
     score_fn: ScoreFn,
-    x_0: Any,
+    x_0: PyTree,
     *,
-    key: Any,
-    log_snr: Any = None,
+    key: Key,
+    log_snr: Array = None,
     per_element: bool = False,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     progress: Progress | None = None,
 ) -> ModelStatistics:
     """The statistics of a network that DPM-Solver-v3 puts into its coefficients.
@@ -243,7 +314,7 @@ def model_statistics(
     return ModelStatistics(log_snr, l, np.stack(s), np.stack(b))
 
 
-def _noise(score_fn: Any, log_snr: Any, scaled: Any, cond: Any) -> Any:
+def _noise(score_fn: Network, log_snr: Array, scaled: PyTree, cond: Conditions | None) -> PyTree:
     """The noise prediction at x = alpha * scaled, as a function of log-SNR."""
     process: Process = score_fn.process
     t = process.time(log_snr)
@@ -252,12 +323,14 @@ def _noise(score_fn: Any, log_snr: Any, scaled: Any, cond: Any) -> Any:
     return score_fn.predict(level.alpha.astype(scaled.dtype) * scaled, bound, cond)
 
 
-def _diffused(x_0: Any, keys: Any, n: Any, rho: Any) -> Any:
+def _diffused(x_0: PyTree, keys: Key, n: Array, rho: Array) -> PyTree:
     return x_0 + rho * random.normal_like(keys, n, x_0)
 
 
 @jax.jit
-def _linear_part(score_fn: Any, x_0: Any, keys: Any, n: Any, log_snr: Any, cond: Any) -> Any:
+def _linear_part(
+    score_fn: Network, x_0: PyTree, keys: Key, n: Array, log_snr: Array, cond: Conditions | None
+) -> PyTree:
     """sigma v (d eps / dx) v, whose mean over random signs v is the diagonal."""
     log_snr = jnp.asarray(log_snr, x_0.dtype)
     rho = jnp.exp(-log_snr)
@@ -271,8 +344,15 @@ def _linear_part(score_fn: Any, x_0: Any, keys: Any, n: Any, log_snr: Any, cond:
 
 @jax.jit
 def _remainder(
-    score_fn: Any, x_0: Any, keys: Any, n: Any, log_snr: Any, linear: Any, slope: Any, cond: Any
-) -> Any:
+    score_fn: Network,
+    x_0: PyTree,
+    keys: Key,
+    n: Array,
+    log_snr: Array,
+    linear: PyTree,
+    slope: PyTree,
+    cond: Conditions | None,
+) -> PyTree:
     """f and its derivative by log-SNR along the ODE, d(x / alpha) = -rho eps d log-SNR."""
     log_snr = jnp.asarray(log_snr, x_0.dtype)
     rho = jnp.exp(-log_snr)
@@ -292,7 +372,9 @@ def _at_least(tableau: Tableau, shape: Mapping[str, int]) -> dict[str, int]:
     return {name: max(size, getattr(tableau, name)) for name, size in shape.items()}
 
 
-def _fine_states(score_fn: ScoreFn, times: np.ndarray, x: Any, refine: int, cond: Any) -> Any:
+def _fine_states(
+    score_fn: ScoreFn, times: np.ndarray, x: PyTree, refine: int, cond: Conditions | None
+) -> PyTree:
     """The ODE's states at `times`, by `refine` steps of Heun's method between each two.
 
     The steps are uniform in log-SNR, or in time where that is infinite.
@@ -313,6 +395,6 @@ def _fine_states(score_fn: ScoreFn, times: np.ndarray, x: Any, refine: int, cond
     return points[:: 2 * refine] if times[-1] > process.t_clean else _with_last(points, refine)
 
 
-def _with_last(points: Any, refine: int) -> Any:
+def _with_last(points: PyTree, refine: int) -> PyTree:
     """Every (2 refine)-th state and the last: Heun's step to sigma = 0 is one row."""
     return jnp.concatenate([points[: -1 : 2 * refine], points[-1:]])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from diffsamp import schedules
+from diffsamp._core.types import Times, Value
 from diffsamp.processes import Process
 from diffsamp.solvers import MixedStep, mixed
 from diffsamp.tableau import Tableau
@@ -68,12 +68,12 @@ class Genome:
         inner = np.asarray(process.time(first + span * np.asarray(self.places)), np.float64)
         return mixed(process, [start, *inner, process.t_clean], steps=self.steps)
 
-    def to_list(self) -> list[Any]:
+    def to_list(self) -> list[Value]:
         """Plain JSON values."""
         return [list(self.places), [list(dataclasses.astuple(step)) for step in self.steps]]
 
     @classmethod
-    def from_list(cls, data: Any) -> Genome:
+    def from_list(cls, data: Value) -> Genome:
         """The inverse of `to_list`."""
         places, steps = data
         return cls(tuple(places), tuple(MixedStep(*step) for step in steps))
@@ -96,7 +96,7 @@ def _spaced(places: np.ndarray) -> tuple[float, ...]:
     return tuple(float(v) for v in np.minimum(places, high))
 
 
-def from_times(process: Process, times: Any, steps: Sequence[MixedStep]) -> Genome:
+def from_times(process: Process, times: Times, steps: Sequence[MixedStep]) -> Genome:
     """The genome with these times (the first and the last are the process's own).
 
     Args:

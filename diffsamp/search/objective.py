@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from diffsamp import schedules, solvers
 from diffsamp._core import random
 from diffsamp._core.checks import expect_cond, expect_int, expect_state
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.evaluation import metrics
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
@@ -60,10 +60,10 @@ class Objective:
     """
 
     name: str
-    function: Callable[[Any, Any], Any]
-    loss: Callable[[Any, Any], jax.Array] | None = None
+    function: Callable[[PyTree, PyTree], PyTree]
+    loss: Callable[[PyTree, PyTree], jax.Array] | None = None
 
-    def __call__(self, x: Any, reference: Any) -> float:
+    def __call__(self, x: PyTree, reference: PyTree) -> float:
         """The value; inf if it is not finite."""
         value = float(self.function(x, reference))
         return value if math.isfinite(value) else math.inf
@@ -73,7 +73,7 @@ def _log(error: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny))
 
 
-def _log_mse(x: Any, reference: Any) -> jax.Array:
+def _log_mse(x: PyTree, reference: PyTree) -> jax.Array:
     return _log(metrics.mean_squared_error(x, reference))
 
 
@@ -100,7 +100,7 @@ def rmse() -> Objective:
 
 
 def feature_error(
-    features: Callable[[Any], Any], *, name: str = "feature_error", log: bool = True
+    features: Callable[[PyTree], PyTree], *, name: str = "feature_error", log: bool = True
 ) -> Objective:
     """Error to the reference in features: LPIPS, a classifier's, an encoder's.
 
@@ -110,27 +110,29 @@ def feature_error(
       log: the mean log squared distance, as `log_mse`; False: the mean squared distance.
     """
 
-    def loss(x: Any, reference: Any) -> jax.Array:
+    def loss(x: PyTree, reference: PyTree) -> jax.Array:
         error = metrics.mean_squared_error(features(x), features(reference))
         return _log(error) if log else error
 
     return Objective(name, lambda x, r: jnp.mean(loss(x, r)), loss)
 
 
-def finite_psnr(x: Any, reference: Any, data_range: float) -> float:
+def finite_psnr(x: PyTree, reference: PyTree, data_range: float) -> float:
     """`metrics.psnr`, and -inf for samples that are not finite."""
     value = float(metrics.psnr(x, reference, data_range=data_range))
     return value if math.isfinite(value) else -math.inf
 
 
-def _features(features: Callable[[Any], Any] | None, x: Any, size: int = 256) -> np.ndarray:
+def _features(
+    features: Callable[[PyTree], PyTree] | None, x: PyTree, size: int = 256
+) -> np.ndarray:
     """Features on the host, in batches: a data set's need not fit a device."""
     if features is None:
         return np.asarray(x)
     return np.concatenate([np.asarray(features(x[i : i + size])) for i in range(0, len(x), size)])
 
 
-def frechet(data: Any, features: Callable[[Any], Any] | None = None) -> Objective:
+def frechet(data: PyTree, features: Callable[[PyTree], PyTree] | None = None) -> Objective:
     """Frechet distance to a data set; compare at equal numbers of samples only.
 
     Args:
@@ -143,7 +145,7 @@ def frechet(data: Any, features: Callable[[Any], Any] | None = None) -> Objectiv
     )
 
 
-def kernel(data: Any, features: Callable[[Any], Any] | None = None) -> Objective:
+def kernel(data: PyTree, features: Callable[[PyTree], PyTree] | None = None) -> Objective:
     """Kernel distance (KID) to a data set: unbiased, so fit for few samples.
 
     Args:
@@ -155,7 +157,7 @@ def kernel(data: Any, features: Callable[[Any], Any] | None = None) -> Objective
 
 
 def sliced_wasserstein(
-    data: Any, key: Any, features: Callable[[Any], Any] | None = None
+    data: PyTree, key: Key, features: Callable[[PyTree], PyTree] | None = None
 ) -> Objective:
     """Sliced 2-Wasserstein distance to a data set.
 
@@ -180,7 +182,7 @@ def reference_tableau(process: Process, nfe: int = 200) -> Tableau:
     return solvers.unipc(process, schedules.karras(process, nfe), order=3)
 
 
-def slice_batch(tree: Any, start: int, stop: int) -> Any:
+def slice_batch(tree: PyTree, start: int, stop: int) -> PyTree:
     """Samples start .. stop - 1 of a batch.
 
     Args:
@@ -193,15 +195,15 @@ def slice_batch(tree: Any, start: int, stop: int) -> Any:
 
 def make_reference(
     score_fn: ScoreFn,
-    reference: Tableau | Any,
-    x_T: Any,
+    reference: Tableau | PyTree,
+    x_T: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
     batch: int | None = None,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
-) -> Any:
+) -> PyTree:
     """The samples to compare with, checked.
 
     Args:
@@ -222,9 +224,16 @@ def make_reference(
         reference = reference_tableau(score_fn.process)
     if isinstance(reference, Tableau):
         reference = run(
-            score_fn, reference, x_T, key=key, cond=cond, batch=batch, sharding=sharding,
-            progress=progress, what="reference",
-        )  # fmt: skip
+            score_fn,
+            reference,
+            x_T,
+            key=key,
+            cond=cond,
+            batch=batch,
+            sharding=sharding,
+            progress=progress,
+            what="reference",
+        )
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(reference)):
         raise ValueError(
             "the reference samples are not all finite: the network returned NaN or inf on the way. "
@@ -236,15 +245,15 @@ def make_reference(
 def run(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
     batch: int | None = None,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
     what: str = "sampling",
-) -> Any:
+) -> PyTree:
     """`sample` in batches of bounded size.
 
     Args:
@@ -285,13 +294,13 @@ def run(
     return _joined(parts)
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: list[PyTree]) -> PyTree:
     if len(parts) == 1:
         return parts[0]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def expect_batch(x_T: Any, cond: Any) -> int:
+def expect_batch(x_T: PyTree, cond: Conditions | None) -> int:
     """The number of starts, after checking that every array of `cond` has as many entries."""
     size = expect_state(x_T, "x_T", batched=True)
     assert size is not None
@@ -302,14 +311,14 @@ def expect_batch(x_T: Any, cond: Any) -> int:
 def run_many(
     score_fn: ScoreFn,
     tableaux: Sequence[Tableau],
-    x_T: Any,
+    x_T: PyTree,
     *,
-    key: Any = None,
-    cond: Mapping[str, Any] | None = None,
+    key: Key = None,
+    cond: Conditions | None = None,
     batch: int | None = None,
     population: int = 1,
-    sharding: Any = None,
-) -> Iterator[Any]:
+    sharding: Sharding = None,
+) -> Iterator[PyTree]:
     """`run` for many tableaux on the same starts and noise, several at a time.
 
     Tableaux are padded to one shape, so there is one compilation. With `population` above 1 as many
@@ -341,7 +350,7 @@ def run_many(
     keys = None if key is None else random.sample_keys(key, size)
     # rows of similar cost side by side: a row is run while any of its tableaux needs it
     order = sorted(range(len(padded)), key=lambda i: tableaux[i].rows)
-    results: dict[int, Any] = {}
+    results: dict[int, PyTree] = {}
     for first in range(0, len(order), population):
         group = order[first : first + population]
         filled = group + [group[-1]] * (population - len(group))  # one shape for all groups
@@ -350,7 +359,7 @@ def run_many(
         for start in range(0, size, batch):
             stop = min(start + batch, size)
 
-            def tile(tree: Any, start: int = start, stop: int = stop) -> Any:
+            def tile(tree: PyTree, start: int = start, stop: int = stop) -> PyTree:
                 return jax.tree.map(
                     lambda leaf: jnp.concatenate([leaf[start:stop]] * population), tree
                 )
@@ -358,9 +367,12 @@ def run_many(
             own = jax.tree.map(lambda array, k=stop - start: np.repeat(array, k, axis=-1), stacked)
             numbers = np.tile(np.arange(start, stop), population)
             x = sample(
-                for_samples(score_fn, numbers), own, put(tile(x_T), sharding),
-                key=None if keys is None else tile(keys), cond=put(tile(cond), sharding),
-            )  # fmt: skip
+                for_samples(score_fn, numbers),
+                own,
+                put(tile(x_T), sharding),
+                key=None if keys is None else tile(keys),
+                cond=put(tile(cond), sharding),
+            )
             parts.append(
                 jax.tree.map(lambda leaf: leaf.reshape(population, -1, *leaf.shape[1:]), x)
             )

@@ -9,11 +9,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.files import read_json, write_atomically
+from diffsamp._core.types import Value
 from diffsamp.tableau import Tableau
 
 __all__ = ["Front", "Plan", "decoded", "encoded", "versions"]
@@ -54,7 +54,7 @@ class Plan:
     scores: Scores
     history: tuple[tuple[int, float, float], ...] = ()
     seconds: float = 0.0
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     seed: list[int] = dataclasses.field(default_factory=list)
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
@@ -68,7 +68,7 @@ class Plan:
         """PSNR in dB to the reference, by set and sampler."""
         return self.scores["psnr"]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Value]:
         """Plain lists, numbers and strings, as written to a file; NaN and infinities as strings."""
         fields = {
             field.name: getattr(self, field.name)
@@ -84,7 +84,7 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, data: Any, *, where: str = "the plan") -> Plan:
+    def from_dict(cls, data: Value, *, where: str = "the plan") -> Plan:
         """The inverse of `to_dict`, checked.
 
         Args:
@@ -152,7 +152,7 @@ class Plan:
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def encoded(value: Any) -> Any:
+def encoded(value: Value) -> Value:
     """Plain JSON values: NaN and infinities as strings, NumPy scalars as numbers."""
     if isinstance(value, Mapping):
         return {str(k): encoded(v) for k, v in value.items()}
@@ -165,7 +165,7 @@ def encoded(value: Any) -> Any:
     return value
 
 
-def decoded(value: Any) -> Any:
+def decoded(value: Value) -> Value:
     """The inverse of `encoded`."""
     if isinstance(value, dict):
         return {k: decoded(v) for k, v in value.items()}

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.digest import seed_of
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
 from diffsamp.search.explicit import Explicit, from_largest_level
@@ -40,11 +40,11 @@ _DIFFERENCE = 2e-3  # of log-SNR and of weights in units of the step: far above 
 def refine(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    key: Any,
-    cond: Mapping[str, Any] | None = None,
-    reference: Tableau | Any = None,
+    key: Key,
+    cond: Conditions | None = None,
+    reference: Tableau | PyTree = None,
     held_out: int | None = None,
     batch: int = 64,
     numbers: Sequence[str] = ("times", "weights"),
@@ -52,7 +52,7 @@ def refine(
     evaluations: int | None = None,
     together: int = 1,
     data_range: float = 2.0,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Improve a sampler for this network by Gauss-Newton steps on its times and weights.

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_int, expect_times
 from diffsamp._core.digest import seed_of
 from diffsamp._core.sharding import put
+from diffsamp._core.types import Bound, Conditions, Key, Network, PyTree, Sharding
 from diffsamp.predictions import level_at
 from diffsamp.processes import Process
 from diffsamp.sampling import trajectory
@@ -65,19 +65,19 @@ def fine_times(process: Process, points: int = 95) -> np.ndarray:
 
 def regress(
     score_fn: ScoreFn,
-    x_T: Any,
+    x_T: PyTree,
     *,
     nfe: int,
-    key: Any,
-    cond: Mapping[str, Any] | None = None,
-    reference: Tableau | Any = None,
-    points: int | Any = 95,
+    key: Key,
+    cond: Conditions | None = None,
+    reference: Tableau | PyTree = None,
+    points: int | PyTree = 95,
     held_out: int | None = None,
     batch: int = 64,
     ridge: float = 1e-6,
     evaluations: int | None = None,
     data_range: float = 2.0,
-    sharding: Any = None,
+    sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Find a sampler of `nfe` evaluations for this network by least squares.
@@ -364,7 +364,7 @@ class _Walker:
 
 
 @jax.jit
-def _ask(score_fn: Any, x: Any, bound: Any, cond: Any) -> Any:
+def _ask(score_fn: Network, x: PyTree, bound: Bound, cond: Conditions | None) -> PyTree:
     return score_fn.predict(x, bound, cond)
 
 
@@ -396,7 +396,7 @@ def _start_grids(
                 jnp.asarray(record.states[:, :batch]),
                 jnp.asarray(record.answers[:, :batch]),
                 *arguments,
-                root=kind == "distance",
+                kind=kind,
             ),
             np.float64,
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import numpy as np
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.sharding import expect_sharding, on_mesh
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search.objective import (
     Progress,
@@ -47,13 +46,13 @@ class Starts:
     """
 
     score_fn: ScoreFn
-    x_T: Any
-    cond: Any
-    reference: Any
+    x_T: PyTree
+    cond: PyTree
+    reference: PyTree
     fit: int
     stop: int
     batch: int
-    sharding: Any
+    sharding: Sharding
     order: np.ndarray
     spent: int = 0
 
@@ -61,12 +60,12 @@ class Starts:
     def split(
         cls,
         score_fn: ScoreFn,
-        x_T: Any,
-        cond: Mapping[str, Any] | None,
-        key: Any,
+        x_T: PyTree,
+        cond: Conditions | None,
+        key: Key,
         held_out: int | None,
         batch: int,
-        sharding: Any,
+        sharding: Sharding,
     ) -> Starts:
         """Split and shuffle, without a reference yet.
 
@@ -102,7 +101,7 @@ class Starts:
         """All of them."""
         return int(jax.tree.leaves(self.x_T)[0].shape[0])
 
-    def expect_reference(self, reference: Tableau | Any, progress: Progress | None) -> None:
+    def expect_reference(self, reference: Tableau | PyTree, progress: Progress | None) -> None:
         """Take or make the reference; see `make_reference`.
 
         Args:
@@ -124,7 +123,7 @@ class Starts:
         )
         self.reference = found if made else jnp.asarray(found)[self.order]
 
-    def samples(self, tableau: Tableau, low: int, high: int) -> Any:
+    def samples(self, tableau: Tableau, low: int, high: int) -> PyTree:
         """Samples low .. high - 1."""
         self.spent += tableau.nfe * (high - low)
         x, cond = (slice_batch(v, low, high) for v in (self.x_T, self.cond))
@@ -143,7 +142,7 @@ class Starts:
     ) -> dict[str, dict[str, dict[str, float]]]:
         """Scores of a `Plan`: log error and PSNR, on the fitting and the reporting starts."""
         objective = log_mse()
-        judges: dict[str, Any] = {
+        judges: dict[str, Value] = {
             objective.name: objective,
             "psnr": functools.partial(finite_psnr, data_range=data_range),
         }

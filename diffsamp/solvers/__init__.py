@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Array, Times, Value
 from diffsamp.processes import Process
 from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm
 from diffsamp.solvers.afs import analytic_first_step
@@ -35,6 +35,7 @@ from diffsamp.solvers.v3 import ModelStatistics, dpm_solver_v3
 from diffsamp.tableau import Tableau
 
 __all__ = [
+    "AT_ONE_LEVEL",
     "COMPOSED",
     "CONSISTENCY_INDICES",
     "FEW_STEP",
@@ -90,6 +91,8 @@ __all__ = [
 COMPOSED = ("analytic_first_step", "heavy_ball", "mixed", "restart")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
+# that stay at a noise level, or go back to one,
+AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "ula")
 # or for a network that is no diffusion model
 FEW_STEP = ("consistency",)
 
@@ -116,7 +119,7 @@ class Solver:
 
     name: str
     function: Callable[..., Tableau]
-    options: Mapping[str, Any]
+    options: Mapping[str, Value]
     order: int
     source: str
     aliases: tuple[str, ...] = ()
@@ -126,7 +129,7 @@ class Solver:
     least: int = 1
     schedule: str = "logsnr"
 
-    def __call__(self, process: Process, times: Any, **options: Any) -> Tableau:
+    def __call__(self, process: Process, times: Times, **options: Value) -> Tableau:
         """The tableau on these times; `options` override the solver's own.
 
         Falling times sample. Deterministic solvers also take rising ones, which encode.
@@ -150,7 +153,7 @@ def _listed(*solvers: Solver) -> dict[str, Solver]:
     return {solver.name: solver for solver in solvers}
 
 
-def _euler_end(**options: Any) -> dict[str, Any]:
+def _euler_end(**options: Value) -> dict[str, Array]:
     """What the registry counts on: one evaluation for the step to sigma = 0."""
     return {**options, "clean_end": "euler"}
 
@@ -199,6 +202,7 @@ SOLVERS: dict[str, Solver] = _listed(
         "arXiv:2211.01095",
         ("res_multistep",),
     ),
+    Solver("dpmpp_2m_hb", dpmpp, {"order": 2, "beta": 0.8}, 1, "arXiv:2307.11118"),
     Solver("dpmpp_3m", dpmpp, {"order": 3}, 3, "arXiv:2211.01095"),
     Solver("deis_tab1", deis, {"order": 1}, 2, "arXiv:2204.13902"),
     Solver("deis_tab2", deis, {"order": 2}, 3, "arXiv:2204.13902"),
@@ -215,14 +219,14 @@ SOLVERS: dict[str, Solver] = _listed(
     Solver(
         "deis_logrhoab1",
         deis,
-        {"order": 1, "variable": "log_rho"},
+        {"order": 1, "variable": "log_rho", "lower_order_final": 15},
         2,
         "arXiv:2204.13902",
         ("DEISMultistepScheduler",),
     ),
     Solver("ipndm2", ipndm, {"order": 2}, 2, "arXiv:2202.09778"),
     Solver("ipndm3", ipndm, {"order": 3}, 2, "arXiv:2202.09778"),
-    Solver("ipndm4", ipndm, {"order": 4}, 2, "arXiv:2202.09778", ("IPNDMScheduler", "ipndm")),
+    Solver("ipndm4", ipndm, {"order": 4}, 2, "arXiv:2202.09778", ("ipndm",)),
     Solver(
         "pndm",
         pndm,
@@ -328,7 +332,6 @@ SOLVERS: dict[str, Solver] = _listed(
         {},
         2,
         "arXiv:2309.05019, alg. 1",
-        ("SASolverScheduler",),
         stochastic=True,
     ),
     Solver("er_sde1", er_sde, {"order": 1}, 1, "arXiv:2309.06169", stochastic=True),
@@ -382,5 +385,11 @@ def get(name: str) -> Solver:
     Raises:
       ValueError: an unknown name.
     """
+    if name.endswith("Scheduler") and name not in _ALIASES:
+        known = sorted(alias for alias in _ALIASES if alias.endswith("Scheduler"))
+        raise ValueError(
+            f"{name!r} with its default fields is no solver of the registry; of diffusers' classes "
+            f'{known} are. ds.from_diffusers({{"_class_name": {name!r}}}) reads those that can be.'
+        )
     name = _ALIASES.get(name, name)
     return SOLVERS[expect_choice(name, "solver", tuple(SOLVERS))]

@@ -13,12 +13,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_times
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Array, Times, Value
 from diffsamp.processes import Process, expect_process
 from diffsamp.tableau import Tableau
 
@@ -50,7 +50,7 @@ class Combination:
     A weight is a number, or an array with one number per element of the data.
     """
 
-    terms: dict[tuple[str, int], Any]
+    terms: dict[tuple[str, int], Array]
     __array_ufunc__ = None  # array * combination is ours, not NumPy's element by element
 
     def __add__(self, other: Combination) -> Combination:
@@ -59,12 +59,12 @@ class Combination:
             terms[symbol] = terms.get(symbol, 0.0) + weight
         return Combination(terms)
 
-    def __mul__(self, number: Any) -> Combination:
+    def __mul__(self, number: Value) -> Combination:
         return Combination({s: w * np.float64(number) for s, w in self.terms.items()})
 
     __rmul__ = __mul__
 
-    def __truediv__(self, number: Any) -> Combination:
+    def __truediv__(self, number: Value) -> Combination:
         return self * (1.0 / np.float64(number))
 
     def __neg__(self) -> Combination:
@@ -112,7 +112,7 @@ class Builder:
     def __init__(
         self,
         process: Process,
-        times: Any,
+        times: Times,
         target: tuple[float, float] = DATA,
         *,
         reduce: bool = True,
@@ -152,7 +152,7 @@ class Builder:
         # every state in terms of u_0, or the last noisy one, and the answers; see `_reduce`
         self._expanded = [self.start]
 
-    def unit_time(self, t: Any) -> Any:
+    def unit_time(self, t: Array) -> Array:
         """Time(s) t, counted from 0 at the data to 1 at the noise."""
         return (t - self.process.t_clean) / (self.process.t_max - self.process.t_clean)
 
@@ -219,7 +219,7 @@ class Builder:
             raise IndexError(f"there is no u_{k} yet.")
         return Combination({("u", k): 1.0})
 
-    def constant(self, value: Any) -> Combination:
+    def constant(self, value: Value) -> Combination:
         """A number, or one per element of the data, whatever the state is."""
         return Combination({("1", 0): np.asarray(value, np.float64)})
 
@@ -392,7 +392,7 @@ def expect_falling_rows(tableau: Tableau, what: str) -> None:
         )
 
 
-def total(weights: Any, parts: Sequence[Combination]) -> Combination:
+def total(weights: Array, parts: Sequence[Combination]) -> Combination:
     """sum_j weights[j] parts[j]."""
     result = Combination({})
     for weight, part in zip(weights, parts, strict=True):

@@ -6,6 +6,9 @@
 
 A constant (D, E) is integrated exactly in either, so Euler's method is one and the same (DDIM);
 methods of higher order differ.
+
+- "time": the state and the time as they are, dx/dt = alpha' D + sigma' E, as samplers of the first
+  VP models had it. Its linear part is integrated by the method, and Euler's method is not DDIM.
 """
 
 from __future__ import annotations
@@ -17,7 +20,16 @@ import numpy as np
 
 from diffsamp._core.checks import expect_choice
 from diffsamp.processes import Flow
-from diffsamp.solvers._builder import FLOW, NOISE, Answer, Builder, Combination, Point, total
+from diffsamp.solvers._builder import (
+    DATA,
+    FLOW,
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    Point,
+    total,
+)
 
 __all__ = ["BUTCHER", "Chart", "runge_kutta_step"]
 
@@ -40,7 +52,7 @@ BUTCHER: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """One of the two coordinates, "edm" or "flow"."""
+    """One of the three coordinates, "edm", "flow" or "time"."""
 
     name: str
     builder: Builder
@@ -61,25 +73,30 @@ class Chart:
             long = any(builder.is_long(s, t) for s, t in itertools.pairwise(inner))
             own = isinstance(builder.process, Flow) or start.alpha == 0
             name = "flow" if own or long else "edm"
-        expect_choice(name, "coordinates", ("edm", "flow"))
+        expect_choice(name, "coordinates", ("edm", "flow", "time"))
         if name == "edm" and start.alpha == 0:
             raise ValueError(
                 f"alpha = 0 at the first time, {start.t:g}, where EDM's coordinates are infinite; "
                 'start later, or use coordinates="flow".'
             )
-        builder.target = NOISE if name == "edm" else FLOW
+        builder.target = {"edm": NOISE, "flow": FLOW, "time": DATA}[name]
         return cls(name, builder)
 
     def scale(self, point: Point) -> float:
         """What the state is divided by."""
+        if self.name == "time":
+            return 1.0
         return point.alpha if self.name == "edm" else point.alpha + point.sigma
 
     def variable(self, point: Point) -> float:
         """The independent variable."""
-        return point.sigma / self.scale(point)
+        return point.t if self.name == "time" else point.sigma / self.scale(point)
 
     def slope(self, answer: Answer) -> Combination:
         """The derivative of the scaled state."""
+        if self.name == "time":
+            process, t = self.builder.process, np.float64(answer.point.t)
+            return process.alpha_dot(t) * answer.data + process.sigma_dot(t) * answer.noise
         return answer.noise if self.name == "edm" else answer.noise - answer.data
 
     def between(self, s: Point, t: Point, fraction: float) -> Point:
@@ -87,6 +104,8 @@ class Chart:
         if fraction in (0.0, 1.0):
             return t if fraction else s
         v = self.variable(s) + fraction * (self.variable(t) - self.variable(s))
+        if self.name == "time":
+            return self.builder.point(v)
         rho = v if self.name == "edm" else v / (1 - v)
         return self.builder.point_at(-np.log(rho))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from diffsamp.solvers._builder import Builder, Combination, Point
 
 __all__ = ["Churn"]
@@ -33,10 +31,9 @@ class Churn:
         gamma = min(self.churn / (len(builder.points) - 1), math.sqrt(2) - 1)
         if gamma == 0 or s.alpha == 0 or not self.low <= s.rho <= self.high:
             return x, s
-        top = builder.point(builder.process.t_max)
-        rho = min(s.rho * (1 + gamma), top.rho)
-        if not rho > s.rho:
+        # above t_max, as EDM's own code; where the process has no such level it is the highest
+        lifted = builder.point_at(-math.log(s.rho * (1 + gamma)))
+        if not s.rho < lifted.rho < math.inf:
             return x, s
-        lifted = builder.point_at(-np.log(rho))
-        added = math.sqrt(max(lifted.rho**2 - s.rho**2, 0.0)) * self.noise_scale
+        added = math.sqrt(lifted.rho**2 - s.rho**2) * self.noise_scale
         return lifted.alpha * (x / s.alpha + added * builder.fresh_noise()), lifted

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from diffsamp._core.types import Array, Value
 from diffsamp.tableau import Tableau
 
 __all__ = ["spread_rows"]
@@ -22,7 +22,7 @@ def spread_rows(tableau: Tableau, at: np.ndarray, rows: int) -> Tableau:
     source = np.minimum(source, tableau.rows - 1)
     placed = np.zeros(rows, bool)
     placed[at] = True
-    new: dict[str, Any] = {}
+    new: dict[str, Array] = {}
     for name in ("a", "b"):
         old = np.asarray(getattr(tableau, name))
         entries = [
@@ -37,7 +37,7 @@ def spread_rows(tableau: Tableau, at: np.ndarray, rows: int) -> Tableau:
             new[name][row, lag] = weight
     new["a"][~placed, 0] = 1.0
 
-    def only_placed(values: Any) -> Any:
+    def only_placed(values: Value) -> Array:
         wide = np.asarray(values)[source]
         wide[~placed] = 0
         return wide

@@ -35,22 +35,23 @@ def exponential_weights(nodes: Sequence[float], h: float, rate: float = 1.0) -> 
 
     The weights of D_j in x_t = (sigma_t / sigma_s) exp(-(rate - 1) h) x_s + alpha_t sum_j W_j D_j
     (variation of constants with D interpolated in log-SNR). rate 1 is the ODE, 2 the reverse SDE.
+    Rate -1 is the ODE in noise form, x_t = (alpha_t / alpha_s) x_s + sigma_t sum_j W_j E_j.
 
     Args:
       nodes: log-SNR of the past (and, for a corrector, coming) outputs minus that of the present
         point, finite and distinct.
       h: log-SNR step, positive, may be inf (a step to sigma = 0) only for the single node 0.
-      rate: positive.
+      rate: positive, or -1.
 
     Returns:
       float64 array of len(nodes); it sums to 1 - exp(-rate h).
     """
     if len(nodes) == 1:
         return np.array([-np.expm1(-rate * h)])
-    # the integrand is negligible further than 50 / rate from the end
-    low = max(0.0, h - 50.0 / rate)
-    u = low + (h - low) * (_NODES + 1) / 2
-    weight = (h - low) / 2 * _WEIGHTS * rate * np.exp(-rate * (h - u))
+    # the integrand is negligible further than 50 / rate from the end, or from the start
+    low, high = (max(0.0, h - 50.0 / rate), h) if rate > 0 else (0.0, min(h, -50.0 / rate))
+    u = low + (high - low) * (_NODES + 1) / 2
+    weight = (high - low) / 2 * _WEIGHTS * rate * np.exp(-rate * (h - u))
     return lagrange(nodes, u) @ weight
 
 

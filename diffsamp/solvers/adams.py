@@ -10,11 +10,11 @@ with E interpolated over the last evaluations in the variable that names the met
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int, lowers
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     NOISE,
@@ -43,11 +43,11 @@ _WORN = 1e3
 
 def deis(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 3,
     variable: str = "t",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
 ) -> Tableau:
     """DEIS: exponential integrator with polynomial extrapolation; one evaluation a step.
 
@@ -68,7 +68,8 @@ def deis(
       order: 0 to 3.
       variable: "t", "rho" or "log_rho". With "t" and "log_rho" a step to sigma = 0, where the
         integrand is singular, is of order 0.
-      lower_order_final: lower the order over the last steps, to 0 in the last.
+      lower_order_final: lower the order over the last steps, to 0 in the last. A number:
+        only if there are fewer steps than that.
 
     Returns:
       A deterministic tableau of n evaluations, in noise prediction.
@@ -95,7 +96,7 @@ def deis(
     return _adams(process, times, order + 1, weights, name, source, lower_order_final)
 
 
-def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
+def ipndm(process: Process, times: Times, *, order: int = 4) -> Tableau:
     """iPNDM: DDIM steps along Adams-Bashforth's fixed-step mean of the noise predictions.
 
     One evaluation a step; the order ramps up over the first ones. On a grid that is not uniform in
@@ -126,7 +127,7 @@ def ipndm(process: Process, times: Any, *, order: int = 4) -> Tableau:
     return _adams(process, times, order, weights, f"ipndm{order}", source, False)
 
 
-def accelerated_ddim(process: Process, times: Any) -> Tableau:
+def accelerated_ddim(process: Process, times: Times) -> Tableau:
     """Accelerated DDIM: the noise prediction extrapolated linearly in abar = alpha^2.
 
     A DEIS of order 1 in the variable abar (variance-preserving, alpha^2 / (alpha^2 + sigma^2)
@@ -166,12 +167,12 @@ def accelerated_ddim(process: Process, times: Any) -> Tableau:
 
 def _adams(
     process: Process,
-    times: Any,
+    times: Times,
     history_length: int,
-    weights: Any,
+    weights: Array,
     name: str,
     source: str,
-    lower_order_final: bool,
+    lower_order_final: bool | int,
 ) -> Tableau:
     builder = Builder(process, times, NOISE)
     steps = len(builder.points) - 1
@@ -181,7 +182,7 @@ def _adams(
         history = [builder.evaluate(x, s), *history[: history_length - 1]]
         x = history[0].state
         usable = [a for a in history if math.isfinite(a.point.rho)]
-        if lower_order_final:
+        if lowers(lower_order_final, steps):
             usable = usable[: steps - n]
         if not usable or usable[0] is not history[0]:  # a start at alpha = 0, where rho = inf
             x = transfer(history[0], t)

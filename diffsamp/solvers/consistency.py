@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Builder, transfer
 from diffsamp.tableau import Tableau
@@ -19,7 +19,7 @@ CONSISTENCY_INDICES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 
 
-def consistency(process: Process, times: Any, *, rho_min: float = 0.002) -> Tableau:
+def consistency(process: Process, times: Times, *, rho_min: float = 0.002) -> Tableau:
     """Jump to the data, add noise of the next level, jump again.
 
     x_t = alpha_t D + sqrt(sigma_t^2 - alpha_t^2 rho_min^2) z, and D itself at the end: D of a

@@ -9,11 +9,10 @@ which has the right mean and variance when D is the true x_0. A step to sigma_t 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import NOISE, Answer, Builder, Combination, Point, transfer
 from diffsamp.tableau import Tableau
@@ -21,7 +20,7 @@ from diffsamp.tableau import Tableau
 __all__ = ["accelerated_ddpm", "conjugate_ddim", "ddim", "ddpm"]
 
 
-def ddim(process: Process, times: Any, *, eta: float = 0.0) -> Tableau:
+def ddim(process: Process, times: Times, *, eta: float = 0.0) -> Tableau:
     """DDIM: deterministic for eta = 0, DDPM's posterior for eta = 1.
 
     std = eta sigma_t sqrt(1 - exp(-2 h)), h the log-SNR step. Order 1, one evaluation a step.
@@ -58,7 +57,7 @@ def ddim(process: Process, times: Any, *, eta: float = 0.0) -> Tableau:
     return builder.finish(x, builder.points[-1], name=name, source="arXiv:2010.02502, eq. 12")
 
 
-def ddpm(process: Process, times: Any, *, variance: str = "small") -> Tableau:
+def ddpm(process: Process, times: Times, *, variance: str = "small") -> Tableau:
     """DDPM's ancestral sampler. Weak order 1, one evaluation a step.
 
     "small" draws from the posterior q(x_t | x_s, x_0 = D) and equals DDIM with eta = 1. "large"
@@ -102,7 +101,7 @@ def ddpm(process: Process, times: Any, *, variance: str = "small") -> Tableau:
     )
 
 
-def conjugate_ddim(process: Process, times: Any, *, rate: float = 1.0) -> Tableau:
+def conjugate_ddim(process: Process, times: Times, *, rate: float = 1.0) -> Tableau:
     """lambda-DDIM: DDIM in coordinates stretched by exp(rate t). Order 1, one evaluation a step.
 
     With rho = sigma / alpha, y = exp(rate t) x / alpha obeys dy = rate y dt + exp(rate t) E d rho;
@@ -154,7 +153,7 @@ def conjugate_ddim(process: Process, times: Any, *, rate: float = 1.0) -> Tablea
     )
 
 
-def accelerated_ddpm(process: Process, times: Any) -> Tableau:
+def accelerated_ddpm(process: Process, times: Times) -> Tableau:
     """Accelerated DDPM: the network is asked at a noised state. One evaluation a step.
 
     In variance-preserving units, with a = abar_s / abar_t the step's ratio and beta = 1 - a,

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.schedules.stages import expect_orders, step_orders
 from diffsamp.solvers._builder import (
@@ -45,7 +45,9 @@ class _Form:
     def of(self, answer: Answer) -> Combination:
         return answer.data if self.prediction == "data" else answer.noise
 
-    def step(self, start: Answer, to: Point, weights: Any, parts: list[Combination]) -> Combination:
+    def step(
+        self, start: Answer, to: Point, weights: Array, parts: list[Combination]
+    ) -> Combination:
         """ratio x + k sum_j weights[j] parts[j], from the start's state."""
         s = start.point
         if self.prediction == "data":
@@ -58,7 +60,7 @@ class _Form:
 
 def dpm_solver(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 3,
     orders: Sequence[int] | None = None,
@@ -162,7 +164,7 @@ def _step(
 
 
 def exponential_rk(
-    process: Process, times: Any, *, stages: int = 3, c_2: float = 0.5, c_3: float = 1.0
+    process: Process, times: Times, *, stages: int = 3, c_2: float = 0.5, c_3: float = 1.0
 ) -> Tableau:
     """RES: exponential Runge-Kutta methods that meet the stiff order conditions.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Times
 from diffsamp.processes import Flow, Process
 from diffsamp.solvers._builder import (
     NOISE,
@@ -21,7 +21,7 @@ __all__ = ["dpm2", "euler", "heun", "runge_kutta"]
 
 def euler(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     churn: float = 0.0,
     churn_min: float = 0.0,
@@ -39,7 +39,8 @@ def euler(
       times: (n + 1,) decreasing times, used verbatim.
       churn: EDM's S_churn, at least 0; 0 is deterministic.
       churn_min: EDM's S_min, a value of sigma / alpha.
-      churn_max: EDM's S_max. Churned levels are also kept at or below t_max.
+      churn_max: EDM's S_max. A level near t_max is raised above t_max, as in EDM's code; processes
+        that are a table have none higher than their last.
       noise_scale: EDM's S_noise, the standard deviation of the added noise.
 
     Returns:
@@ -67,7 +68,7 @@ def euler(
 
 def heun(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     coordinates: str | None = None,
     clean_end: str | None = None,
@@ -85,15 +86,17 @@ def heun(
     Args:
       process: the noise process.
       times: (n + 1,) decreasing times, used verbatim.
-      coordinates: "edm" or "flow"; None: "flow" for the flow process and for times that start at
-        alpha = 0, else "edm".
+      coordinates: "edm", "flow", or "time": the process's own time, without its linear part taken
+        out, as the VP sampler that EDM compares with; its step to sigma = 0 is Euler's in t.
+        None: "flow" for the flow process and for times that start at alpha = 0, else "edm".
       clean_end: the step to sigma = 0. "euler": one evaluation, at its start, as EDM's. "full": all
         stages, the last at t = 0, which keeps the order; for a velocity network on the flow
         process, which is defined there (one of data or noise says nothing of the velocity at sigma
         = 0, and is refused where it is sampled). None: "full" on the flow process, else "euler".
       churn: EDM's S_churn, at least 0; 0 is deterministic.
       churn_min: EDM's S_min, a value of sigma / alpha.
-      churn_max: EDM's S_max. Churned levels are also kept at or below t_max.
+      churn_max: EDM's S_max. A level near t_max is raised above t_max, as in EDM's code; processes
+        that are a table have none higher than their last.
       noise_scale: EDM's S_noise, the standard deviation of the added noise.
 
     Returns:
@@ -120,7 +123,7 @@ def heun(
 
 def runge_kutta(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     method: str = "rk4",
     coordinates: str | None = None,
@@ -162,7 +165,7 @@ def runge_kutta(
     )
 
 
-def dpm2(process: Process, times: Any) -> Tableau:
+def dpm2(process: Process, times: Times) -> Tableau:
     """k-diffusion's DPM-2: the midpoint method with its midpoint at the geometric mean of rho.
 
     Order 2, two evaluations a step, one on a step to sigma = 0. From alpha = 0, where that mean is
@@ -198,7 +201,7 @@ def dpm2(process: Process, times: Any) -> Tableau:
 
 def _runge_kutta(
     process: Process,
-    times: Any,
+    times: Times,
     method: str,
     coordinates: str | None,
     clean_end: str | None,
@@ -214,7 +217,8 @@ def _runge_kutta(
         x, s = churning.lift(builder, x, s)
         first = builder.evaluate(x, s)
         if t.sigma == 0 and not full:
-            x = transfer(first, t)
+            timed = chart.name == "time"
+            x = chart.step(first.state, chart.slope(first), s, t) if timed else transfer(first, t)
             continue
         x = runge_kutta_step(builder, chart, first, t, method)
     return builder.finish(
@@ -222,7 +226,7 @@ def _runge_kutta(
         builder.points[-1],
         name=churning.label(name),
         source=source,
-        check=churning.check,
+        check="none" if chart.name == "time" else churning.check,
     )
 
 

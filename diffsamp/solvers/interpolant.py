@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from diffsamp._core.checks import expect_choice
 from diffsamp._core.numeric import silence
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Answer, Builder, Combination, Point, transfer
 from diffsamp.solvers._charts import Chart
@@ -44,7 +44,7 @@ DIFFUSIONS: dict[str, Callable[[Builder, Point, float], float]] = {
 
 def interpolant(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     method: str = "euler",
     diffusion: str | Callable[[float], float] = "sigma",

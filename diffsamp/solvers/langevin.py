@@ -11,12 +11,12 @@ makes it exact for a point mass; so it passes the tableau's own check.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import is_concrete
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Builder
 from diffsamp.solvers._rows import spread_rows
@@ -25,7 +25,7 @@ from diffsamp.tableau import Tableau
 __all__ = ["langevin", "predictor_corrector", "renoise", "ula"]
 
 
-def langevin(process: Process, t: float, steps: int, *, keep: Any) -> Tableau:
+def langevin(process: Process, t: float, steps: int, *, keep: Array) -> Tableau:
     """Langevin steps at one level: samples of the noised distribution, by MCMC.
 
     For Gaussian data, S^2 the state's variance at the level, the stationary variance is
@@ -62,7 +62,7 @@ def langevin(process: Process, t: float, steps: int, *, keep: Any) -> Tableau:
     )
 
 
-def _level(process: Process, t: float, steps: int, keep: Any) -> tuple[float, float, np.ndarray]:
+def _level(process: Process, t: float, steps: int, keep: Array) -> tuple[float, float, np.ndarray]:
     point = Builder(process, [t, process.t_clean] if t > process.t_clean else [t]).points[0]
     kappa = np.broadcast_to(np.asarray(keep, np.float64), (steps,))
     if not np.all((kappa >= 0) & (kappa < 1)):
@@ -109,7 +109,7 @@ def ula(process: Process, t: float, steps: int, *, step: float) -> Tableau:
     )
 
 
-def predictor_corrector(tableau: Tableau, steps: int, *, keep: Any) -> Tableau:
+def predictor_corrector(tableau: Tableau, steps: int, *, keep: Array) -> Tableau:
     """Any sampler with Langevin rows at the level where each of its rows arrives.
 
     With guidance in the corrector alone this is classifier-free guidance as a predictor-corrector:
@@ -173,7 +173,7 @@ def _consistent(tableau: Tableau) -> bool:
     return True
 
 
-def renoise(process: Process, times: Any, *, share: Any) -> Tableau:
+def renoise(process: Process, times: Times, *, share: Array) -> Tableau:
     """Rows that draw a constant share of each level's noise anew.
 
     x' = alpha' D + sqrt(1 - share^2) sigma' E + share sigma' z. share = 0 is DDIM, 1 draws all

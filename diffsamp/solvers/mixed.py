@@ -12,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     DATA,
@@ -68,7 +68,7 @@ class MixedStep:
             raise ValueError(f"`scale` must lie between 0 and 2; got {self.scale}.")
 
 
-def mixed(process: Process, times: Any, *, steps: Sequence[MixedStep]) -> Tableau:
+def mixed(process: Process, times: Times, *, steps: Sequence[MixedStep]) -> Tableau:
     """A tableau whose every step is of its own kind.
 
     The step to sigma = 0 is of order 1 unless its basis stays finite there ("rho", "adams").

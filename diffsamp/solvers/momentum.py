@@ -8,11 +8,11 @@ of u_n and u_{n-1}.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     NOISE,
@@ -40,7 +40,8 @@ def heavy_ball(tableau: Tableau, *, beta: float = 0.8, prediction: str = "data")
     Args:
       tableau: a deterministic sampler of one evaluation a step.
       beta: in (0, 1].
-      prediction: "data" (as DPM-Solver++ 2M-HB) or "noise" (as PLMS-HB): what P is.
+      prediction: "data" (for DPM-Solver++; its authors' 2M-HB starts in another way, see `beta` of
+        `solvers.dpmpp`) or "noise" (as PLMS-HB): what P is.
 
     Returns:
       A tableau of as many evaluations.
@@ -76,7 +77,7 @@ def heavy_ball(tableau: Tableau, *, beta: float = 0.8, prediction: str = "data")
 
 def ghvb(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 2,
     beta: float = 0.8,
@@ -143,7 +144,7 @@ def ghvb(
     return builder.finish(x, points[-1], name=label, source="arXiv:2307.11118")
 
 
-def _state(builder: Builder, n: int, point: Any) -> Any:
+def _state(builder: Builder, n: int, point: Array) -> Array:
     """u_n / alpha_n, by its symbol."""
     return builder.symbol(n) / point.alpha
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import NOISE, Builder, Combination, total
 from diffsamp.solvers._charts import Chart
@@ -15,7 +14,7 @@ __all__ = ["pndm"]
 
 
 def pndm(
-    process: Process, times: Any, *, start: str = "rk4", coordinates: str | None = None
+    process: Process, times: Times, *, start: str = "rk4", coordinates: str | None = None
 ) -> Tableau:
     """PNDM: iPNDM of order 4 behind a Runge-Kutta start, the paper's F-PNDM; or S-PNDM.
 

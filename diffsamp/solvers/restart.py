@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from diffsamp import schedules
 from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.types import Array, Times, Value
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Builder
 from diffsamp.solvers.edm import heun
@@ -80,11 +81,11 @@ _HEUN = functools.partial(heun, clean_end="euler")
 
 def restart(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     intervals: Sequence[tuple[int, int, float, float]] = PUBLISHED["cifar10-43"][1],
-    solver: Callable[[Process, Any], Tableau] = _HEUN,
-    down: Callable[[Process, Any], Tableau] | None = None,
+    solver: Callable[[Process, Value], Tableau] = _HEUN,
+    down: Callable[[Process, Array], Tableau] | None = None,
     noise_scale: float = 1.0,
 ) -> Tableau:
     """Restart around any deterministic solver.

@@ -12,11 +12,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
-from diffsamp._core.checks import expect_int
+from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import NOISE, Answer, Builder, Combination, Point, total, transfer
+from diffsamp.solvers._builder import (
+    DATA,
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    Point,
+    total,
+    transfer,
+)
 from diffsamp.solvers._charts import Chart, runge_kutta_step
 from diffsamp.solvers._weights import phis, spread
 from diffsamp.tableau import Tableau
@@ -25,12 +34,18 @@ __all__ = ["dpm2_ancestral", "dpmpp_sde", "seeds"]
 
 
 def seeds(
-    process: Process, times: Any, *, order: int = 2, nodes: tuple[float, ...] | None = None
+    process: Process,
+    times: Times,
+    *,
+    order: int = 2,
+    nodes: tuple[float, ...] | None = None,
+    prediction: str = "data",
 ) -> Tableau:
-    """SEEDS-1, 2 or 3: exponential methods of as many stages for the reverse SDE, data prediction.
+    """SEEDS-1, 2 or 3: exponential methods of as many stages for the reverse SDE.
 
-    The drift's rule is DPM-Solver++'s of that order at rate 2; the stages and the step share one
-    noise path. SEEDS-1 is DDPM's posterior. `order` evaluations a step, one on a step to sigma = 0.
+    The drift's rule is DPM-Solver++'s of that order at rate 2, or DPM-Solver's with twice the
+    noise; the stages and the step share one noise path. SEEDS-1 of the data is DDPM's posterior.
+    `order` evaluations a step, one on a step to sigma = 0.
 
     Args:
       process: the noise process.
@@ -38,6 +53,8 @@ def seeds(
       order: 1, 2 or 3.
       nodes: where the stages lie, as fractions of the log-SNR step: order - 1 rising numbers in
         (0, 1). None: equally spaced.
+      prediction: "data" or "noise", what is taken as constant over a stage; "noise" is of use with
+        short steps only. A step that multiplies alpha by more than 200 takes the data form.
 
     Returns:
       A stochastic tableau.
@@ -45,22 +62,27 @@ def seeds(
     Raises:
       ValueError: times that do not decrease, another order, nodes of another number or range.
 
-    Reference: Gonzalez et al. 2023, arXiv:2305.14267; the noises for any `nodes`, where the
-    authors' code is right for 1/2 only.
+    Reference: Gonzalez et al. 2023, arXiv:2305.14267. The authors' code differs from it, and from
+    this, in four places: noises for other `nodes` than 1/2; in SEEDS-3 of the data the weight of
+    the second stage in the third (phi_23, taken at c_2 in place of c_3, and half its argument); in
+    SEEDS-3 of the noise the third stage's noise, scaled with sigma of the step's end, and the
+    step's, with the first two normals exchanged.
     """
     expect_int(order, "order", 1, 3)
+    expect_choice(prediction, "prediction", ("data", "noise"))
     nodes = tuple(k / order for k in range(1, order)) if nodes is None else tuple(nodes)
     edges = (0.0, *nodes, 1.0)
     if len(nodes) != order - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
         raise ValueError(
             f"`nodes` must be {order - 1} rising fractions between 0 and 1; got {nodes}."
         )
+    name = f"seeds{order}" + ("" if prediction == "data" else "(noise)")
     return _staged(
-        process, times, nodes, shared=True, name=f"seeds{order}", source="arXiv:2305.14267"
+        process, times, nodes, shared=True, name=name, source="arXiv:2305.14267", form=prediction
     )
 
 
-def dpmpp_sde(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
+def dpmpp_sde(process: Process, times: Times, *, stage: float = 0.5) -> Tableau:
     """DPM-Solver++ (SDE) of k-diffusion: two stages with independent noises; weak order 1.
 
     Two evaluations a step, one on a step to sigma = 0.
@@ -85,7 +107,7 @@ def dpmpp_sde(process: Process, times: Any, *, stage: float = 0.5) -> Tableau:
     )
 
 
-def dpm2_ancestral(process: Process, times: Any, *, eta: float = 1.0) -> Tableau:
+def dpm2_ancestral(process: Process, times: Times, *, eta: float = 1.0) -> Tableau:
     """DPM-2 with ancestral noise: the midpoint method down to rho_down, then noise up to rho_t.
 
     rho_up = min(rho_t, eta rho_t sqrt(1 - rho_t^2 / rho_s^2)), rho_down^2 = rho_t^2 - rho_up^2, and
@@ -135,14 +157,15 @@ def dpm2_ancestral(process: Process, times: Any, *, eta: float = 1.0) -> Tableau
 
 def _staged(
     process: Process,
-    times: Any,
+    times: Times,
     nodes: tuple[float, ...],
     *,
     shared: bool,
     name: str,
     source: str,
+    form: str = "data",
 ) -> Tableau:
-    builder = Builder(process, times)
+    builder = Builder(process, times, NOISE if form == "noise" else DATA)
     builder.expect_falling(name)
     x = builder.start
     for s, t in zip(builder.points, builder.points[1:], strict=False):
@@ -153,25 +176,26 @@ def _staged(
         if s.alpha == 0:
             x = _renew(builder, first, t, len(nodes))
             continue
-        h, said = t.log_snr - s.log_snr, [first.data]
+        noisy = form == "noise" and not builder.is_long(s, t)
+        h, said = t.log_snr - s.log_snr, [first.noise if noisy else first.data]
         noise, reached = Combination({}), 0.0  # the path G at the last stage
         for node in nodes:
             point = builder.point_at(s.log_snr + node * h)
-            drift = _drift(first, point, node, nodes, h, said)
-            part = (node - reached) * h
-            noise = math.exp(-part) * noise + spread(part) * builder.fresh_noise()
+            drift = _drift(first, point, node, nodes, h, said, noisy)
+            noise = _onward(builder, noise, (node - reached) * h, noisy)
             answer = builder.evaluate(drift + point.sigma * noise, point)
-            said.append(answer.data)
+            said.append(answer.noise if noisy else answer.data)
             # the same path, written with the stage's state: a fresh noise enters one row only
             noise, reached = (answer.state - drift) / point.sigma, node
-        x = _drift(first, t, 1.0, nodes, h, said)
+        x = _drift(first, t, 1.0, nodes, h, said, noisy)
         if shared:
-            part = (1 - reached) * h
-            noise = math.exp(-part) * noise + spread(part) * builder.fresh_noise()
+            noise = _onward(builder, noise, (1 - reached) * h, noisy)
         else:
             noise = spread(h) * builder.fresh_noise()
         x = x + t.sigma * noise
-    return builder.finish(x, builder.points[-1], name=name, source=source)
+    # with the noise frozen, the variance of a step is right in the limit only
+    check = "mean" if form == "noise" else "full"
+    return builder.finish(x, builder.points[-1], name=name, source=source, check=check)
 
 
 def _drift(
@@ -181,18 +205,33 @@ def _drift(
     nodes: tuple[float, ...],
     h: float,
     said: list[Combination],
+    noisy: bool,
 ) -> Combination:
-    """DPM-Solver++'s rule at rate 2 for the state at fraction `node` of the step."""
-    phi_1, phi_2, _ = phis(2 * node * h)
-    x = (to.sigma / first.point.sigma) * math.exp(-node * h) * first.state
+    """The state at fraction `node` of the step, by DPM-Solver++'s rule at rate 2 or DPM-Solver's.
+
+    The latter, `noisy`, with twice the noise: (alpha_t/alpha_s) x - 2 sigma_t (exp(h) - 1) E.
+    """
+    if noisy:
+        phi_1, phi_2, _ = phis(-node * h)
+        x, scale = (to.alpha / first.point.alpha) * first.state, 2 * to.sigma
+    else:
+        phi_1, phi_2, _ = phis(2 * node * h)
+        x = (to.sigma / first.point.sigma) * math.exp(-node * h) * first.state
+        scale = to.alpha
     if len(said) == 1:
-        return x + to.alpha * phi_1 * said[0]
+        return x + scale * phi_1 * said[0]
     # the slope from the newest stage, over its distance in units of this stage's own step
     if len(nodes) == 1:
         slope = phi_1 / 2 / nodes[0]
     else:
         slope = phi_2 * node / nodes[len(said) - 2]
-    return x + to.alpha * total([phi_1 - slope, slope], [said[0], said[-1]])
+    return x + scale * total([phi_1 - slope, slope], [said[0], said[-1]])
+
+
+def _onward(builder: Builder, noise: Combination, part: float, noisy: bool) -> Combination:
+    """The path of the noise, in units of sigma, a fraction `part` of log-SNR later."""
+    fresh = spread(part) * builder.fresh_noise()
+    return math.exp(part) * (noise + fresh) if noisy else math.exp(-part) * noise + fresh
 
 
 def _renew(builder: Builder, first: Answer, t: Point, stages: int = 1) -> Combination:

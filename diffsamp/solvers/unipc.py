@@ -15,13 +15,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from diffsamp._core.checks import expect_choice, expect_int, expect_times
+from diffsamp._core.checks import expect_choice, expect_int, expect_times, lowers
+from diffsamp._core.types import Array, Times
 from diffsamp.processes import Process
-from diffsamp.solvers._builder import Answer, Builder, Combination, Point, total
+from diffsamp.solvers._builder import (
+    DATA,
+    NOISE,
+    Answer,
+    Builder,
+    Combination,
+    Point,
+    total,
+    transfer,
+)
 from diffsamp.solvers._weights import exponential_weights, lagrange
 from diffsamp.tableau import Tableau
 
@@ -30,12 +39,13 @@ __all__ = ["dc_solver", "unipc"]
 
 def unipc(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     order: int = 3,
     variant: str = "bh2",
     corrector: bool = True,
-    lower_order_final: bool = True,
+    lower_order_final: bool | int = True,
+    prediction: str = "data",
 ) -> Tableau:
     """UniPC of any order: one evaluation a step, order + 1 with the corrector.
 
@@ -49,33 +59,37 @@ def unipc(
       order: order p of the predictor, at least 1; the authors take 3, with guidance 2.
       variant: "bh1" or "bh2".
       corrector: apply UniC after each evaluation.
-      lower_order_final: lower the order over the last steps. A step to sigma = 0 is always of
-        order 1.
+      lower_order_final: lower the order over the last steps; a number: only if there are fewer
+        steps than that (the authors' 10, diffusers' 15). A step to sigma = 0 is of order 1.
+      prediction: "data", or "noise": the same method on noise predictions, where a step out of
+        alpha = 0 or to sigma = 0 is DDIM's.
 
     Returns:
-      A deterministic tableau of n evaluations, in data prediction.
+      A deterministic tableau of n evaluations, in that prediction.
 
     Raises:
-      ValueError: times not sorted, another order or variant.
+      ValueError: times not sorted, another order, variant or prediction.
 
     Reference: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2.
     """
     times = expect_times(times, may_rise=True)
     label = f"unipc{order}_{variant}" if corrector else f"unip{order}_{variant}"
+    rate = -1.0 if expect_choice(prediction, "prediction", ("data", "noise")) == "noise" else 1.0
+    label += "_noise" if rate < 0 else ""
     builder, x = _multistep(
-        process, times, order, variant, lower_order_final, [corrector] * (len(times) - 1)
+        process, times, order, variant, lower_order_final, [corrector] * (len(times) - 1), rate=rate
     )
     return builder.finish(x, builder.points[-1], name=label, source="arXiv:2302.04867, algorithm 1")
 
 
 def dc_solver(
     process: Process,
-    times: Any,
+    times: Times,
     *,
-    ratios: Any,
+    ratios: Array,
     order: int = 2,
     variant: str = "bh2",
-    lower_order_final: bool = True,
+    lower_order_final: bool | int = True,
     correct_first: bool = True,
     stop: int | None = None,
 ) -> Tableau:
@@ -122,18 +136,19 @@ def dc_solver(
 
 def _multistep(
     process: Process,
-    times: Any,
+    times: Times,
     order: int,
     variant: str,
-    lower_order_final: bool,
+    lower_order_final: bool | int,
     corrected: Sequence[bool],
     ratios: np.ndarray | None = None,
     stop: int | None = None,
+    rate: float = 1.0,
 ) -> tuple[Builder, Combination]:
-    """The builder after all steps, and the sample."""
+    """The builder after all steps, and the sample; rate -1 is the noise form."""
     expect_int(order, "order", at_least=1)
     expect_choice(variant, "variant", ("bh1", "bh2"))
-    builder = Builder(process, times)
+    builder = Builder(process, times, DATA if rate > 0 else NOISE)
     points = builder.points
     steps = len(points) - 1
     x, history, used = builder.start, list[Answer](), list[Answer]()
@@ -142,22 +157,26 @@ def _multistep(
         answer = builder.evaluate(x, s)
         x = answer.state
         if n > 0 and corrected[n] and math.isfinite(used[0].point.log_snr):
-            x = _correct(x, answer, used, variant)
+            x = _correct(x, answer, used, variant, rate)
         if ratios is not None and n >= 2:
             answer = _compensate([answer, *history[:2]], float(ratios[n]))
         history = [answer, *history[: max(order - 1, 2)]]
         now = 1 if t.sigma == 0 else order
-        if lower_order_final:
+        if lowers(lower_order_final, steps):
             now = min(now, steps - n)
         finite = [a for a in history if math.isfinite(a.point.log_snr)] or history[:1]
         used = finite[:now]
-        weights = _predictor_weights(used, t, variant)
-        x = (t.sigma / s.sigma) * x + t.alpha * total(weights, [a.data for a in used])
+        if rate < 0 and (t.sigma == 0 or s.alpha == 0):
+            x = transfer(answer, t)
+            continue
+        weights = _predictor_weights(used, t, variant, rate)
+        kept = t.sigma / s.sigma if rate > 0 else t.alpha / s.alpha
+        x = kept * x + _scale(t, rate) * total(weights, _said(used, rate))
     if stop is not None and stop < steps:
         answer = builder.evaluate(x, points[stop])
         x = answer.state
         if corrected[stop] and math.isfinite(used[0].point.log_snr):
-            x = _correct(x, answer, used, variant)
+            x = _correct(x, answer, used, variant, rate)
     return builder, x
 
 
@@ -169,31 +188,42 @@ def _compensate(history: list[Answer], ratio: float) -> Answer:
     return dataclasses.replace(history[0], data=total(weights, [a.data for a in history]))
 
 
-def _half_weight(h: float, variant: str) -> float:
-    """alpha_t B / 2 per unit slope, where the authors fix the coefficient at 1/2."""
-    return (h if variant == "bh1" else -math.expm1(-h)) / 2
+def _said(answers: list[Answer], rate: float) -> list[Combination]:
+    return [a.data if rate > 0 else a.noise for a in answers]
 
 
-def _predictor_weights(used: list[Answer], t: Point, variant: str) -> np.ndarray:
+def _scale(t: Point, rate: float) -> float:
+    """What weights are multiplied by in a step to t."""
+    return t.alpha if rate > 0 else t.sigma
+
+
+def _half_weight(h: float, variant: str, rate: float) -> float:
+    """B / 2 per unit slope, where the authors fix the coefficient at 1/2."""
+    return (rate * h if variant == "bh1" else -math.expm1(-rate * h)) / 2
+
+
+def _predictor_weights(used: list[Answer], t: Point, variant: str, rate: float) -> np.ndarray:
     present = used[0].point.log_snr
     h = t.log_snr - present
     if len(used) == 2:
-        slope = _half_weight(h, variant) * h / (present - used[1].point.log_snr)
-        return np.array([-math.expm1(-h) + slope, -slope])
-    return exponential_weights([a.point.log_snr - present for a in used], h)
+        slope = _half_weight(h, variant, rate) * h / (present - used[1].point.log_snr)
+        return np.array([-math.expm1(-rate * h) + slope, -slope])
+    return exponential_weights([a.point.log_snr - present for a in used], h, rate)
 
 
-def _correct(x: Any, answer: Answer, used: list[Answer], variant: str) -> Any:
+def _correct(
+    x: Combination, answer: Answer, used: list[Answer], variant: str, rate: float
+) -> Combination:
     """The state x at the answer's point, corrected for the step that led there."""
     t = answer.point
     present = used[0].point.log_snr
     h = t.log_snr - present
-    predictor = _predictor_weights(used, t, variant)
+    predictor = _predictor_weights(used, t, variant, rate)
     if len(used) == 1:
-        half = _half_weight(h, variant)
-        corrected = np.array([-math.expm1(-h) - half, half])
+        half = _half_weight(h, variant, rate)
+        corrected = np.array([-math.expm1(-rate * h) - half, half])
     else:
         nodes = [a.point.log_snr - present for a in used]
-        corrected = exponential_weights([*nodes, h], h)
+        corrected = exponential_weights([*nodes, h], h, rate)
     change = corrected - np.append(predictor, 0.0)
-    return x + t.alpha * total(change, [*(a.data for a in used), answer.data])
+    return x + _scale(t, rate) * total(change, _said([*used, answer], rate))

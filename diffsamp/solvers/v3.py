@@ -7,14 +7,14 @@ import functools
 import io
 import os
 import zipfile
-from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.checks import expect_choice, expect_int, lowers
 from diffsamp._core.files import write_atomically
 from diffsamp._core.numeric import as_float
+from diffsamp._core.types import Array, PyTree, Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     NOISE,
@@ -45,10 +45,10 @@ class ModelStatistics:
       b: same shape: its bias, which is not 0 where the data's mean is not; None: 0.
     """
 
-    log_snr: Any
-    l: Any  # noqa: E741 - the paper's letter
-    s: Any
-    b: Any = None
+    log_snr: Array
+    l: Array  # noqa: E741 - the paper's letter
+    s: Array
+    b: Array = None
 
     def __post_init__(self) -> None:
         if self.b is None:
@@ -87,15 +87,15 @@ class ModelStatistics:
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{os.fspath(path)} holds no model statistics: {error}") from error
 
-    def at(self, name: str, log_snr: Any) -> np.ndarray:
+    def at(self, name: str, log_snr: Array) -> np.ndarray:
         """Statistic "l" or "s" at log-SNR(s)."""
         return self._curve(name)(np.clip(log_snr, self.log_snr[0], self.log_snr[-1]))
 
-    def integral(self, name: str, start: float, end: Any) -> np.ndarray:
+    def integral(self, name: str, start: float, end: PyTree) -> np.ndarray:
         """Its integral over log-SNR from `start` to `end`(s)."""
         whole, low, high = self._curve(name).antiderivative(), self.log_snr[0], self.log_snr[-1]
 
-        def up_to(log_snr: Any) -> np.ndarray:
+        def up_to(log_snr: Array) -> np.ndarray:
             inside = np.clip(log_snr, low, high)
             beyond = np.asarray(log_snr - inside)
             beyond = beyond.reshape(beyond.shape + (1,) * (self.l.ndim - 1))
@@ -103,7 +103,7 @@ class ModelStatistics:
 
         return up_to(np.asarray(end, np.float64)) - up_to(np.float64(start))
 
-    def bias(self, start: float, end: Any) -> np.ndarray:
+    def bias(self, start: float, end: PyTree) -> np.ndarray:
         """int exp(-S) b over log-SNR from `start` to `end`(s), S = int s from `start`.
 
         b is taken as 0 beyond the levels. Any smooth curve in its place leaves the solver's order:
@@ -127,13 +127,13 @@ class ModelStatistics:
 
 def dpm_solver_v3(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     statistics: ModelStatistics,
     order: int = 3,
     pseudo: bool = False,
     corrector: bool | str = True,
-    lower_order_final: bool = True,
+    lower_order_final: bool | int = True,
 ) -> Tableau:
     """DPM-Solver-v3: multistep, with the linear part of the network itself integrated exactly.
 
@@ -159,7 +159,8 @@ def dpm_solver_v3(
       corrector: correct each state with the evaluation made there. True: with one node more than
         the predictor had; "pseudo", the authors' `c_pseudo`: likewise, with derivatives as
         `pseudo`; "lower", their mode without it: with the evaluation in place of the oldest node.
-      lower_order_final: lower the order over the last steps.
+      lower_order_final: lower the order over the last steps. A number:
+        only if there are fewer steps than that.
 
     Returns:
       A deterministic tableau of n evaluations, in noise prediction.
@@ -224,7 +225,7 @@ def dpm_solver_v3(
         if s.alpha == 0 or t.sigma == 0:
             x, last = transfer(answer, t), None
             continue
-        now = min(order, steps - n) if lower_order_final else order
+        now = min(order, steps - n) if lowers(lower_order_final, steps) else order
         used = [a for a in history if a.point.alpha > 0][:now]
         before, bias = weights([a.point.log_snr for a in used], s, t, pseudo)
         shrink = np.exp(-statistics.integral("l", s.log_snr, t.log_snr))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
+from diffsamp._core.types import Array, Bound, DType, Key, PyTree
 from diffsamp.score import scale_rows
 
 __all__ = ["hmc", "mala"]
 
 
 def mala(
-    log_prob: Callable[[Any], Any], x: Any, *, key: jax.Array, step: float, steps: int
-) -> tuple[Any, jax.Array]:
+    log_prob: Callable[[PyTree], PyTree], x: PyTree, *, key: jax.Array, step: float, steps: int
+) -> tuple[PyTree, jax.Array]:
     """Metropolis-adjusted Langevin: exact for every step size.
 
     Proposal x' = x + step score + sqrt(2 step) z; accepted, per sample, with the ratio of densities
@@ -41,7 +41,7 @@ def mala(
     def drift(v: jax.Array, g: jax.Array) -> jax.Array:
         return v + scale_rows(step, v) * g
 
-    def body(n: Any, carry: Any) -> Any:
+    def body(n: Array, carry: PyTree) -> PyTree:
         x, value, slope, accepted = carry
         z = random.normal_like(keys, n, x)
         mean = jax.tree.map(drift, x, slope)
@@ -61,15 +61,15 @@ def mala(
 
 
 def hmc(
-    log_prob: Callable[[Any], Any],
-    x: Any,
+    log_prob: Callable[[PyTree], PyTree],
+    x: PyTree,
     *,
     key: jax.Array,
     step: float,
     leaps: int,
     steps: int,
     keep: float = 0.0,
-) -> tuple[Any, jax.Array]:
+) -> tuple[PyTree, jax.Array]:
     """Hamiltonian Monte Carlo with partly kept velocities; a rejection turns the velocity round.
 
     Args:
@@ -93,15 +93,16 @@ def hmc(
     def move(v: jax.Array, d: jax.Array, size: float) -> jax.Array:
         return v + scale_rows(size, v) * d
 
-    def body(n: Any, carry: Any) -> Any:
+    def body(n: Array, carry: PyTree) -> PyTree:
         x, velocity, value, slope, accepted = carry
         z = random.normal_like(keys, n + 1, x)
         velocity = jax.tree.map(
             lambda v, e: scale_rows(keep, v) * v + scale_rows((1 - keep**2) ** 0.5, v) * e,
-            velocity, z,
-        )  # fmt: skip
+            velocity,
+            z,
+        )
 
-        def leap(_: Any, inner: Any) -> Any:
+        def leap(_: PyTree, inner: Bound) -> PyTree:
             x, v, _, slope = inner
             v = jax.tree.map(lambda a, g: move(a, g, step / 2), v, slope)
             x = jax.tree.map(lambda a, d: move(a, d, step), x, v)
@@ -130,8 +131,8 @@ def hmc(
     return x, accepted / steps
 
 
-def _value_and_slope(log_prob: Any, x: Any) -> tuple[Any, Any]:
-    def total(v: Any) -> Any:
+def _value_and_slope(log_prob: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def total(v: PyTree) -> PyTree:
         value = log_prob(v)
         return jnp.sum(value), value
 
@@ -139,19 +140,19 @@ def _value_and_slope(log_prob: Any, x: Any) -> tuple[Any, Any]:
     return value, slope
 
 
-def _square(tree: Any) -> Any:
+def _square(tree: PyTree) -> PyTree:
     parts: list[jax.Array] = [
         jnp.sum((v * v).reshape(v.shape[0], -1), axis=1) for v in jax.tree.leaves(tree)
     ]
     return sum(parts[1:], parts[0])
 
 
-def _uniform(keys: Any, n: Any, dtype: Any) -> Any:
+def _uniform(keys: Key, n: Array, dtype: DType) -> PyTree:
     own = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, n), 0xACC))(keys)
     return jax.vmap(lambda k: jax.random.uniform(k, dtype=dtype, minval=1e-30))(own)
 
 
-def _choose(go: Any, new: Any, old: Any) -> Any:
+def _choose(go: PyTree, new: PyTree, old: PyTree) -> PyTree:
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(go.reshape(go.shape + (1,) * (a.ndim - 1)), a, b)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from diffsamp import sampling
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import is_concrete, working_dtype
+from diffsamp._core.types import Array, Conditions, DType, Key, Network, PyTree, Value
 from diffsamp.guidance import Combined, Transform
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, expect_score_fn, scale_rows
@@ -34,7 +34,7 @@ class Steered(NamedTuple):
       log_Z: (batch,), the logarithm of an unbiased estimate of the weights' mean under the chain.
     """
 
-    x: Any
+    x: PyTree
     log_weights: jax.Array
     log_Z: jax.Array
 
@@ -47,14 +47,14 @@ class Steered(NamedTuple):
 def sample(
     score_fn: ScoreFn | Transform,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
     key: jax.Array,
     potential: Potential,
     particles: int,
     proposal: Transform | None = None,
     threshold: float = 0.5,
-    cond: Mapping[str, Any] | None = None,
+    cond: Conditions | None = None,
     select_one: bool = False,
 ) -> Steered:
     """Sample with particles that carry weights; systematic resampling, weights accumulated between.
@@ -148,35 +148,47 @@ def sample(
     end = Level(*(float(v[-1]) for v in (times, alpha, sigma)))
     keys = random.sample_keys(key, batch)
     result = _run(
-        network, plain, potential, rows, numbers, end, x_T, keys, cond, threshold,
-        particles=particles, select_one=select_one, guided=proposal is not None,
-    )  # fmt: skip
+        network,
+        plain,
+        potential,
+        rows,
+        numbers,
+        end,
+        x_T,
+        keys,
+        cond,
+        threshold,
+        particles=particles,
+        select_one=select_one,
+        guided=proposal is not None,
+    )
     return Steered(*result)
 
 
-def _says_both(proposal: Any, score_fn: Any) -> bool:
+def _says_both(proposal: PyTree, score_fn: Network) -> bool:
     return hasattr(proposal, "with_plain") and proposal.score_fn is score_fn
-
-
-class _Fixed:
-    """A network that says what is known already, so that the executor makes the move."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-    def predict(self, x: Any, bound: Any, cond: Any = None) -> Any:
-        return self.output
 
 
 @functools.partial(jax.jit, static_argnames=("particles", "select_one", "guided"))
 def _run(
-    network: Any, plain: Any, potential: Potential, rows: Any, numbers: Any, end: Level,
-    x_T: Any, keys: Any, cond: Any, threshold: Any, *, particles: int, select_one: bool,
+    network: Network,
+    plain: PyTree,
+    potential: Potential,
+    rows: Array,
+    numbers: Array,
+    end: Level,
+    x_T: PyTree,
+    keys: Key,
+    cond: Conditions | None,
+    threshold: PyTree,
+    *,
+    particles: int,
+    select_one: bool,
     guided: bool,
-) -> tuple[Any, Any, Any]:  # fmt: skip
+) -> tuple[PyTree, PyTree, PyTree]:
     batch = keys.shape[0]
 
-    def spread(leaf: Any) -> Any:
+    def spread(leaf: PyTree) -> PyTree:
         own = np.shape(leaf)[:1] == (batch,)
         return jnp.repeat(jnp.asarray(leaf), particles, axis=0) if own else leaf
 
@@ -189,8 +201,8 @@ def _run(
     start = jnp.zeros(batch * particles, dtype)
     log_Z = jnp.zeros(batch, dtype)
 
-    def call(x: Any, row: Any, number: Any) -> Told:
-        parts: tuple[Any, ...] = ()
+    def call(x: PyTree, row: Array, number: Value) -> Told:
+        parts: tuple[PyTree, ...] = ()
         if isinstance(network, Combined):
             output, found = network.with_parts(x, row.bound, cond)
             unguided, parts = output, tuple(found)
@@ -202,15 +214,18 @@ def _run(
             unguided = plain.predict(x, number["also"], cond)
         on_state, on_output = number["to_data"]
         data = jax.tree.map(
-            lambda v, m: scale_rows(on_state, v) * v.astype(dtype)
-            + scale_rows(on_output, v) * m.astype(dtype),
-            x, unguided,
-        )  # fmt: skip
+            lambda v, m: (
+                scale_rows(on_state, v) * v.astype(dtype)
+                + scale_rows(on_output, v) * m.astype(dtype)
+            ),
+            x,
+            unguided,
+        )
         if guided:  # where nothing is drawn there is nothing to weigh a shift by
             output = jax.tree.map(lambda q, p: jnp.where(row.c == 0, p, q), output, unguided)
         return Told(output, unguided, data, parts)
 
-    def body(carry: Any, given: Any) -> Any:
+    def body(carry: PyTree, given: PyTree) -> PyTree:
         state, log_w, log_Z, memory = carry
         row, number = given
         shapes = jax.eval_shape(call, state.x, row, number)
@@ -236,7 +251,8 @@ def _run(
         told, memory = jax.tree.map(take, (told, memory))
         if guided:
             log_w = log_w + _shift(told, row, state, dtype)
-        state, _ = sampling._advance(_Fixed(told.output), row, state, None, False)  # type: ignore[arg-type]
+        # the network has been asked; the executor makes the move
+        state, _ = sampling._advance(lambda *_: told.output, row, state, None, False)
         return (state, log_w, log_Z, memory), None
 
     carry = (state, start, log_Z, start)
@@ -259,8 +275,14 @@ def _take(index: jax.Array, batch: int, particles: int, leaf: jax.Array) -> jax.
 
 
 def _resample(
-    log_w: Any, log_Z: Any, draws: Any, row: Any, threshold: Any, particles: int, select_one: bool
-) -> tuple[Any, Any, Any]:
+    log_w: PyTree,
+    log_Z: PyTree,
+    draws: PyTree,
+    row: Array,
+    threshold: PyTree,
+    particles: int,
+    select_one: bool,
+) -> tuple[PyTree, PyTree, PyTree]:
     """Weights, the estimate so far and which particle each place takes, (batch, particles)."""
     log_w = log_w.reshape(-1, particles)
     total = jax.nn.logsumexp(log_w, axis=1, keepdims=True)
@@ -271,7 +293,7 @@ def _resample(
         jnp.full(ess.shape, select_one) & (jnp.asarray(threshold, ess.dtype) >= 1)
     )
 
-    def pick(key: Any, share: Any) -> Any:
+    def pick(key: Key, share: PyTree) -> PyTree:
         u = jax.random.uniform(jax.random.fold_in(key, row), dtype=share.dtype)
         places = jnp.arange(particles, dtype=share.dtype)
         places = jnp.full(particles, u) if select_one else (u + places) / particles
@@ -285,7 +307,7 @@ def _resample(
     return log_w.reshape(-1), log_Z, index
 
 
-def _shift(told: Told, row: Any, state: Any, dtype: Any) -> Any:
+def _shift(told: Told, row: Array, state: PyTree, dtype: DType) -> PyTree:
     """log p - log q of the drawn noise: - z.delta / c - |delta|^2 / (2 c^2)."""
     noise = random.normal_like(state.keys, state.row, state.x)
     c = jnp.where(row.c == 0, 1, row.c)

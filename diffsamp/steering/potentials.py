@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from diffsamp._core.numeric import is_concrete, working_dtype
+from diffsamp._core.types import Array, Conditions, Network, PyTree
 from diffsamp.guidance import Combined
 from diffsamp.predictions import Level
 from diffsamp.score import scale_rows
@@ -30,10 +31,10 @@ class Told(NamedTuple):
       parts: the terms of a combination, in the row's prediction; else empty.
     """
 
-    output: Any
-    plain: Any
-    data: Any
-    parts: tuple[Any, ...]
+    output: PyTree
+    plain: PyTree
+    data: PyTree
+    parts: tuple[PyTree, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -42,10 +43,10 @@ class Potential:
     """How a particle's weight grows; made by `scores`, `reward` and `twist`."""
 
     f: Partial | None
-    betas: Any
+    betas: Array
     kind: str = dataclasses.field(metadata={"static": True})
 
-    def rows(self, score_fn: Any, tableau: Tableau) -> Any:
+    def rows(self, score_fn: Network, tableau: Tableau) -> PyTree:
         """Numbers per row that `grow` needs, float64 on the host."""
         if self.kind != "scores":
             return None
@@ -71,8 +72,14 @@ class Potential:
         return np.where(inner, step, 0.0), factors[0], factors[1]
 
     def grow(
-        self, x: Any, told: Told, memory: Any, level: Level, numbers: Any, cond: Any
-    ) -> tuple[Any, Any]:
+        self,
+        x: PyTree,
+        told: Told,
+        memory: PyTree,
+        level: Level,
+        numbers: Array,
+        cond: Conditions | None,
+    ) -> tuple[PyTree, PyTree]:
         """Increment of the log-weights before a row, (batch * particles,), and what is kept."""
         if self.kind == "scores":
             step, on_output, on_state = numbers
@@ -80,7 +87,7 @@ class Potential:
         value = self.value(told.data, level, cond)
         return value - memory, value
 
-    def value(self, data: Any, level: Level, cond: Any) -> Any:
+    def value(self, data: PyTree, level: Level, cond: Conditions | None) -> PyTree:
         """The logarithm of the potential at a (predicted) sample."""
         if self.f is None:
             return 0.0
@@ -93,7 +100,7 @@ class Potential:
             )
         return value.astype(working_dtype(value.dtype))
 
-    def _gap(self, x: Any, told: Told, on_output: Any, on_state: Any) -> Any:
+    def _gap(self, x: PyTree, told: Told, on_output: PyTree, on_state: Array) -> PyTree:
         def gap(state: jax.Array, *parts: jax.Array) -> jax.Array:
             dtype = working_dtype(state.dtype)
             noises = [
@@ -104,14 +111,14 @@ class Potential:
             betas = [jnp.asarray(beta, dtype) for beta in self.betas]
             mixed = sum(b * e for b, e in zip(betas, noises, strict=True))
             own = sum(b * e * e for b, e in zip(betas, noises, strict=True))
-            away: Any = mixed * mixed - own
+            away: PyTree = mixed * mixed - own
             return jnp.sum(away.reshape(state.shape[0], -1), axis=1)
 
         gaps: list[jax.Array] = jax.tree.leaves(jax.tree.map(gap, x, *told.parts))
         return sum(gaps[1:], gaps[0])
 
 
-def scores(betas: Any) -> Potential:
+def scores(betas: Array) -> Potential:
     """Weights for prod_i q_i^beta_i: Feynman-Kac correctors.
 
     With E = sum_i beta_i E_i on ancestral rows the log-weight grows by
@@ -130,7 +137,7 @@ def scores(betas: Any) -> Potential:
 
 
 def reward(
-    f: Callable[[Any, Level, Mapping[str, Any] | None], Any], temperature: float = 1.0
+    f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree], temperature: float = 1.0
 ) -> Potential:
     """Tilt by exp(f(x_0) / temperature): Feynman-Kac steering, no gradient needed.
 
@@ -151,11 +158,13 @@ def reward(
     return Potential(Partial(_tempered, Partial(f), float(temperature)), None, "value")
 
 
-def _tempered(f: Any, temperature: Any, data: Any, level: Level, cond: Any) -> Any:
+def _tempered(
+    f: PyTree, temperature: PyTree, data: PyTree, level: Level, cond: Conditions | None
+) -> PyTree:
     return f(data, level, cond) / temperature
 
 
-def twist(f: Callable[[Any, Level, Mapping[str, Any] | None], Any]) -> Potential:
+def twist(f: Callable[[PyTree, Level, Mapping[str, PyTree] | None], PyTree]) -> Potential:
     """Condition on a likelihood: twisted sequential Monte Carlo, exact with many particles.
 
     The weight grows by log psi(x') - log psi(x), psi the likelihood as the level's data prediction

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from diffsamp import sampling
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
+from diffsamp._core.types import Conditions, PyTree
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
 
@@ -21,12 +21,12 @@ __all__ = ["best_of", "search_noise"]
 def best_of(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    reward: Callable[[Any], Any],
+    reward: Callable[[PyTree], PyTree],
     key: jax.Array | None = None,
-    cond: Mapping[str, Any] | None = None,
-) -> tuple[Any, jax.Array]:
+    cond: Conditions | None = None,
+) -> tuple[PyTree, jax.Array]:
     """The sample with the highest reward, of n per sample. Costs n runs.
 
     Args:
@@ -49,7 +49,7 @@ def best_of(
         numbered = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         keys = numbered(random.sample_keys(key, batch), jnp.arange(n)).reshape(-1)
 
-    def spread(leaf: Any) -> Any:
+    def spread(leaf: PyTree) -> PyTree:
         own = np.shape(leaf)[:1] == (batch,)
         return jnp.repeat(jnp.asarray(leaf), n, axis=0) if own else leaf
 
@@ -67,7 +67,7 @@ def best_of(
     return _pick(split, best), value
 
 
-def _pick(tree: Any, index: jax.Array) -> Any:
+def _pick(tree: PyTree, index: jax.Array) -> PyTree:
     """Of (batch, n, ...) one each, (batch, ...)."""
     return jax.tree.map(lambda v: jax.vmap(lambda s, i: s[i])(v, index), tree)
 
@@ -75,15 +75,15 @@ def _pick(tree: Any, index: jax.Array) -> Any:
 def search_noise(
     score_fn: ScoreFn,
     tableau: Tableau,
-    x_T: Any,
+    x_T: PyTree,
     *,
-    reward: Callable[[Any], Any],
+    reward: Callable[[PyTree], PyTree],
     key: jax.Array,
     neighbours: int,
     rounds: int,
     radius: float = 0.3,
-    cond: Mapping[str, Any] | None = None,
-) -> tuple[Any, Any, jax.Array]:
+    cond: Conditions | None = None,
+) -> tuple[PyTree, PyTree, jax.Array]:
     """Zero-order search over the start: keep the best of a pivot and its neighbours, again.
 
     A neighbour is sqrt(1 - radius^2) x_T + radius s z, s the start's standard deviation, which is
@@ -127,9 +127,10 @@ def search_noise(
                     lambda v, e: (scale_rows(kept, v) * v + scale_rows(radius * std, v) * e).astype(
                         v.dtype
                     ),
-                    x_T, z,
+                    x_T,
+                    z,
                 )
-            )  # fmt: skip
+            )
         many = jax.tree.map(lambda *v: jnp.stack(v, axis=1), *places)
         noise = keys if tableau.stochastic else None
         x, values = best_of(score_fn, tableau, many, reward=reward, key=noise, cond=cond)

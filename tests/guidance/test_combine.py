@@ -297,8 +297,10 @@ def test_pytree_states_conditions_and_bfloat16():
     half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), x_T)
     low = ds.sample(
         guidance.combine([(network, {}), (network, {"text": {"tokens": np.zeros(2)}})], [3, -2]),
-        build("ddim", PROCESS, 3), half, cond={"text": {"tokens": tokens.astype(jnp.bfloat16)}},
-    )  # fmt: skip
+        build("ddim", PROCESS, 3),
+        half,
+        cond={"text": {"tokens": tokens.astype(jnp.bfloat16)}},
+    )
     assert low["a"].dtype == jnp.bfloat16
 
 

@@ -125,8 +125,9 @@ def test_classifier_guidance_is_the_conditional_network(x64):
         network = both.score_fn(process, "noise")
         guided = guidance.loss(network, surprise, through="state")
         x_T = process.prior_sample(jax.random.key(0), (3, 1), dtype=jnp.float64)
-        want = ds.sample(gaussians([-1.0, 1.0], [0.3, 0.3], process), tableau, x_T,
-                         cond={"label": labels(3, 1)})  # fmt: skip
+        want = ds.sample(
+            gaussians([-1.0, 1.0], [0.3, 0.3], process), tableau, x_T, cond={"label": labels(3, 1)}
+        )
         np.testing.assert_allclose(ds.sample(guided, tableau, x_T), want, rtol=1e-7, atol=1e-7)
         wrong = ds.sample(guidance.loss(network, surprise, 1.02, through="state"), tableau, x_T)
         assert np.abs(wrong - want).max() > 1e-4

@@ -48,8 +48,9 @@ def test_the_gain_is_alpha_over_the_weight_of_the_data(x64):
     noise_form = ds.solvers.deis(PROCESS, schedules.logsnr(PROCESS, 7), order=0)
     np.testing.assert_allclose(
         guidance.keep_noise(noise_form),
-        guidance.keep_noise(build("ddim", PROCESS, 7)), rtol=1e-9,
-    )  # fmt: skip
+        guidance.keep_noise(build("ddim", PROCESS, 7)),
+        rtol=1e-9,
+    )
     with pytest.raises(ValueError, match="rows of one state and one output"):
         guidance.keep_noise(build("unipc2", PROCESS, 5))
 
@@ -160,9 +161,10 @@ def test_calibration_finds_a_bias(x64):
     biased = ds.ScoreFn(
         lambda p, x, t: exact.apply(p, x, t) + 0.2, exact.params, PROCESS, prediction="noise"
     )
-    x_0 = jax.random.normal(jax.random.key(1), (4000, 2)) @ jnp.linalg.cholesky(
-        jnp.array([[1.0, 0.8], [0.8, 1.0]])
-    ).T  # fmt: skip
+    x_0 = (
+        jax.random.normal(jax.random.key(1), (4000, 2))
+        @ jnp.linalg.cholesky(jnp.array([[1.0, 0.8], [0.8, 1.0]])).T
+    )
     times = schedules.logsnr(PROCESS, 6, final="t_min")
     table = guidance.bias_table(biased, x_0, times, jax.random.key(2))
     np.testing.assert_allclose(table[1], 0.2 * np.ones((7, 2)), atol=0.06)

@@ -100,9 +100,14 @@ def test_red_diff_has_its_fixed_point():
     alpha, sigma = PROCESS.alpha(times), PROCESS.sigma(times)
     k = 0.25 * np.mean(sigma**2 / (alpha**2 + sigma**2))
     out = inverse.red_diff(
-        network, lambda v: v, jnp.ones((512, 1)), jnp.zeros((512, 1)), times, key=jax.random.key(0),
+        network,
+        lambda v: v,
+        jnp.ones((512, 1)),
+        jnp.zeros((512, 1)),
+        times,
+        key=jax.random.key(0),
         rate=0.004,
-    )  # fmt: skip
+    )
     assert float(out.mean()) == pytest.approx((1 - 0.5 * k) / (1 + k), abs=0.03)
     assert abs((1 - 0.5 * k) / (1 + k) - 1) > 0.1
 
@@ -185,14 +190,22 @@ def test_editing_without_inversion(x64):
     x_0 = jnp.array([[0.1], [0.5], [-0.4]])
     times = np.linspace(0.9, 0.1, 6)
     same = inverse.ddcm(
-        network, x_0, times, key=jax.random.key(0), source={"label": labels(3, 0)},
+        network,
+        x_0,
+        times,
+        key=jax.random.key(0),
+        source={"label": labels(3, 0)},
         target={"label": labels(3, 0)},
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(same, x_0, rtol=1e-10, atol=1e-12)
     edited = inverse.ddcm(
-        network, x_0, times, key=jax.random.key(0), source={"label": labels(3, 0)},
+        network,
+        x_0,
+        times,
+        key=jax.random.key(0),
+        source={"label": labels(3, 0)},
         target={"label": labels(3, 1)},
-    )  # fmt: skip
+    )
     alpha, sigma = PROCESS.alpha(times), PROCESS.sigma(times)
     left = np.prod(1 - sigma**2 / (0.3 * alpha**2 + sigma**2))
     np.testing.assert_allclose(edited - x_0, 1.2 * (1 - left), rtol=1e-9)

@@ -18,10 +18,16 @@ from diffsamp import search
 
 PROCESS = ds.processes.edm(0.02, 20.0)
 SMALL = {
-    "nfe": (2, 4), "solver": ("ddim", "heun", "dpmpp_2m", "ipndm3"),
-    "schedule": ("karras", "logsnr"), "population": 6, "rounds": 1, "steps": 12, "batch": 16,
+    "nfe": (2, 4),
+    "solver": ("ddim", "heun", "dpmpp_2m", "ipndm3"),
+    "schedule": ("karras", "logsnr"),
+    "population": 6,
+    "rounds": 1,
+    "steps": 12,
+    "batch": 16,
     "screen": 16,
-}  # fmt: skip
+    "stages": search.STAGES,
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,20 @@ def test_best_returns_a_plan_per_budget(front, score_fn):
         assert set(plan.versions) == {"diffsamp", "jax", "numpy"}
     four = front.plans[4]
     assert four.psnr["held_out"]["found"] > four.psnr["held_out"]["start"] + 1
+
+
+def test_the_default_is_forward_evaluations_only(score_fn):
+    """Least squares and Gauss-Newton steps, counted; an objective of one's own gets every stage."""
+    calls = []
+    front = search.best(
+        score_fn, start(32), nfe=(3,), key=jax.random.key(1), progress=lambda *a: calls.append(a[0])
+    )
+    plan = front.plans[3]
+    assert plan.settings["stages"] == ["regress", "refine"]
+    assert plan.method.endswith("refine")
+    assert plan.settings["evaluations"] > 1000
+    assert plan.psnr["held_out"]["found"] > plan.psnr["held_out"]["start"] + 3
+    assert not {"evolving", "distilling", "measuring steps"} & set(calls)
 
 
 def test_the_front_is_monotone(front):
@@ -164,21 +184,27 @@ SCRIPT = textwrap.dedent(
 )
 
 
+@pytest.mark.long
 def test_killed_in_every_stage_and_resumed(front, tmp_path):
-    """kill -9 while comparing, programming, evolving and distilling: the same plans in the end."""
+    """kill -9 in every stage but refine: the same plans in the end."""
 
     def run(when, count=1):
         return subprocess.run(
             [sys.executable, "-c", SCRIPT, str(tmp_path), when, str(count), json.dumps(SMALL)],
-            capture_output=True, text=True, check=False, timeout=3600,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=3600,
+        )
 
     state = tmp_path / "state"
+    fitted = {"compare", "dynamic", "regress-2", "regress-4", "refine-2", "refine-4"}
     expected = [
         ("comparing", 3, set()),
         ("measuring steps", 16, {"compare"}),
-        ("evolving", 1, {"compare", "dynamic", "evolve-2"}),
-        ("distilling", 7, {"compare", "dynamic", "evolve-2"}),
+        ("moving times", 1, {"compare", "dynamic"}),
+        ("evolving", 1, {*fitted, "evolve-2"}),
+        ("distilling", 7, {*fitted, "evolve-2", "evolve-4"}),
     ]
     for when, count, finished in expected:
         assert run(when, count).returncode == -signal.SIGKILL
@@ -255,7 +281,7 @@ def test_a_plan_for_a_guided_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stages": ("evolve",)}, "'compare' among them"),
+        ({"stages": ()}, "`stages` must be of"),
         ({"stages": ("compare", "anneal")}, "`stages` must be of"),
         ({"nfe": (0,)}, "`nfe` must be at least 1"),
         ({"nfe": (2,), "solver": ("heun",)}, r"can make exactly \[2\]"),
@@ -326,9 +352,13 @@ BEST = textwrap.dedent(
 
 def on_eight_devices(script):
     done = subprocess.run(
-        [sys.executable, "-c", script + "print('ok')"], capture_output=True, text=True, check=False,
-        timeout=3600, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        [sys.executable, "-c", script + "print('ok')"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.stdout.strip() == "ok", done.stderr[-3000:]
 
 

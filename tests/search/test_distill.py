@@ -260,9 +260,15 @@ def test_a_band_keeps_the_start_outside_it(score_fn):
     lag = np.subtract.outer(np.arange(6), np.arange(6))
     for memory in (2, 3):
         plan = search.distill(
-            score_fn, start(48), start=first, key=jax.random.key(0), steps=20, batch=24,
-            memory=memory, learn="weights",
-        )  # fmt: skip
+            score_fn,
+            start(48),
+            start=first,
+            key=jax.random.key(0),
+            steps=20,
+            batch=24,
+            memory=memory,
+            learn="weights",
+        )
         change = np.abs(canonical(plan.tableau)["weights"] - before)
         assert change[lag >= memory].max() < 1e-6
         assert change[(lag > 0) & (lag < memory)].min() > 0

@@ -14,8 +14,11 @@ from diffsamp.search import genome
 from diffsamp.search.evolve import _rank, _tableau
 
 
-@pytest.mark.parametrize("process", [PROCESS, ds.processes.flow(), ds.processes.vp_discrete()],
-                         ids=lambda p: type(p).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "process",
+    [PROCESS, ds.processes.flow(), ds.processes.vp_discrete()],
+    ids=lambda p: type(p).__name__,
+)
 @pytest.mark.parametrize("nfe", [1, 2, 3, 6, 10])
 def test_every_child_meets_the_budget_exactly(process, nfe):
     """Solvers of one and two evaluations a step in one plan; a consistent tableau every time."""
@@ -97,9 +100,13 @@ def test_the_same_seed_gives_the_same_evolution_however_it_is_cut(score_fn, tmp_
         search.evolve(score_fn, x_T, key=jax.random.key(3), state=file, progress=stop, **options)
     calls = []
     resumed = search.evolve(
-        score_fn, x_T, key=jax.random.key(3), state=file, **options,
+        score_fn,
+        x_T,
+        key=jax.random.key(3),
+        state=file,
+        **options,
         progress=lambda what, done, total: calls.append((what, done)),
-    )  # fmt: skip
+    )
     assert [done for what, done in calls if what == "evolving"] == [3, 4]  # nothing twice
     assert resumed.genomes == whole.genomes
     assert resumed.values == whole.values
@@ -136,9 +143,14 @@ def test_diverging_candidates_are_counted_and_never_chosen():
 
     broken = ds.ScoreFn(apply, jnp.asarray(0.1), PROCESS, prediction="data")
     result = search.evolve(
-        broken, start(8), nfe=4, key=jax.random.key(0), reference=start(8, 1), population=8,
+        broken,
+        start(8),
+        nfe=4,
+        key=jax.random.key(0),
+        reference=start(8, 1),
+        population=8,
         rounds=2,
-    )  # fmt: skip
+    )
     assert 0 < result.discarded < len(result.values)
     assert np.isfinite(result.values[0])
     assert result.discarded == np.sum(np.isinf(result.values))
@@ -154,9 +166,17 @@ def test_an_objective_of_ones_own(score_fn):
     """A distribution distance, which no gradient follows, is a goal like any other."""
     data = start(64, 3) * 0.05
     result = search.evolve(
-        score_fn, start(64), nfe=3, key=jax.random.key(0), reference=start(64), population=4,
-        rounds=1, objective=search.objective.frechet(data), predictor=False, together=3,
-    )  # fmt: skip
+        score_fn,
+        start(64),
+        nfe=3,
+        key=jax.random.key(0),
+        reference=start(64),
+        population=4,
+        rounds=1,
+        objective=search.objective.frechet(data),
+        predictor=False,
+        together=3,
+    )
     x = ds.sample(score_fn, result.best.tableau(PROCESS), start(64))
     assert result.values[0] == pytest.approx(ds.metrics.frechet_distance(x, data), rel=1e-3)
 

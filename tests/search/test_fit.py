@@ -39,12 +39,48 @@ def test_dc_ratios_lower_the_error_on_new_noise(starts):
     assert error(fit.tableau, starts) < 0.8 * plain
 
 
-@pytest.mark.parametrize("method", ["ddim", "guided", "heun"])
+def test_the_cascade_gives_ratios_for_other_budgets_and_scales():
+    """Any polynomial of its family is found, from three budgets and scales; the first two are 1."""
+    coefficients = np.random.default_rng(0).normal(size=(4, 3, 3))
+
+    def ratio(nfe, scale):  # by Horner's rule, highest power first, one variable after the other
+        i = np.arange(1, nfe + 1) / nfe
+        of_scale = [[np.polyval(c, nfe / 50) for c in row] for row in coefficients]
+        values = np.polyval([np.polyval(row, scale / 12) for row in of_scale], i)
+        return np.where(np.arange(nfe) < 2, 1.0, values)
+
+    known = {(n, scale): ratio(n, scale) for n in (8, 12, 20) for scale in (1.5, 4.0, 7.5)}
+    found = search.fit_dc_cascade(known)
+    for nfe, scale in ((10, 3.0), (16, 6.0), (8, 7.5)):
+        np.testing.assert_allclose(found(nfe, scale), ratio(nfe, scale), rtol=1e-6, atol=1e-6)
+    # a budget too few for a cubic, alone: what there is, is met
+    alone = search.fit_dc_cascade({(4, 1.0): [1.0, 1.0, 0.9, 1.2]})
+    np.testing.assert_allclose(alone(4), [1.0, 1.0, 0.9, 1.2], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"the ratios of \(5, 1\) must be 5 finite numbers"):
+        search.fit_dc_cascade({(5, 1.0): [1.0]})
+    with pytest.raises(ValueError, match="some with 3 evaluations and more"):
+        search.fit_dc_cascade({(2, 1.0): [1.0, 1.0]})
+
+
+def test_cascade_ratios_help_at_a_budget_that_was_not_fitted(starts):
+    fits = {
+        (n, 1.0): search.fit_dc(NETWORK, schedules.logsnr(PROCESS, n), starts[0]).values
+        for n in (5, 7, 8)
+    }
+    times = schedules.logsnr(PROCESS, 6)
+    ratios = search.fit_dc_cascade(fits)(6)
+    assert error(solvers.dc_solver(PROCESS, times, ratios=ratios), starts) < 0.9 * error(
+        solvers.unipc(PROCESS, times, order=2), starts
+    )
+
+
+@pytest.mark.parametrize("method", ["ddim", "guided", "heun", "dpmpp", "dpm_solver"])
 def test_iia_coefficients_lower_the_error_on_new_noise(method, starts):
     times = schedules.logsnr(PROCESS, 8)
     fit = search.fit_iia(NETWORK, times, starts[0], method=method)
     assert np.all(fit.errors[1:, 1] <= fit.errors[1:, 0])
-    plain = solvers.heun(PROCESS, times) if method == "heun" else solvers.ddim(PROCESS, times)
+    name = {"heun": "heun", "dpmpp": "dpmpp_2m", "dpm_solver": "dpm2"}.get(method, "ddim")
+    plain = solvers.get(name)(PROCESS, times)
     assert fit.tableau.nfe == plain.nfe
     assert error(fit.tableau, starts) < 0.8 * error(plain, starts)
 
@@ -73,9 +109,12 @@ def test_statistics_of_a_gaussian_are_closed_forms():
     shifted = ds.targets.gaussian([0.7, -1.2], variance)
     x_0 = shifted.sample(jax.random.key(0), 256)
     got = search.model_statistics(
-        shifted.score_fn(PROCESS, "noise"), x_0, key=jax.random.key(1), log_snr=levels,
+        shifted.score_fn(PROCESS, "noise"),
+        x_0,
+        key=jax.random.key(1),
+        log_snr=levels,
         per_element=True,
-    )  # fmt: skip
+    )
     # f = -l m is known at every level, so f' = b = -l' m and there is nothing for s to explain; up
     # to central differences of l
     inner = slice(2, -2)
@@ -112,9 +151,12 @@ def test_the_bias_of_dpm_solver_v3_integrates_a_mean_exactly(tmp_path):
     network = target.score_fn(PROCESS, "noise")
     levels = np.linspace(-3.5, 3.5, 200)
     own = search.model_statistics(
-        network, target.sample(jax.random.key(0), 64), key=jax.random.key(1), log_snr=levels,
+        network,
+        target.sample(jax.random.key(0), 64),
+        key=jax.random.key(1),
+        log_snr=levels,
         per_element=True,
-    )  # fmt: skip
+    )
     own.save(tmp_path / "statistics.npz")
     own = solvers.ModelStatistics.load(tmp_path / "statistics.npz")
     times = PROCESS.time(np.array([-3.0, -1.0, 3.0]))

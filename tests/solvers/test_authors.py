@@ -71,8 +71,9 @@ def test_dpm_solver_fast_and_fixed_on_the_authors_grid(form):
         for orders, given in ((rule, None), (fixed, fixed)):
             if orders is None:
                 continue
-            lam = np.linspace(*process.log_snr(np.array([process.t_max, process.t_min])),
-                              len(orders) + 1)  # fmt: skip
+            lam = np.linspace(
+                *process.log_snr(np.array([process.t_max, process.t_min])), len(orders) + 1
+            )
             x = want = X * float(process.prior_std)
             for k, (s, t) in zip(orders, itertools.pairwise(lam), strict=True):
                 want = single_step(process, want, s, t, k, form)
@@ -97,8 +98,12 @@ def test_dpm_fast_is_the_registrys_grid_and_beats_log_snr():
         ]
         assert errors[0] < errors[1]
     network = skewed_mixture().score_fn(VP)
-    for name, order in (("dpm_solver_2s", 2), ("dpm_solver_3s", 3), ("dpmpp_2s", 2),
-                        ("dpmpp_3s", 3)):  # fmt: skip
+    for name, order in (
+        ("dpm_solver_2s", 2),
+        ("dpm_solver_3s", 3),
+        ("dpmpp_2s", 2),
+        ("dpmpp_3s", 3),
+    ):
         for n in (1, 7, 9):
             tableau = ds.sampler(network, name, nfe=n).tableau
             assert tableau.nfe == n
@@ -203,10 +208,12 @@ def v3_as_published(x, lam, order, p_pseudo, corrector, c_pseudo, lower, l, s, b
         if pseudo:
             table, derivatives = [g], []
             for k in range(1, len(g)):
-                table.append([
-                    (table[-1][j] - table[-1][j + 1]) / (at[j] - at[j + k])
-                    for j in range(len(g) - k)
-                ])  # fmt: skip
+                table.append(
+                    [
+                        (table[-1][j] - table[-1][j + 1]) / (at[j] - at[j + k])
+                        for j in range(len(g) - k)
+                    ]
+                )
                 derivatives.append(table[-1][0])
         else:
             powers = np.array([(at[1:] - at[0]) ** k for k in range(1, len(g))]).T
@@ -266,9 +273,17 @@ def test_ghvb_with_fixed_weights_is_the_authors(order):
             np.array([2 + beta, -(2 - beta)]) / 2,
             np.array([18 + 5 * beta, -24 + 8 * beta, 6 - beta]) / 12,
             np.array([46 + 9 * beta, -78 + 19 * beta, 42 - 5 * beta, -10 + beta]) / 24,
-            np.array([1650 + 251 * beta, -3420 + 646 * beta, 2880 - 264 * beta, -1380 + 106 * beta,
-                      270 - 19 * beta]) / 720,
-        ]  # fmt: skip
+            np.array(
+                [
+                    1650 + 251 * beta,
+                    -3420 + 646 * beta,
+                    2880 - 264 * beta,
+                    -1380 + 106 * beta,
+                    270 - 19 * beta,
+                ]
+            )
+            / 720,
+        ]
         start = x = X * float(process.prior_std)
         velocities = []
         for s, t in itertools.pairwise(times):
@@ -328,3 +343,67 @@ def test_analytic_first_step_in_the_executor_and_with_noise():
     noisy = solvers.ddpm(VP, schedules.logsnr(VP, 5))
     assert solvers.analytic_first_step(noisy).nfe == 4
     np.testing.assert_array_equal(solvers.analytic_first_step(noisy).c, noisy.c)
+
+
+# -- BDIA around EDM's sampler, IIA around DPM-Solver++ --------------------------------------------
+
+
+@pytest.mark.parametrize("back", ["heun", "euler"])
+def test_bdia_around_edms_sampler(back):
+    """z' = z_- - (1 - g)(z_- - z) - g Delta(back | z) + Delta(on | z), z_- the state before z."""
+    for final, gamma in itertools.product(("t_min", "clean"), (0.3, 1.0)):
+        sigma = schedules.karras(EDM, 7, final=final)
+
+        def delta(x, s, t):
+            d = perfect(EDM, x, s)[1]
+            other = d if t == 0 else perfect(EDM, x + (t - s) * d, t)[1]
+            return (t - s) / 2 * (d + other)
+
+        x = [X * 80.0]
+        for n in range(7):
+            new = x[-1] + delta(x[-1], sigma[n], sigma[n + 1])
+            if n:
+                behind = (sigma[n - 1] - sigma[n]) * perfect(EDM, x[-1], sigma[n])[1]
+                behind = delta(x[-1], sigma[n], sigma[n - 1]) if back == "heun" else behind
+                new = new - x[-1] + x[-2] - (1 - gamma) * (x[-2] - x[-1]) - gamma * behind
+            x.append(new)
+        tableau = solvers.bdia(EDM, sigma, gamma=gamma, method="heun", back=back)
+        steps = 7 * 2 + (6 if back == "heun" else 0) - (final == "clean")
+        assert tableau.nfe == steps
+        np.testing.assert_allclose(run(tableau, x[0]), x[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_bdia_heun_without_gamma_is_heun_and_its_orders():
+    times = schedules.karras(VP, 8, final="t_min")
+    np.testing.assert_allclose(
+        run(solvers.bdia(VP, times, gamma=0.0, method="heun")),
+        run(solvers.heun(VP, times)),
+        **EXACT,
+    )
+    truth = skewed_mixture().ode_solution(X, VP, 0.8, 0.05)
+    for back, order in (("heun", 2), ("euler", 1)):
+        errors = [
+            np.abs(
+                run(solvers.bdia(VP, np.linspace(0.8, 0.05, n + 1), method="heun", back=back))
+                - truth
+            ).max()
+            for n in (160, 320)
+        ]
+        assert np.log2(errors[0] / errors[1]) > order - 0.25, (back, errors)
+    with pytest.raises(ValueError, match="is infinite at the first time"):
+        solvers.bdia(FLOW, schedules.uniform(FLOW, 4), method="heun")
+    with pytest.raises(ValueError, match="cannot be inverted"):
+        ds.inversion.inverse(solvers.bdia(VP, times, method="heun"))
+
+
+def test_iia_around_dpmpp_2m_is_iia_around_ddim():
+    """2M's step is DDIM's and alpha (1 - e^-h) h / (2 h_0) times the difference of its data."""
+    for process in (VP, EDM):
+        times = schedules.karras(process, 6, final="t_min")
+        h = np.diff(process.log_snr(times))
+        c = np.zeros((6, 2))
+        c[1:, 0] = -process.alpha(times[2:]) * np.expm1(-h[1:]) * h[1:] / (2 * h[:-1])
+        one = solvers.iia(process, times, coefficients=c)
+        two = solvers.dpmpp(process, times, order=2, lower_order_final=False)
+        x = X * float(process.prior_std)
+        np.testing.assert_allclose(run(one, x), run(two, x), rtol=1e-10, atol=1e-10)

@@ -9,8 +9,16 @@ import diffsamp as ds
 from diffsamp import solvers
 
 FLOW = ds.processes.flow()
-ORDERS = {"heun2": 2, "midpoint2": 2, "ralston2": 2, "kutta3": 3, "heun3": 3, "ralston3": 3,
-          "ssprk3": 3, "rk4": 4}  # fmt: skip
+ORDERS = {
+    "heun2": 2,
+    "midpoint2": 2,
+    "ralston2": 2,
+    "kutta3": 3,
+    "heun3": 3,
+    "ralston3": 3,
+    "ssprk3": 3,
+    "rk4": 4,
+}
 STD = 0.6
 
 
@@ -60,8 +68,9 @@ def test_order_through_the_clean_end(method):
     assert (
         ORDERS[method] - 0.25 < slope < ORDERS[method] + (1.25 if method == "midpoint2" else 0.25)
     )
-    euler = solvers.runge_kutta(FLOW, ds.schedules.uniform(FLOW, 80), method=method,
-                                clean_end="euler")  # fmt: skip
+    euler = solvers.runge_kutta(
+        FLOW, ds.schedules.uniform(FLOW, 80), method=method, clean_end="euler"
+    )
     assert abs(run(euler, 1.0) - STD) > 3 * errors[-1]
 
 

@@ -465,13 +465,21 @@ def test_statistics_are_checked_and_saved(tmp_path):
         ModelStatistics.load(tmp_path / "bad.npz")
 
 
-@pytest.mark.parametrize("method", ["ddim", "guided", "heun"])
-def test_iia_without_coefficients_is_its_solver(method):
+@pytest.mark.parametrize(
+    ("method", "name", "width"),
+    [
+        ("ddim", "ddim", 2),
+        ("guided", "ddim", 1),
+        ("heun", "heun", 4),
+        ("dpmpp", "dpmpp_2m", 2),
+        ("dpm_solver", "dpm2", 4),
+    ],
+)
+def test_iia_without_coefficients_is_its_solver(method, name, width):
     times = grid(VP, final="clean")
-    zero = np.zeros((9, {"ddim": 2, "guided": 1, "heun": 4}[method]))
+    zero = np.zeros((9, width))
     one = solvers.iia(VP, times, coefficients=zero, method=method)
-    two = solvers.heun(VP, times) if method == "heun" else solvers.ddim(VP, times)
-    assert_same_arrays(one, two, 1e-9)
+    assert_same_arrays(one, solvers.get(name)(VP, times), 1e-9)
     with pytest.raises(ValueError, match="`coefficients` must be finite, of shape"):
         solvers.iia(VP, times, coefficients=zero[1:], method=method)
 

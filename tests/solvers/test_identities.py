@@ -370,8 +370,12 @@ def test_restart():
         assert silent.sum() == sum(i.repeats for i in intervals)
         assert np.all(tableau.c[silent] > 0)
         assert np.all(tableau.b[silent] == 0)
-    other = solvers.restart(ds.processes.vp_linear(), np.linspace(1, 0, 9), solver=solvers.dpmpp,
-                            intervals=[(4, 2, 0.5, 2.0)])  # fmt: skip
+    other = solvers.restart(
+        ds.processes.vp_linear(),
+        np.linspace(1, 0, 9),
+        solver=solvers.dpmpp,
+        intervals=[(4, 2, 0.5, 2.0)],
+    )
     assert other.nfe == 8 + 2 * 3
     churned = solvers.restart(
         process, times, down=lambda p, t: solvers.heun(p, t, churn=0.05 * (len(t) - 1))

@@ -151,5 +151,10 @@ def test_a_search_leaves_out_what_cannot_be_built():
     assert "must decrease" in table.left_out[0].reason
     assert "left out, 2 that cannot be built: ddim on broken" in table.table()
     with pytest.raises(ValueError, match="none of the 2 samplers can be built"):
-        ds.search.compare(network, x_T, nfe=(4,), solver=("ddim", "dpmpp_2m"),
-                          schedule={"broken": lambda p, n: np.ones(n + 1)})  # fmt: skip
+        ds.search.compare(
+            network,
+            x_T,
+            nfe=(4,),
+            solver=("ddim", "dpmpp_2m"),
+            schedule={"broken": lambda p, n: np.ones(n + 1)},
+        )

@@ -82,21 +82,33 @@ def test_orders():
     assert plain == pytest.approx(2, abs=0.3)
     assert corrected > plain + 0.6
     kinds = [
-        MixedStep("data", 2), MixedStep("noise", 3), MixedStep("rho", 2),
-        MixedStep("t", 2, corrector=True), MixedStep("noise", 1, stages=2),
-    ]  # fmt: skip
+        MixedStep("data", 2),
+        MixedStep("noise", 3),
+        MixedStep("rho", 2),
+        MixedStep("t", 2, corrector=True),
+        MixedStep("noise", 1, stages=2),
+    ]
     assert slope(lambda n: start + [kinds[i % 5] for i in range(n - 2)]) > 1.6
 
 
 def test_budget_is_the_sum_of_stages():
     process = PROCESSES[0]
-    steps = [MixedStep(stages=2), MixedStep("rho", 3), MixedStep(stages=2, corrector=True),
-             MixedStep("adams", 2)]  # fmt: skip
+    steps = [
+        MixedStep(stages=2),
+        MixedStep("rho", 3),
+        MixedStep(stages=2, corrector=True),
+        MixedStep("adams", 2),
+    ]
     tableau = mixed(process, schedules.logsnr(process, 4), steps=steps)
     assert tableau.nfe == 6
-    assert mixed(ds.processes.flow(), schedules.uniform(ds.processes.flow(), 4), steps=[
-        MixedStep("rho", 2), *steps[1:]
-    ]).nfe == 5  # fmt: skip
+    assert (
+        mixed(
+            ds.processes.flow(),
+            schedules.uniform(ds.processes.flow(), 4),
+            steps=[MixedStep("rho", 2), *steps[1:]],
+        ).nfe
+        == 5
+    )
 
 
 @pytest.mark.parametrize(

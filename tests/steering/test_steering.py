@@ -39,9 +39,14 @@ def test_a_linear_reward_tilts_the_chain(threshold):
     tableau, temperature = ddpm(), 1.0
     mean, variance = gaussian_moments(tableau, 0.0, 1.0, start=(0.0, 1.0))
     result = steering.sample(
-        NORMAL, tableau, starts(PROCESS, 8, 1500), key=jax.random.key(1), particles=1500,
-        potential=steering.reward(first, temperature), threshold=threshold,
-    )  # fmt: skip
+        NORMAL,
+        tableau,
+        starts(PROCESS, 8, 1500),
+        key=jax.random.key(1),
+        particles=1500,
+        potential=steering.reward(first, temperature),
+        threshold=threshold,
+    )
     got = moments(result)
     assert got[0] == pytest.approx(mean + variance, abs=0.05)
     assert got[1] == pytest.approx(variance, rel=0.1)
@@ -67,10 +72,15 @@ def test_correctors_reach_the_product(betas, moments_):
     x_T = starts(process, 4, 3000, 1 / np.sqrt(sum(betas)))
     run = lambda threshold: moments(  # noqa: E731
         steering.sample(
-            combined, tableau, x_T, key=jax.random.key(1), particles=3000,
-            potential=steering.scores(betas), threshold=threshold,
+            combined,
+            tableau,
+            x_T,
+            key=jax.random.key(1),
+            particles=3000,
+            potential=steering.scores(betas),
+            threshold=threshold,
         )
-    )  # fmt: skip
+    )
     mean, variance = run(0.5)
     assert mean == pytest.approx(moments_[0], abs=0.03)
     assert variance == pytest.approx(moments_[1], rel=0.08)
@@ -84,9 +94,13 @@ def test_annealing_one_network():
     network = ds.targets.gaussian([0.5], 1.0).score_fn(process, "noise")
     tableau = ds.solvers.ddpm(process, np.append(np.geomspace(80.0, 0.01, 800), 0.0))  # of order 1
     result = steering.sample(
-        guidance.combine([(network, {})], [2.0]), tableau, starts(process, 8, 2000, 2**-0.5),
-        key=jax.random.key(1), particles=2000, potential=steering.scores([2.0]),
-    )  # fmt: skip
+        guidance.combine([(network, {})], [2.0]),
+        tableau,
+        starts(process, 8, 2000, 2**-0.5),
+        key=jax.random.key(1),
+        particles=2000,
+        potential=steering.scores([2.0]),
+    )
     got = moments(result)
     assert got[0] == pytest.approx(0.5, abs=0.05)
     assert got[1] == pytest.approx(0.5, rel=0.06)
@@ -136,9 +150,15 @@ def test_choosing_one_of_many_proposals():
     """SVDD: one particle by its weight, every row; a draw, not the largest."""
     tableau = ddpm()
     result = steering.sample(
-        NORMAL, tableau, starts(PROCESS, 3000, 8), key=jax.random.key(1), particles=8,
-        potential=steering.reward(first, 1.0), threshold=1.0, select_one=True,
-    )  # fmt: skip
+        NORMAL,
+        tableau,
+        starts(PROCESS, 3000, 8),
+        key=jax.random.key(1),
+        particles=8,
+        potential=steering.reward(first, 1.0),
+        threshold=1.0,
+        select_one=True,
+    )
     x = np.asarray(result.x)[..., 0]
     assert x.mean() == pytest.approx(0.8, abs=0.2)
     assert x.var() > 0.6  # argmax instead of a draw narrows it to about half
@@ -169,18 +189,24 @@ def test_one_call_of_the_network_and_no_dependence_on_the_batch():
 def test_multistep_samplers_and_rows_without_evaluation():
     """SDE-DPM-Solver++ keeps its histories through resampling; Restart's noise rows add nothing."""
     restart = ds.solvers.restart(
-        PROCESS, ds.schedules.logsnr(PROCESS, 12), intervals=[(3, 2, 0.3, 2.0)],
+        PROCESS,
+        ds.schedules.logsnr(PROCESS, 12),
+        intervals=[(3, 2, 0.3, 2.0)],
         solver=ds.solvers.ddim,
-    )  # fmt: skip
+    )
     for tableau, slack in (
         (ds.solvers.get("dpmpp_2m_sde")(PROCESS, ds.schedules.logsnr(PROCESS, 20)), 0.06),
         (restart, 0.12),
     ):
         mean, variance = gaussian_moments(tableau, 0.0, 1.0, start=(0.0, 1.0))
         result = steering.sample(
-            NORMAL, tableau, starts(PROCESS, 8, 1500), key=jax.random.key(1), particles=1500,
+            NORMAL,
+            tableau,
+            starts(PROCESS, 8, 1500),
+            key=jax.random.key(1),
+            particles=1500,
             potential=steering.reward(first, 1.0),
-        )  # fmt: skip
+        )
         assert moments(result)[0] == pytest.approx(mean + variance, abs=slack)
 
 
@@ -202,17 +228,29 @@ def test_neighbours_stay_draws_of_the_prior():
     tableau = ds.solvers.ddim(PROCESS, ds.schedules.logsnr(PROCESS, 8))
     x_T = PROCESS.prior_sample(jax.random.key(0), (4000, 1))
     x, kept, rewards = steering.search_noise(
-        NORMAL, tableau, x_T, reward=lambda v: v[:, 0], key=jax.random.key(1), neighbours=3,
-        rounds=4, radius=0.5,
-    )  # fmt: skip
+        NORMAL,
+        tableau,
+        x_T,
+        reward=lambda v: v[:, 0],
+        key=jax.random.key(1),
+        neighbours=3,
+        rounds=4,
+        radius=0.5,
+    )
     assert rewards.shape == (4, 4000)
     assert np.all(np.diff(rewards, axis=0) >= -1e-5)
     assert float(rewards[-1].mean()) > 1.0
     np.testing.assert_allclose(x, ds.sample(NORMAL, tableau, kept), rtol=1e-4, atol=1e-5)
     one = steering.search_noise(
-        NORMAL, tableau, x_T, reward=lambda v: jnp.arange(v.shape[0]) % 2, key=jax.random.key(1),
-        neighbours=1, rounds=1, radius=0.5,
-    )[1]  # fmt: skip
+        NORMAL,
+        tableau,
+        x_T,
+        reward=lambda v: jnp.arange(v.shape[0]) % 2,
+        key=jax.random.key(1),
+        neighbours=1,
+        rounds=1,
+        radius=0.5,
+    )[1]
     assert float(jnp.std(one)) == pytest.approx(float(tableau.sigma[0]), rel=0.05)
 
 
@@ -241,9 +279,14 @@ def test_hmc_on_a_quartic():
     x = 0.8 * jax.random.normal(jax.random.key(0), (20000, 1))
     for keep in (0.0, 0.9):
         out, accepted = steering.hmc(
-            lambda v: -0.25 * v[:, 0] ** 4, x, key=jax.random.key(1), step=0.5, leaps=2, steps=60,
+            lambda v: -0.25 * v[:, 0] ** 4,
+            x,
+            key=jax.random.key(1),
+            step=0.5,
+            leaps=2,
+            steps=60,
             keep=keep,
-        )  # fmt: skip
+        )
         assert float(out.var()) == pytest.approx(0.676, rel=0.04)
         assert float(accepted.mean()) < 0.99
 

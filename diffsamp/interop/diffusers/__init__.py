@@ -41,7 +41,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ import numpy as np
 from diffsamp import processes
 from diffsamp._core.files import read_json
 from diffsamp._core.numeric import namespace
+from diffsamp._core.types import Array, Conditions, Network, PyTree, Value
 from diffsamp.interop.diffusers import _fields as fields
 from diffsamp.interop.diffusers import _grids as grids
 from diffsamp.interop.diffusers import _own_grids as own_grids
@@ -83,7 +84,7 @@ class DiffusersSampler(_Four):
       negated: whether the network returns minus the prediction (see `score_fn`).
     """
 
-    network: Mapping[str, Any]
+    network: Mapping[str, Network]
     negated: bool
 
     def __new__(
@@ -92,14 +93,14 @@ class DiffusersSampler(_Four):
         prediction: str,
         times: Callable[..., np.ndarray],
         solver: Callable[..., Tableau],
-        network: Mapping[str, Any] | None = None,
+        network: Mapping[str, Network] | None = None,
         negated: bool = False,
     ) -> DiffusersSampler:
         self = super().__new__(cls, process, prediction, times, solver)
         self.network, self.negated = dict(network or {}), negated
         return self
 
-    def score_fn(self, apply: Callable[..., Any], params: Any, **options: Any) -> ScoreFn:
+    def score_fn(self, apply: Callable[..., Value], params: PyTree, **options: Value) -> ScoreFn:
         """The network, called as diffusers' pipeline calls it.
 
         Args:
@@ -118,46 +119,46 @@ class DiffusersSampler(_Four):
 class _Negated:
     """A network that returns minus another's output; equal for one `apply`, so compiled once."""
 
-    apply: Callable[..., Any]
+    apply: Callable[..., Value]
 
-    def __call__(self, params: Any, x: Any, t: Any, **cond: Any) -> Any:
+    def __call__(self, params: PyTree, x: PyTree, t: Array, **cond: Conditions | None) -> Value:
         return jax.tree.map(jnp.negative, self.apply(params, x, t, **cond))
 
 
 # Time inputs as module functions: a ScoreFn compares them by identity.
-def _thousandths(level: Level) -> Any:
+def _thousandths(level: Level) -> Value:
     """CMStochasticIterative: 250 log sigma."""
     return 250 * namespace(level.sigma).log(level.sigma)
 
 
-def _angle(level: Level) -> Any:
+def _angle(level: Level) -> Value:
     """CosineDPM on an EDM network: 2 / pi arctan sigma."""
     return namespace(level.sigma).arctan(level.sigma) * (2 / math.pi)
 
 
-def _from_noise(level: Level) -> Any:
+def _from_noise(level: Level) -> Value:
     """Flow models whose time is 0 at the noise, 1 at the data."""
     return 1 - level.t
 
 
 @functools.cache  # one function for each number, since they are compared by identity
-def _label_of(levels: int, reverse: bool) -> Callable[[Level], Any]:
+def _label_of(levels: int, reverse: bool) -> Callable[[Level], Value]:
     """`levels` times t, or times 1 - t."""
 
-    def label(level: Level) -> Any:
+    def label(level: Level) -> Value:
         return levels * (1 - level.t if reverse else level.t)
 
     return label
 
 
-def _wuerstchen_label(level: Level) -> Any:
+def _wuerstchen_label(level: Level) -> Value:
     """Its first level is clamped to alpha^2 = 1e-4, and still called 1."""
     xp = namespace(level.t)
     return xp.where(level.alpha**2 < 1.0001e-4, xp.ones_like(level.t), level.t)
 
 
 def from_diffusers(
-    config: Mapping[str, Any] | str | os.PathLike[str],
+    config: Mapping[str, Value] | str | os.PathLike[str],
     *,
     ignore: Iterable[str] = (),
     pipeline: str | None = None,
@@ -229,7 +230,7 @@ def from_diffusers(
     return make(name, values, pipeline)
 
 
-def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
+def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Value], str | None]:
     """(config, the pipeline's class if its folder says it)."""
     file = Path(path)
     pipeline = None
@@ -250,11 +251,11 @@ def _load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
     return data, pipeline
 
 
-def _flow(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+def _flow(name: str, values: dict[str, Value], pipeline: str | None) -> DiffusersSampler:
     found = None if pipeline is None else find_pipeline(pipeline)
     levels = values.get("num_train_timesteps", 1000)
     reverse = bool(values.get("invert_sigmas")) or name == "MiniMaxH3"
-    time: str | Callable[[Level], Any] = "label"
+    time: str | Callable[[Level], Value] = "label"
     if name == "MiniMaxH3":
         time = _from_noise
     elif grids.in_ratios(values):  # Cosmos 2, whose network takes the time itself
@@ -271,7 +272,7 @@ def _flow(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersS
     )
 
 
-def _table(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+def _table(name: str, values: dict[str, Value], pipeline: str | None) -> DiffusersSampler:
     if fields.on_flow(values):
         return _flow(name, values, pipeline)
     prediction = canonical_name(values["prediction_type"])
@@ -295,8 +296,8 @@ def _table(name: str, values: dict[str, Any], pipeline: str | None) -> Diffusers
     )
 
 
-def _edm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
-    network: dict[str, Any] = {"sigma_data": float(values["sigma_data"])}
+def _edm(name: str, values: dict[str, Value], pipeline: str | None) -> DiffusersSampler:
+    network: dict[str, Network] = {"sigma_data": float(values["sigma_data"])}
     cosine = name == "CosineDPMSolverMultistep"
     if name == "SCM":
         process: Process = processes.trig(network["sigma_data"], end=math.pi / 2)
@@ -324,21 +325,21 @@ def _edm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSa
     return DiffusersSampler(process, prediction, times, solver_of(name, values), network)
 
 
-def _ipndm(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+def _ipndm(name: str, values: dict[str, Value], pipeline: str | None) -> DiffusersSampler:
     process = processes.trig()
     return DiffusersSampler(
         process, "v", functools.partial(own_grids.ipndm_times, process), solver_of(name, values)
     )
 
 
-def _wuerstchen(name: str, values: dict[str, Any], pipeline: str | None) -> DiffusersSampler:
+def _wuerstchen(name: str, values: dict[str, Value], pipeline: str | None) -> DiffusersSampler:
     process = processes.vp_cosine(values["s"])
     times = functools.partial(own_grids.wuerstchen_times, process)
     network = {"time": _wuerstchen_label}
     return DiffusersSampler(process, "noise", times, solver_of(name, values), network)
 
 
-_MAKERS: dict[str, Callable[[str, dict[str, Any], str | None], DiffusersSampler]] = {
+_MAKERS: dict[str, Callable[[str, dict[str, Value], str | None], DiffusersSampler]] = {
     "flow": _flow,
     "table": _table,
     "edm": _edm,

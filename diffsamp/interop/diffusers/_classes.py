@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from diffsamp import solvers
+from diffsamp._core.types import Times, Value
 from diffsamp.interop.diffusers import _steps as steps
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Point
@@ -16,7 +16,7 @@ from diffsamp.tableau import Tableau
 __all__ = ["solver_of"]
 
 MakeTableau = Callable[..., Tableau]
-Values = Mapping[str, Any]
+Values = Mapping[str, Value]
 
 
 def _few(values: Values, n: int) -> bool:
@@ -26,7 +26,7 @@ def _few(values: Values, n: int) -> bool:
 
 def _ddim(name: str, values: Values) -> MakeTableau:
     def ddim(
-        process: Process, times: Any, *, eta: float = 0.0, compatible: bool = False
+        process: Process, times: Times, *, eta: float = 0.0, compatible: bool = False
     ) -> Tableau:
         if not compatible:
             return solvers.ddim(process, times, eta=eta)
@@ -40,7 +40,7 @@ def _ddim(name: str, values: Values) -> MakeTableau:
 
 
 def _wuerstchen(name: str, values: Values) -> MakeTableau:
-    def ddpm(process: Process, times: Any) -> Tableau:
+    def ddpm(process: Process, times: Times) -> Tableau:
         mean = solvers.ddpm(process, times, variance="learned")
         return steps.with_rows(solvers.ddpm(process, times), mean, [len(times) - 2])
 
@@ -64,7 +64,7 @@ def _orders(values: Values, n: int, *, dropped: bool = False) -> list[int]:
     return orders[:n]
 
 
-def _expect_finite(process: Process, times: Any, algorithm: str) -> None:
+def _expect_finite(process: Process, times: Times, algorithm: str) -> None:
     if not algorithm.endswith("++") and process.sigma(times[-1]) == 0:
         raise ValueError(
             f"'algorithm_type' = {algorithm!r} predicts noise, and is not finite at sigma = 0: end "
@@ -76,7 +76,7 @@ def _dpmpp(name: str, values: Values) -> MakeTableau:
     algorithm, variant = values["algorithm_type"], values["solver_type"]
     drops = name.startswith("EDM") and values["final_sigmas_type"] == "sigma_min"
 
-    def dpm(process: Process, times: Any) -> Tableau:
+    def dpm(process: Process, times: Times) -> Tableau:
         n = len(times) - 1
         _expect_finite(process, times, algorithm)
         orders = _orders(values, n, dropped=drops and n > 1)
@@ -122,7 +122,7 @@ def _singlestep_orders(values: Values, n: int) -> list[int]:
 
 
 def _singlestep(name: str, values: Values) -> MakeTableau:
-    def dpm(process: Process, times: Any) -> Tableau:
+    def dpm(process: Process, times: Times) -> Tableau:
         _expect_finite(process, times, values["algorithm_type"])
         return steps.dpm_singlestep(
             process,
@@ -136,12 +136,13 @@ def _singlestep(name: str, values: Values) -> MakeTableau:
 
 
 def _unipc(name: str, values: Values) -> MakeTableau:
-    def unipc(process: Process, times: Any) -> Tableau:
+    def unipc(process: Process, times: Times) -> Tableau:
         build = partial(
             solvers.unipc,
             order=values["solver_order"],
             variant=values["solver_type"],
             lower_order_final=bool(values["lower_order_final"]),
+            prediction="data" if values["predict_x0"] else "noise",
         )
         rows = [n + 1 for n in values["disable_corrector"] if 0 <= n < len(times) - 2]
         plain = build(process, times, corrector=False) if rows else None
@@ -152,7 +153,7 @@ def _unipc(name: str, values: Values) -> MakeTableau:
 
 
 def _deis(name: str, values: Values) -> MakeTableau:
-    def deis(process: Process, times: Any) -> Tableau:
+    def deis(process: Process, times: Times) -> Tableau:
         return solvers.deis(
             process,
             times,
@@ -166,11 +167,13 @@ def _deis(name: str, values: Values) -> MakeTableau:
 
 def _sa(name: str, values: Values) -> MakeTableau:
     return partial(
-        steps.sa,
-        predictor=values["predictor_order"],
+        solvers.sa_solver,
+        order=values["predictor_order"],
         corrector=values["corrector_order"],
         lower_order_final=bool(values["lower_order_final"]),
+        rescale=True,
         tau=lambda t: 1.0 if 200 <= t <= 800 else 0.0,
+        tau_at="start",
     )
 
 
@@ -203,7 +206,7 @@ def _consistency(name: str, values: Values) -> MakeTableau:
 
 
 def _cog_dpm(name: str, values: Values) -> MakeTableau:
-    def dpm(process: Process, times: Any) -> Tableau:
+    def dpm(process: Process, times: Times) -> Tableau:
         build = partial(solvers.dpmpp, eta=1.0, lower_order_final=False)
         tableau = build(process, times, order=2)
         return steps.with_rows(tableau, build(process, times, order=1), [len(times) - 2])
@@ -223,7 +226,7 @@ def _ltx(name: str, values: Values) -> MakeTableau:
     )
 
 
-def _same(function: MakeTableau, **options: Any) -> Callable[[str, Values], MakeTableau]:
+def _same(function: MakeTableau, **options: Value) -> Callable[[str, Values], MakeTableau]:
     return lambda name, values: partial(function, **options) if options else function
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+
+from diffsamp._core.types import Value
 
 __all__ = ["CLASSES", "DEFAULTS", "IDLE", "REFUSED", "on_flow", "read_values", "translated"]
 
 # What diffusers' classes read, with defaults.
 # fmt: off
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Value] = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "prediction_type": "epsilon", "timestep_spacing": "linspace",
     "steps_offset": 0, "rescale_betas_zero_snr": False, "set_alpha_to_one": True,
@@ -53,7 +54,7 @@ _DDIM = (f"{_TABLE} rescale_betas_zero_snr set_alpha_to_one", "thresholding clip
          {"timestep_spacing": "leading", "clip_sample": True})
 _DDPM = (f"{_TABLE} rescale_betas_zero_snr variance_type", "thresholding clip_sample",
          {"timestep_spacing": "leading", "clip_sample": True, "variance_type": "fixed_small"})
-_Class = tuple[str, str, dict[str, Any]]
+_Class = tuple[str, str, dict[str, Value]]
 _DPM: _Class = (f"{_MULTISTEP} {_FINAL} algorithm_type solver_type euler_at_final use_lu_lambdas "
                 f"lambda_min_clipped {_RESOLUTION} invert_sigmas", "thresholding variance_type", {})
 # fields used here, fields of which only the value in DEFAULTS is reproduced, defaults of its own
@@ -92,7 +93,7 @@ CLASSES: dict[str, _Class] = {
                             f"lambda_min_clipped {_RESOLUTION} invert_sigmas",
                             "thresholding variance_type", {"lower_order_final": False}),
     "UniPCMultistep": (f"{_MULTISTEP} {_FINAL} solver_type disable_corrector shift_terminal "
-                       f"{_RESOLUTION} invert_sigmas", "thresholding predict_x0 solver_p",
+                       f"{_RESOLUTION} invert_sigmas predict_x0", "thresholding solver_p",
                        {"solver_type": "bh2"}),
     "DEISMultistep": (f"{_MULTISTEP} algorithm_type solver_type {_DYNAMIC}", "thresholding",
                       {"algorithm_type": "deis", "solver_type": "logrho"}),
@@ -138,8 +139,6 @@ _WAYS = {
 _INSTEAD = {
     "interpolation_type": "Its labels are not those of its sigmas. Pass the sigmas you mean: "
                           "times(n, sigmas=[..]), with interpolation_type 'linear'.",
-    "predict_x0": "UniPC in noise form is not here; 'predict_x0' = True is its data form, another "
-                  "sampler of the same network.",
     "solver_p": "Build the predictor's own tableau: ds.solvers.unipc(.., corrector=False).",
     "tau_func": "Pass the function to ds.solvers.sa_solver(process, times, tau=..).",
     "trained_betas": "Its sigmas are then arcsin-spaced by hand: ds.solvers.ipndm on "
@@ -152,7 +151,7 @@ _INSTEAD = {
     "use_beta_sigmas": "Use ds.solvers.dpmpp on rising times instead.",
     "use_flow_sigmas": "Use ds.solvers.dpmpp on rising times of ds.processes.flow() instead.",
 }
-_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+_CHOICES: dict[str, dict[str, tuple[Value, ...]]] = {
     "": {
         "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
         "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
@@ -244,12 +243,12 @@ def family(name: str) -> str:
     return "table" if "prediction_type" in read else "own"
 
 
-def on_flow(values: Mapping[str, Any]) -> bool:
+def on_flow(values: Mapping[str, Value]) -> bool:
     """Whether a table's class samples a flow model."""
     return bool(values.get("use_flow_sigmas"))
 
 
-def translated(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def translated(name: str, config: Mapping[str, Value]) -> dict[str, Value]:
     """A config of another kind of network in this class's words.
 
     diffusers reads what it knows and leaves the rest: a flow model's config as a class of noise
@@ -309,7 +308,7 @@ def translated(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def read_values(name: str, config: Mapping[str, Any], ignore: set[str]) -> dict[str, Any]:
+def read_values(name: str, config: Mapping[str, Value], ignore: set[str]) -> dict[str, Value]:
     """The fields `name` reads, checked, with its defaults for those that are absent or None."""
     read, fixed, own = CLASSES[name]
     defaults = {**DEFAULTS, **own}
@@ -345,14 +344,14 @@ def read_values(name: str, config: Mapping[str, Any], ignore: set[str]) -> dict[
     return values
 
 
-def _refusal(name: str, field: str, value: Any) -> str:
+def _refusal(name: str, field: str, value: Value) -> str:
     text = f"{name} with {field!r} = {value!r} is not reproduced (only {DEFAULTS[field]!r} is). "
     if field in _WAYS:
         return f'{text}{_WAYS[field]}; then pass ignore=("{field}",).'
     return text + _INSTEAD[field]
 
 
-def _expect_consistent(name: str, values: dict[str, Any]) -> None:
+def _expect_consistent(name: str, values: dict[str, Value]) -> None:
     """Check the fields that depend on each other, and add which grid is used, under "grid"."""
     grids = [field for field in values if field in _EXCLUSIVE and values[field]]
     if name == "UniPCMultistep" and grids == ["use_karras_sigmas", "use_flow_sigmas"]:
@@ -370,6 +369,11 @@ def _expect_consistent(name: str, values: dict[str, Any]) -> None:
         raise ValueError(
             f"{name}: 'algorithm_type' = {algorithm!r} is not finite at sigma = 0: give it "
             "'final_sigmas_type' = 'sigma_min'."
+        )
+    if name == "UniPCMultistep" and not values["predict_x0"] and final == "zero":
+        raise ValueError(
+            f"{name}: 'predict_x0' = False predicts noise, which is not finite at sigma = 0: give "
+            "it 'final_sigmas_type' = 'sigma_min'."
         )
     if (
         name == "UniPCMultistep"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.stats import beta as beta_distribution
 
 from diffsamp import processes
 from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.types import Array, Times, Value
 from diffsamp.interop.diffusers._pipelines import Pipeline, mu_of, pipeline_sigmas
 from diffsamp.processes import Process
 from diffsamp.schedules import shifted
@@ -29,24 +29,36 @@ __all__ = [
 ]
 
 # classes that hold x / alpha, and take real timesteps by interpolating sigma
-REAL = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete",
-        "KDPM2AncestralDiscrete", "DPMSolverSDE")  # fmt: skip
+REAL = (
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "LMSDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "DPMSolverSDE",
+)
 # multistep classes: they space n + 1 timesteps and drop the last
-_ONE_MORE = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep",
-             "SASolver")  # fmt: skip
+_ONE_MORE = (
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+    "DEISMultistep",
+    "SASolver",
+)
 
 
 # -- flow models --------------------------------------------------------------------------------
 
 
-def in_ratios(values: Mapping[str, Any]) -> bool:
+def in_ratios(values: Mapping[str, Value]) -> bool:
     """Whether a flow class's grid is one of sigma / alpha: Cosmos 2, up to 80 or 200."""
     return "shift" in values and (values.get("sigma_max") or 0) > 1
 
 
 def flow_times(
     name: str,
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     pipeline: Pipeline | None,
     n: int | None = None,
     *,
@@ -54,8 +66,8 @@ def flow_times(
     image_seq_len: float | None = None,
     image_size: Sequence[int] | None = None,
     mu_rule: str | None = None,
-    sigmas: Any = None,
-    timesteps: Any = None,
+    sigmas: Array = None,
+    timesteps: Times = None,
 ) -> np.ndarray:
     """Times of a flow model; see `from_diffusers`."""
     levels = values.get("num_train_timesteps", 1000)
@@ -111,7 +123,7 @@ def flow_times(
     return expect_times(np.append(sigmas, 0.0))
 
 
-def _ratio_times(name: str, values: Mapping[str, Any], n: int) -> np.ndarray:
+def _ratio_times(name: str, values: Mapping[str, Value], n: int) -> np.ndarray:
     """Cosmos 2 and 2.5: the grid is one of sigma / alpha, by default from the table of betas."""
     high, low = values["sigma_max"], values["sigma_min"]
     if high is None or low is None:
@@ -129,7 +141,7 @@ def _ratio_times(name: str, values: Mapping[str, Any], n: int) -> np.ndarray:
 # -- tables of betas ----------------------------------------------------------------------------
 
 
-def discrete(values: Mapping[str, Any], floor: bool) -> processes.VPDiscrete:
+def discrete(values: Mapping[str, Value], floor: bool) -> processes.VPDiscrete:
     """The process of a table of betas; `floor` keeps its first sigma, 4096 at zero SNR, finite."""
     trained, levels = values.get("trained_betas"), values["num_train_timesteps"]
     if trained is not None and len(trained) != levels:
@@ -160,12 +172,12 @@ def discrete(values: Mapping[str, Any], floor: bool) -> processes.VPDiscrete:
 
 def table_times(
     name: str,
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     process: Process,
     n: int | None = None,
     *,
-    timesteps: Any = None,
-    sigmas: Any = None,
+    timesteps: Times = None,
+    sigmas: Array = None,
 ) -> np.ndarray:
     """The timesteps, then where the last step ends."""
     multistep = name in _ONE_MORE
@@ -202,9 +214,12 @@ def table_times(
         # verbatim, not through the inverse
         spaced[-1] = ends[1] if given[1] is None and n > 1 else spaced[-1]
         spaced[0] = ends[0] if given[0] is None else spaced[0]
-    if spaced[-1] <= last and not grid and values.get("timestep_spacing") == "linspace" and not (
-        values.get("final_sigmas_type") or multistep
-    ):  # fmt: skip
+    if (
+        spaced[-1] <= last
+        and not grid
+        and values.get("timestep_spacing") == "linspace"
+        and not (values.get("final_sigmas_type") or multistep)
+    ):
         last = process.t_clean  # the last step of diffusers would have size zero
     if spaced[-1] <= last:
         raise ValueError(
@@ -214,7 +229,7 @@ def table_times(
     return expect_times(np.append(spaced, last))
 
 
-def _way_to_end(values: Mapping[str, Any]) -> str:
+def _way_to_end(values: Mapping[str, Value]) -> str:
     """How a config's last step gets a size."""
     ways = [f"unset {values['grid']!r}"] if values["grid"] else []
     if values.get("timestep_spacing") == "leading" and not values["grid"]:
@@ -229,7 +244,7 @@ def _way_to_end(values: Mapping[str, Any]) -> str:
 
 
 def custom_times(
-    process: Process, n: int | None, timesteps: Any, sigmas: Any, last: float
+    process: Process, n: int | None, timesteps: Times, sigmas: Array, last: float
 ) -> np.ndarray:
     """The caller's own timesteps, or sigmas (of sigma / alpha), and where the last step ends."""
     if timesteps is not None and sigmas is not None:
@@ -262,13 +277,13 @@ def at_sigmas(process: Process, sigmas: np.ndarray) -> np.ndarray:
     return np.minimum(found, process.t_max)
 
 
-def _spaced(values: Mapping[str, Any], n: int, points: int, log_snrs: np.ndarray) -> np.ndarray:
+def _spaced(values: Mapping[str, Value], n: int, points: int, log_snrs: np.ndarray) -> np.ndarray:
     """n timesteps by `timestep_spacing`, out of `points`: the multistep classes drop the last."""
     levels, spacing = len(log_snrs), values.get("timestep_spacing", "linspace")
     # DPM-Solver can leave out the noisiest levels
     kept = int(np.sum(log_snrs >= values.get("lambda_min_clipped", -math.inf)))
     if spacing == "linspace":
-        steps: Any = np.linspace(0, kept - 1, points)[::-1][:n]
+        steps: Value = np.linspace(0, kept - 1, points)[::-1][:n]
     elif spacing == "leading":
         steps = (np.arange(points) * (kept // points))[::-1][:n] + float(values["steps_offset"])
     else:
@@ -291,13 +306,13 @@ def spread(grid: str, high: float, low: float, n: int, rho: float = 7.0) -> np.n
 
 def lcm_times(
     name: str,
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     process: Process,
     n: int | None = None,
     *,
     original_inference_steps: int | None = None,
-    timesteps: Any = None,
-    sigmas: Any = None,
+    timesteps: Times = None,
+    sigmas: Array = None,
 ) -> np.ndarray:
     """n of the labels that LCM and TCD were distilled on, evenly, from the noisiest."""
     last = process.t_clean if name == "LCM" else 0.0
@@ -321,12 +336,12 @@ def lcm_times(
 
 def edm_times(
     name: str,
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     process: Process,
     n: int | None = None,
     *,
-    sigmas: Any = None,
-    timesteps: Any = None,
+    sigmas: Array = None,
+    timesteps: Times = None,
 ) -> np.ndarray:
     """Karras's or exponential sigmas of an EDM network, then 0."""
     if sigmas is not None or timesteps is not None:
@@ -351,7 +366,7 @@ def edm_times(
 
 
 def _labelled(
-    process: Process, n: int | None, sigmas: Any, timesteps: Any, *, angle: bool
+    process: Process, n: int | None, sigmas: Array, timesteps: Times, *, angle: bool
 ) -> np.ndarray:
     """The caller's sigmas, or labels: log(sigma) / 4, or 2 / pi arctan(sigma)."""
     if sigmas is not None and timesteps is not None:
@@ -369,12 +384,12 @@ def _labelled(
 
 
 def continuous_times(
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     process: Process,
     n: int | None = None,
     *,
-    sigmas: Any = None,
-    timesteps: Any = None,
+    sigmas: Array = None,
+    timesteps: Times = None,
 ) -> np.ndarray:
     """EulerDiscrete with "continuous" timesteps (SVD): sigmas that may leave the table of betas."""
     if sigmas is not None or timesteps is not None:

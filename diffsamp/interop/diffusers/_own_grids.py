@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from diffsamp import processes
 from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.types import Array, PyTree, Times, Value
 from diffsamp.interop.diffusers._grids import at_sigmas, custom_times, table_times
 from diffsamp.processes import Process
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def unclip_times(
-    name: str, values: Mapping[str, Any], process: Process, n: int | None = None, **own: Any
+    name: str, values: Mapping[str, Value], process: Process, n: int | None = None, **own: PyTree
 ) -> np.ndarray:
     """As other tables, but that one timestep cannot be spaced by n - 1."""
     if not own and expect_int(n, "n", at_least=1) == 1:
@@ -34,12 +34,12 @@ def unclip_times(
 
 def rising_times(
     name: str,
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     process: processes.VPDiscrete,
     n: int | None = None,
     *,
-    timesteps: Any = None,
-    sigmas: Any = None,
+    timesteps: Times = None,
+    sigmas: Array = None,
 ) -> np.ndarray:
     """Times from the data to the noise."""
     first = process.t_clean if values.get("set_alpha_to_one") else 0.0
@@ -76,7 +76,7 @@ def rising_times(
     return expect_times(np.append(steps, kept - 1), may_rise=True)
 
 
-def _within(timesteps: Any, low: float, high: float, what: str) -> np.ndarray:
+def _within(timesteps: Times, low: float, high: float, what: str) -> np.ndarray:
     given = np.asarray(timesteps, np.float64)
     if given.ndim != 1 or given.size < 1 or np.any((given < low) | (given > high)):
         raise ValueError(f"`timesteps` must be {what}, between {low:g} and {high:g}; got {given}.")
@@ -84,12 +84,12 @@ def _within(timesteps: Any, low: float, high: float, what: str) -> np.ndarray:
 
 
 def consistency_times(
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     process: Process,
     n: int | None = None,
     *,
-    timesteps: Any = None,
-    sigmas: Any = None,
+    timesteps: Times = None,
+    sigmas: Array = None,
 ) -> np.ndarray:
     """Levels `timesteps` (falling indices) of a Karras grid, and then the data."""
     levels = values["num_train_timesteps"]
@@ -108,8 +108,8 @@ def scm_times(
     process: Process,
     n: int | None = None,
     *,
-    timesteps: Any = None,
-    sigmas: Any = None,
+    timesteps: Times = None,
+    sigmas: Array = None,
     max_timesteps: float = math.pi / 2,
     intermediate_timesteps: float = 1.3,
 ) -> np.ndarray:
@@ -128,7 +128,7 @@ def scm_times(
 
 
 def ipndm_times(
-    process: Process, n: int | None = None, *, timesteps: Any = None, sigmas: Any = None
+    process: Process, n: int | None = None, *, timesteps: Times = None, sigmas: Array = None
 ) -> np.ndarray:
     """sigma = sin^2 of a uniform angle; the network's time is its own angle, in units of pi / 2."""
     if sigmas is not None:
@@ -141,7 +141,7 @@ def ipndm_times(
 
 
 def wuerstchen_times(
-    process: Process, n: int | None = None, *, timesteps: Any = None, sigmas: Any = None
+    process: Process, n: int | None = None, *, timesteps: Times = None, sigmas: Array = None
 ) -> np.ndarray:
     """Times from 1 to 0, where alpha^2 is kept within 1e-4 and 0.9999: it does not end clean."""
     end = float(process.time(np.log(0.9999 / 1e-4) / 2))

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from diffsamp._core.checks import expect_choice
+from diffsamp._core.types import Value
 
 __all__ = ["MU_RULES", "PIPELINES", "Pipeline", "find_pipeline", "mu_of", "pipeline_sigmas"]
 
 
-def linear_mu(values: Mapping[str, Any], tokens: float, n: int) -> float:
+def linear_mu(values: Mapping[str, Value], tokens: float, n: int) -> float:
     """Flux, SD3, Qwen-Image, LTX, Chroma: the line through (base_.., base_shift), (max_.., ..)."""
     span = values["max_image_seq_len"] - values["base_image_seq_len"]
     slope = (values["max_shift"] - values["base_shift"]) / span
     return values["base_shift"] + slope * (tokens - values["base_image_seq_len"])
 
 
-def empirical_mu(values: Mapping[str, Any], tokens: float, n: int) -> float:
+def empirical_mu(values: Mapping[str, Value], tokens: float, n: int) -> float:
     """Flux 2: two fitted lines in the tokens, for 10 and 200 steps, and between them in n."""
     many = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
@@ -29,7 +30,7 @@ def empirical_mu(values: Mapping[str, Any], tokens: float, n: int) -> float:
     return many + (few - many) * (200 - n) / 190
 
 
-def cogview_mu(values: Mapping[str, Any], tokens: float, n: int) -> float:
+def cogview_mu(values: Mapping[str, Value], tokens: float, n: int) -> float:
     """CogView 4 and GLM-Image: base_shift + max_shift sqrt(tokens / base_image_seq_len)."""
     root = math.sqrt(tokens / values["base_image_seq_len"])
     return values["base_shift"] + values["max_shift"] * root
@@ -52,7 +53,7 @@ class Pipeline(NamedTuple):
     sigmas: str
     rule: str = "linear"
     patch: tuple[int, int] = (16, 1)
-    defaults: Mapping[str, Any] = {}
+    defaults: Mapping[str, Value] = {}
 
 
 # by the beginning of the pipeline's class name, the longest that fits
@@ -115,7 +116,7 @@ def pipeline_sigmas(kind: str, n: int, levels: int) -> np.ndarray | None:
 
 
 def mu_of(
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     n: int,
     pipeline: Pipeline | None,
     mu: float | None,

@@ -6,10 +6,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import (
     DATA,
@@ -21,7 +21,7 @@ from diffsamp.solvers._builder import (
     total,
     transfer,
 )
-from diffsamp.solvers._weights import exponential_weights, phis, spread
+from diffsamp.solvers._weights import phis, spread
 from diffsamp.tableau import Tableau
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "dpm_singlestep",
     "ipndm",
     "jumps",
-    "sa",
     "tcd",
     "with_rows",
 ]
@@ -62,7 +61,7 @@ def with_rows(tableau: Tableau, other: Tableau, rows: list[int]) -> Tableau:
 # -- DDIM with diffusers' own intervals ---------------------------------------------------------
 
 
-def ddim_strided(process: Process, times: Any, *, stride: int, end: float) -> Tableau:
+def ddim_strided(process: Process, times: Times, *, stride: int, end: float) -> Tableau:
     """DDIMScheduler as it is: a step ends at t - stride, wherever the next one begins."""
     builder = Builder(process, times)
     x = builder.start
@@ -74,7 +73,7 @@ def ddim_strided(process: Process, times: Any, *, stride: int, end: float) -> Ta
     return builder.finish(x, to, name="ddim(strided)", source="diffusers 0.42.1", check="none")
 
 
-def ddim_forward(process: Process, times: Any, *, prediction: str) -> Tableau:
+def ddim_forward(process: Process, times: Times, *, prediction: str) -> Tableau:
     """DDIMInverseScheduler: up to the noise, the network asked at the time where a step ends."""
     builder = Builder(process, times, NOISE)
     x, points = builder.start, builder.points
@@ -111,7 +110,7 @@ def _noise_from_data(state: Combination, data: Combination, s: Point) -> Combina
 # -- PNDM ---------------------------------------------------------------------------------------
 
 
-def adams_prk(process: Process, times: Any, *, prediction: str, skip_prk: bool) -> Tableau:
+def adams_prk(process: Process, times: Times, *, prediction: str, skip_prk: bool) -> Tableau:
     """PNDMScheduler: fourth-order Adams-Bashforth behind a start of Heun's or of Runge-Kutta's.
 
     `skip_prk`: the first step is taken twice, n + 1 evaluations; else three Runge-Kutta steps,
@@ -168,7 +167,7 @@ def adams_prk(process: Process, times: Any, *, prediction: str, skip_prk: bool) 
     )
 
 
-def ipndm(process: Process, times: Any) -> Tableau:
+def ipndm(process: Process, times: Times) -> Tableau:
     """IPNDMScheduler: as `ds.solvers.ipndm`, but its first step takes the data to be 0.
 
     It starts at alpha = 0, where it takes the state for the noise and divides nothing by nothing.
@@ -228,7 +227,7 @@ def _dpm_step(
 
 
 def dpm_multistep(
-    process: Process, times: Any, *, orders: Sequence[int], algorithm: str, variant: str
+    process: Process, times: Times, *, orders: Sequence[int], algorithm: str, variant: str
 ) -> Tableau:
     """DPM-Solver multistep of noise predictions, with the order of every step.
 
@@ -261,7 +260,7 @@ def dpm_multistep(
 
 
 def dpm_singlestep(
-    process: Process, times: Any, *, orders: Sequence[int], algorithm: str, variant: str
+    process: Process, times: Times, *, orders: Sequence[int], algorithm: str, variant: str
 ) -> Tableau:
     """DPMSolverSinglestepScheduler: evaluation n is stage `orders[n]` of a step that began before.
 
@@ -297,64 +296,12 @@ def dpm_singlestep(
     )
 
 
-def sa(
-    process: Process,
-    times: Any,
-    *,
-    predictor: int,
-    corrector: int,
-    lower_order_final: bool,
-    tau: Callable[[float], float],
-) -> Tableau:
-    """SASolverScheduler: orders of their own for predictor and corrector, tau where a step starts.
-
-    With two evaluations the slope's weight is the authors' c h^2 / 2, c = 1 + tau^2.
-    """
-    builder = Builder(process, times)
-    points = builder.points
-    steps = len(points) - 1
-
-    def weights(nodes: list[float], h: float, rate: float) -> np.ndarray:
-        if len(nodes) != 2:
-            return exponential_weights(nodes, h, rate)
-        at_start = int(np.argmin(np.abs(nodes)))
-        other = 1 - at_start
-        slope = rate * h**2 / 2 / nodes[other]
-        found = np.empty(2)
-        found[other], found[at_start] = slope, -math.expm1(-rate * h) - slope
-        return found
-
-    x, history = builder.start, list[Answer]()
-    used, made, rate, correct = list[Answer](), np.zeros(0), 1.0, 0
-    for n, (s, t) in enumerate(itertools.pairwise(points)):
-        answer = builder.evaluate(x, s)
-        x = answer.state
-        if n > 0:
-            before = history[0].point.log_snr
-            nodes = [answer, *history[: correct - 1]]
-            new = weights([a.point.log_snr - before for a in nodes], s.log_snr - before, rate)
-            x = x + s.alpha * total(new, [a.data for a in nodes])
-            x = x - s.alpha * total(made, [a.data for a in used])
-        history = [answer, *history[: max(predictor, corrector - 1) - 1]]
-        left = steps - n if lower_order_final else steps
-        used = history[: min(predictor, left, n + 1)]
-        correct = min(corrector, left + 1, n + 2)
-        strength = float(tau(s.t))
-        h, rate = t.log_snr - s.log_snr, 1 + strength**2
-        made = weights([a.point.log_snr - s.log_snr for a in used], h, rate)
-        kept = math.exp(-(strength**2) * h) if strength else 1.0
-        x = (t.sigma / s.sigma) * kept * x + t.alpha * total(made, [a.data for a in used])
-        if strength and t.sigma > 0:
-            x = x + t.sigma * spread(strength**2 * h) * builder.fresh_noise()
-    return builder.finish(x, points[-1], name="sa_solver", source="arXiv:2309.05019")
-
-
 # -- few-step networks and flows with noise -----------------------------------------------------
 
 
 def jumps(
     process: Process,
-    times: Any,
+    times: Times,
     *,
     boundary: Callable[[Point], tuple[float, float]],
     floor: float = 0.0,
@@ -379,7 +326,7 @@ def jumps(
     )
 
 
-def tcd(process: Process, times: Any, *, eta: float = 0.3) -> Tableau:
+def tcd(process: Process, times: Times, *, eta: float = 0.3) -> Tableau:
     """TCDScheduler: DDIM down to (1 - eta) of the next label, then noise up to it.
 
     `eta` is the paper's gamma: 0 is deterministic. (arXiv:2402.19159, algorithm 3.)
@@ -403,7 +350,7 @@ def tcd(process: Process, times: Any, *, eta: float = 0.3) -> Tableau:
 
 
 def ancestral_flow(
-    process: Process, times: Any, *, eta: float = 1.0, noise_scale: float = 1.0
+    process: Process, times: Times, *, eta: float = 1.0, noise_scale: float = 1.0
 ) -> Tableau:
     """LTXEulerAncestralRFScheduler: Euler to sigma' (1 + (sigma' / sigma - 1) eta), then noise."""
     builder = Builder(process, times)
