@@ -285,6 +285,12 @@ def around(net: Network) -> dict[str, tuple[Callable[..., Any], Any, int, int]]:
     def scanned(tableau: ds.Tableau, cond: Any = None) -> Callable[..., Any]:
         return jax.jit(lambda f: ds.sample(f, tableau, x_T, cond=cond))
 
+    half = ds.solvers.dpmpp(process, ds.schedules.logsnr(process, NFE // 2), order=2)
+    unfolded, which = ds.guidance.unfold(half, 3.0)
+
+    def positive(data: Any, level: Any, cond: Any) -> Any:
+        return jnp.maximum(data, 0)
+
     steps = ds.few_step.uniform_tableau(process, 16)
     found = {
         "`guidance.cfg`": (
@@ -302,6 +308,32 @@ def around(net: Network) -> dict[str, tuple[Callable[..., Any], Any, int, int]]:
         "`guidance.dynamic_thresholding`": (
             scanned(tableau),
             ds.guidance.dynamic_thresholding(score_fn),
+            NFE,
+            1,
+        ),
+        "`guidance.combine`": (
+            scanned(tableau, label),
+            ds.guidance.combine(
+                [(given, {}), (given, {"label": 0.0}), (given, {"label": 1.0})], [3.0, -1.0, -1.0]
+            ),
+            NFE,
+            3,
+        ),
+        "`guidance.apg`": (
+            scanned(tableau, label),
+            ds.guidance.apg(given, 3.0, {"label": 0.0}),
+            NFE,
+            2,
+        ),
+        "`guidance.select` of `unfold`": (
+            scanned(unfolded, label),
+            ds.guidance.select(given, {"label": 0.0}, which),
+            unfolded.nfe,
+            1,
+        ),
+        "`guidance.on_data`": (
+            scanned(tableau),
+            ds.guidance.on_data(score_fn, positive),
             NFE,
             1,
         ),
