@@ -57,7 +57,7 @@ CASES = [
     Case("heun", 2),
     Case("dpmpp_2m", 2, _FREE),
     Case("dpmpp_2m_heun", 2, _FREE),
-    Case("dpmpp_2m_hb", 1, _FREE),
+    Case("dpmpp_2m_hb", 1, _FREE, steps=(80, 160, 320)),
     Case("dpmpp_3m", 3, _FREE, exact_start=2),
     Case("deis_tab1", 2),
     Case("deis_tab2", 3, exact_start=2),

@@ -136,6 +136,7 @@ def test_where_it_goes():
         ds.brownian_key(jax.random.key(0), ds.Tableau.stack(pair))
 
 
+@pytest.mark.long
 def test_every_kind_of_state_and_the_other_ways_to_run():
     def halve(params, x, t):
         return jax.tree.map(lambda v: 0.5 * v, x)

@@ -65,7 +65,7 @@ def test_all_names_in_compare():
     assert {one.schedule for one in table.left_out} <= set(schedules.PUBLISHED)
     some = [*solvers._ALIASES][::4]
     table = ds.search.compare(
-        network, x_T, nfe=(5, 6, 14), solver=some, schedule=("ays_sd15",), key=jax.random.key(1)
+        network, x_T, nfe=(5, 6, 7, 14), solver=some, schedule=("ays_sd15",), key=jax.random.key(1)
     )
     assert {e.solver for e in table.entries} == {solvers.get(name).name for name in some}
 

@@ -58,6 +58,7 @@ def test_the_law_of_the_overconfident_likelihood(x64):
     assert abs(other[0, 0] - cov[0, 0]) > 8e-3
 
 
+@pytest.mark.long
 def test_draws_with_a_gaussian_likelihood_tend_to_its_spread_form(x64):
     """-log mean exp of a Gaussian likelihood over D + r z is that with variance s^2 + r^2."""
     network, t = PAIR.score_fn(PROCESS, "data"), 0.4

@@ -23,6 +23,7 @@ def conditioned(rows, keep):
     return mean[1], cov[1, 1]
 
 
+@pytest.mark.long
 def test_keep_converges_to_the_conditional_and_derive_does_not(x64):
     """Exact: .8 and .36. Kept noise .796 at 2000 rows; noise derived again .499 and .536."""
     mean, variance = conditioned(2000, keep=True)

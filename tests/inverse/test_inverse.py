@@ -50,6 +50,7 @@ def test_operators_say_what_is_wrong():
     assert jax.tree.structure(same) == jax.tree.structure(inverse.downsample(2))
 
 
+@pytest.mark.long
 def test_measurements_take_them(x64):
     """The exact posterior of 16 correlated pixels seen through each operator, in one row."""
     rng = np.random.default_rng(1)
