@@ -394,13 +394,18 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="sizes for a GPU")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each network and table")
     parser.add_argument("--networks", type=int, default=COUNT, help="only the first few")
+    parser.add_argument(
+        "--skip", type=int, nargs="*", default=[], help="networks by number, from 0"
+    )
     parser.add_argument("--kinds", nargs="*", default=list(CONVOLUTIONS), help="of convolutions")
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS))
     parser.add_argument("--out", default=str(RESULTS / "overhead.md"))
     arguments = parser.parse_args()
 
     names = tuple(arguments.solvers)
-    chosen = [network(i, arguments.full) for i in range(arguments.networks)]
+    chosen = [
+        network(i, arguments.full) for i in range(arguments.networks) if i not in arguments.skip
+    ]
     small = [convolutional(kind, 64 if arguments.full else 8) for kind in arguments.kinds]
     gradients = measure_gradients(small + chosen, arguments.seconds / 3)
     found, beside = [], []
