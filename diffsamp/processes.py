@@ -32,7 +32,7 @@ import numpy as np
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence
-from diffsamp._core.types import Array, Conditions, DType, PyTree, Value
+from diffsamp._core.types import Apply, Array, DType, PyTree, Value
 
 __all__ = [
     "EDM",
@@ -922,7 +922,7 @@ def trig(sigma_data: float = 1.0, *, end: float = 1.0) -> Trig:
     return Trig(float(sigma_data), float(end))
 
 
-def reversed_flow_apply(apply: Array, *, offset: float = 0.0) -> Array:
+def reversed_flow_apply(apply: Apply, *, offset: float = 0.0) -> Apply:
     """Adapt a flow model trained with t = 0 noise, t = 1 data, velocity = x_0 - eps.
 
     Returns `apply` with t replaced by 1 - t and the output negated, which is the convention of
@@ -941,7 +941,7 @@ def reversed_flow_apply(apply: Array, *, offset: float = 0.0) -> Array:
     if not 0 <= offset < 1:
         raise ValueError(f"`offset` must lie in [0, 1); got {offset}.")
 
-    def adapted(params: PyTree, x: PyTree, t: Array, **cond: Conditions | None) -> Array:
+    def adapted(params: PyTree, x: PyTree, t: Array, **cond: PyTree) -> PyTree:
         own = 1 - t if offset == 0 else offset + (1 - offset) * (1 - t)
         return jax.tree.map(jnp.negative, apply(params, x, own, **cond))
 

@@ -6,10 +6,11 @@ no type says that. The names here do, for readers; a type checker takes them for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 __all__ = [
+    "Apply",
     "Array",
     "Bound",
     "Conditions",
@@ -22,6 +23,8 @@ __all__ = [
     "Value",
 ]
 
+# a network's function, (params, x, t, **cond) -> its output, shaped like x
+Apply: TypeAlias = Callable[..., Any]
 Array: TypeAlias = Any  # a number, a NumPy array or a JAX array
 PyTree: TypeAlias = Any  # an array, or dicts, lists, tuples, dataclasses of arrays
 Times: TypeAlias = Any  # (n + 1,) numbers: a sequence, a NumPy array or a JAX array

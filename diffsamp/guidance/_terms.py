@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.types import Array, Bound, Conditions, Network, PyTree, Value
+from diffsamp.guidance.transform import Transform
 from diffsamp.predictions import Level
 from diffsamp.score import expect_score_fn, for_samples
 
-__all__ = ["Terms", "make_terms", "without"]
+__all__ = ["OfTerms", "Terms", "make_terms", "without"]
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +73,27 @@ class Terms:
                 for i, answer in zip(mine, answers, strict=True):
                     parts[i] = answer
         return parts
+
+
+class OfTerms(Transform):
+    """A transform of several terms; what it costs is what they cost."""
+
+    terms: Terms
+
+    @property
+    def score_fn(self) -> PyTree:
+        """The first term's network."""
+        return self.terms.networks[0]
+
+    @property
+    def nfe_factor(self) -> float:
+        """Network evaluations per call: one per term, times its cost."""
+        return self.terms.cost()
+
+    @property
+    def gradients_per_call(self) -> float:
+        """Vector-Jacobian products per call, likewise."""
+        return self.terms.cost("gradients_per_call")
 
 
 def make_terms(

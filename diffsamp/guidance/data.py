@@ -14,7 +14,7 @@ from diffsamp import predictions
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
 from diffsamp._core.types import Array, Bound, Conditions, PyTree, Value
 from diffsamp.guidance._numbers import Numbers, as_partial, scale_numbers
-from diffsamp.guidance._terms import Terms, make_terms, without
+from diffsamp.guidance._terms import OfTerms, Terms, make_terms, without
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, scale_rows
@@ -51,7 +51,7 @@ class _RuleBound(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rule(Transform):
+class Rule(OfTerms):
     """A function of predictions; made by `rule`, `on_data`, `on_noise` and what stands on them."""
 
     terms: Terms
@@ -60,21 +60,6 @@ class Rule(Transform):
     gain: PyTree
     meant_in: str = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def score_fn(self) -> PyTree:
-        """The first term's network."""
-        return self.terms.networks[0]
-
-    @property
-    def nfe_factor(self) -> float:
-        """Network evaluations per call: one per term, times its cost."""
-        return self.terms.cost()
-
-    @property
-    def gradients_per_call(self) -> float:
-        """Vector-Jacobian products per call, likewise."""
-        return self.terms.cost("gradients_per_call")
 
     def nfe(self, tableau: Tableau) -> float:
         """Network evaluations of a run, per sample.

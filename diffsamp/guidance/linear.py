@@ -13,7 +13,7 @@ import numpy as np
 from diffsamp._core.numeric import as_float, is_concrete, namespace, silence, working_dtype
 from diffsamp._core.types import Array, Bound, Conditions, PyTree
 from diffsamp.guidance._numbers import Mixture, Numbers, scale_numbers, weight_numbers
-from diffsamp.guidance._terms import Terms, make_terms, without
+from diffsamp.guidance._terms import OfTerms, Terms, make_terms, without
 from diffsamp.guidance.data import keep_noise
 from diffsamp.guidance.transform import Transform
 from diffsamp.predictions import Level
@@ -32,7 +32,7 @@ class _CombinedBound(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Combined(Transform):
+class Combined(OfTerms):
     """A combination of several predictions; made by `combine`, `cfg` and their relatives.
 
     Weights that differ from row to row may be 0 for all terms but the first: these are not asked
@@ -41,21 +41,6 @@ class Combined(Transform):
 
     terms: Terms
     weights: Numbers | Mixture
-
-    @property
-    def score_fn(self) -> PyTree:
-        """The first term's network."""
-        return self.terms.networks[0]
-
-    @property
-    def nfe_factor(self) -> float:
-        """Network evaluations per call: one per term, times its cost."""
-        return self.terms.cost()
-
-    @property
-    def gradients_per_call(self) -> float:
-        """Vector-Jacobian products per call, likewise."""
-        return self.terms.cost("gradients_per_call")
 
     def nfe(self, tableau: Tableau) -> float:
         """Network evaluations of a run, per sample: rows where the first term is alone cost less.

@@ -226,7 +226,7 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _finished(finish: PyTree, x: jax.Array) -> PyTree:
+def _finished(finish: Callable[..., PyTree], x: jax.Array) -> PyTree:
     return finish(x)
 
 
@@ -259,7 +259,7 @@ def _teller(progress: Value, kept: list[Shard], mine: range, total: int) -> Call
 # -- arguments ------------------------------------------------------------------------------------
 
 
-def _expect_shape(shape: PyTree) -> tuple[int, ...]:
+def _expect_shape(shape: Value) -> tuple[int, ...]:
     if not isinstance(shape, tuple | list):
         raise TypeError(f"`shape` must be a tuple, that of one sample; got {shape!r}.")
     return tuple(expect_int(size, "shape", at_least=1) for size in shape)
@@ -287,7 +287,7 @@ def _expect_processes(processes: PyTree) -> tuple[int, int]:
     return index, count
 
 
-def _expect_folder(out: Array) -> Path:
+def _expect_folder(out: str | os.PathLike[str]) -> Path:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +314,9 @@ def _expect_same(folder: Path, found: Mapping[str, PyTree], settings: Mapping[st
         )
 
 
-def _expect_arrays(finish: PyTree, shape: tuple[int, ...], format: str) -> dict[str, PyTree]:
+def _expect_arrays(
+    finish: Callable[..., PyTree] | None, shape: tuple[int, ...], format: str
+) -> dict[str, PyTree]:
     """{name: shape of one entry and dtype} of what is written."""
     x: PyTree = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(float))
     if finish is not None:

@@ -57,7 +57,7 @@ def ode_solution(
     cond: Conditions | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    save_at: PyTree = None,
+    save_at: Times | None = None,
     max_steps: int = 4096,
     solver: Value = None,
 ) -> OdeSolution:

@@ -57,7 +57,7 @@ def best(
     sharding: Sharding = None,
     state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    **distill_options: PyTree,
+    **distill_options: Value,
 ) -> Front:
     """The best sampler that the searches find, for each budget.
 

@@ -50,7 +50,7 @@ import numpy as np
 from diffsamp import processes
 from diffsamp._core.files import read_json
 from diffsamp._core.numeric import namespace
-from diffsamp._core.types import Array, Conditions, Network, PyTree, Value
+from diffsamp._core.types import Array, Network, PyTree, Value
 from diffsamp.interop.diffusers import _fields as fields
 from diffsamp.interop.diffusers import _grids as grids
 from diffsamp.interop.diffusers import _own_grids as own_grids
@@ -121,7 +121,7 @@ class _Negated:
 
     apply: Callable[..., Value]
 
-    def __call__(self, params: PyTree, x: PyTree, t: Array, **cond: Conditions | None) -> Value:
+    def __call__(self, params: PyTree, x: PyTree, t: Array, **cond: PyTree) -> PyTree:
         return jax.tree.map(jnp.negative, self.apply(params, x, t, **cond))
 
 
