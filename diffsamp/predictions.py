@@ -53,11 +53,19 @@ _ALIASES = {
 
 
 class Level(NamedTuple):
-    """A time and what the process says there; arrays of one shape."""
+    """A time and what the process says there; arrays of one shape.
+
+    Attributes:
+      t: the time of the state.
+      alpha: its signal coefficient.
+      sigma: its noise standard deviation.
+      asked: the time that the network is told (a conditioning time), or None: t.
+    """
 
     t: Array
     alpha: Array
     sigma: Array
+    asked: Array | None = None
 
 
 def level_at(process: Process, t: Array) -> Level:

@@ -304,7 +304,7 @@ def _bind(score_fn: ScoreFn, tableau: Tableau) -> _Row:
 
     On the host, in float64, whenever tableau and process are concrete; else in the program.
     """
-    level = Level(*(_drop_last(v) for v in (tableau.times, tableau.alpha, tableau.sigma)))
+    level = row_levels(tableau)
     target = (tableau.target[:, 0], tableau.target[:, 1])
     bound = score_fn.bind(level, target)
     evaluates = tableau.evaluates
@@ -319,14 +319,16 @@ def _bind(score_fn: ScoreFn, tableau: Tableau) -> _Row:
     return jax.tree.map(_to_default_precision, rows)
 
 
+def row_levels(tableau: Tableau) -> Level:
+    """Where each row evaluates, and what time the network is told there; (N,) each."""
+    times, alpha, sigma = (v[:-1] for v in (tableau.times, tableau.alpha, tableau.sigma))
+    return Level(times, alpha, sigma, tableau.asked)
+
+
 def _to_default_precision(array: Array) -> PyTree:
     if isinstance(array, np.ndarray) and array.dtype == np.float64:
         return array.astype(jax.dtypes.canonicalize_dtype(np.float64))
     return array
-
-
-def _drop_last(array: Array) -> PyTree:
-    return array[:-1]
 
 
 @functools.partial(jax.jit, static_argnames=("plain", "checkpoint", "record"))

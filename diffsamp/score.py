@@ -259,8 +259,8 @@ class ScoreFn:
         """The numbers for evaluations at `level` that should return the prediction `target`.
 
         Args:
-          level: t, alpha and sigma, arrays of one shape. On host arrays the work is done in
-            float64 on the host.
+          level: t, alpha and sigma, arrays of one shape, and the times that the network is told,
+            if other ones. On host arrays the work is done in float64 on the host.
           target: (v_0, v_1): the wanted prediction is v_0 x_0 + v_1 eps. Same shape each.
 
         Returns:
@@ -274,7 +274,8 @@ class ScoreFn:
         if self.scale_input:
             width = as_float(self.sigma_data, level.alpha) * level.alpha
             scale = 1 / namespace(level.alpha).sqrt(level.sigma**2 + width**2)
-        return Bound(self._label(level), scale, r, s)
+        told = level if level.asked is None else predictions.level_at(self.process, level.asked)
+        return Bound(self._label(told), scale, r, s)
 
     def predict(self, x: PyTree, bound: Bound, cond: Conditions | None = None) -> PyTree:
         """Call the network once at state x and return the bound prediction, shaped like x.
@@ -367,7 +368,7 @@ class ScoreFn:
             )
 
     def _expect_own_levels(self, level: Level, evaluates: Array) -> None:
-        t, alpha, sigma = (to_host(v) for v in level)
+        t, alpha, sigma = (to_host(v) for v in level[:3])
         own_alpha, own_sigma = (to_host(v) for v in (self.process.alpha(t), self.process.sigma(t)))
         distance = np.hypot(own_alpha - alpha, own_sigma - sigma)
         # float32 times and levels agree to 1e-5; two processes differ by far more

@@ -34,6 +34,7 @@ __all__ = ["Tableau"]
 _FORMAT = "diffsamp.tableau"
 _VERSION = 1
 _ARRAYS = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates")
+_OPTIONAL = ("d", "asked")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +64,8 @@ class Tableau:
       name: what it is, for people.
       source: where it comes from (paper, equation), for people.
       d: (N,) constant added by each row, or None for none: with axes of the data a field.
+      asked: (N,) conditioning times: what the network is told in place of the state's own time, in
+        the process's time; or None. The state, and how the answer is read, stay those of the level.
       padded: made by `pad` to share a program with others, which therefore keeps its branches
         around the network and the noise; no part of the pytree either.
     """
@@ -79,6 +82,7 @@ class Tableau:
     source: str = ""
     padded: bool = False
     d: Array = None
+    asked: Array = None
 
     @classmethod
     def create(
@@ -93,6 +97,7 @@ class Tableau:
         c: Array = None,
         evaluates: Array = None,
         d: Array = None,
+        asked: Array = None,
         name: str = "",
         source: str = "",
         check: str = "full",
@@ -109,6 +114,8 @@ class Tableau:
           c: (N,); None: zeros.
           evaluates: (N,); None: every row.
           d: (N,); None: no constants. The check does not know them.
+          asked: (N,); None: the network is told the state's own time. The check, in which it is
+            always right, does not see it.
           name: for people.
           source: for people.
           check: "full": mean and standard deviation of every row as the module says; "mean": only
@@ -144,7 +151,15 @@ class Tableau:
                 raise ValueError(f"`d` must have shape ({rows},) or that of `c`; got {d.shape}.")
             if not np.all(np.isfinite(d)):
                 raise ValueError("`d` must be finite.")
-        tableau = cls(**arrays, d=d, name=name, source=source)
+        if asked is not None:
+            asked = np.asarray(asked, np.float64)
+            expected = (rows, *arrays["times"].shape[1:])
+            if asked.shape != expected or not np.all(np.isfinite(asked)):
+                raise ValueError(
+                    f"`asked` must be finite times of shape {expected}, one a row; got "
+                    f"{asked if asked.shape == expected else asked.shape}."
+                )
+        tableau = cls(**arrays, d=d, asked=asked, name=name, source=source)
         if check != "none":
             tableau.check(std=check == "full")
         return tableau
@@ -301,6 +316,7 @@ class Tableau:
             d=self.d
             if self.d is None
             else np.concatenate([self.d, np.zeros((extra, *np.shape(self.d)[1:]))]),
+            asked=self.asked if self.asked is None else repeat_last(self.asked),
             padded=True,
         )
 
@@ -310,10 +326,7 @@ class Tableau:
         if not tableaux:
             raise ValueError("`tableaux` must hold at least one tableau.")
         sizes = {key: max(getattr(t, key) for t in tableaux) for key in ("rows", "p", "q")}
-        padded = [t.pad(**sizes) for t in tableaux]
-        if all(t.d is None for t in padded):
-            return padded
-        return [t if t.d is not None else dataclasses.replace(t, d=_zeros(t)) for t in padded]
+        return _alike([t.pad(**sizes) for t in tableaux])
 
     @staticmethod
     def stack(tableaux: Sequence[Tableau]) -> Tableau:
@@ -325,7 +338,7 @@ class Tableau:
         padded = Tableau.pad_together(tableaux)
         stacked: dict[str, PyTree] = {
             key: np.stack([getattr(t, key) for t in padded], axis=-1)
-            for key in (*_ARRAYS, "d")
+            for key in (*_ARRAYS, *_OPTIONAL)
             if getattr(padded[0], key) is not None
         }
         return Tableau(**stacked, name=" | ".join(t.name for t in tableaux))
@@ -344,7 +357,7 @@ class Tableau:
                 f"starts at t = {other.times[0]:g}."
             )
         size = {"p": max(self.p, other.p), "q": max(self.q, other.q)}
-        first, second = self.pad(**size), other.pad(**size)
+        first, second = _alike([self.pad(**size), other.pad(**size)])
         joined: dict[str, PyTree] = {
             key: np.concatenate(
                 [
@@ -352,10 +365,9 @@ class Tableau:
                     getattr(second, key)[1 if key in ("times", "alpha", "sigma") else 0 :],
                 ]
             )
-            for key in _ARRAYS
+            for key in (*_ARRAYS, *_OPTIONAL)
+            if getattr(first, key) is not None
         }
-        if self.d is not None or other.d is not None:
-            joined["d"] = np.concatenate([_zeros(t) if t.d is None else t.d for t in (self, other)])
         name = " then ".join(part for part in (self.name, other.name) if part)
         source = "; ".join(dict.fromkeys(s for s in (self.source, other.source) if s))
         return Tableau(**joined, name=name, source=source)
@@ -418,7 +430,11 @@ class Tableau:
             "source": self.source,
             "nfe": self.nfe,
             **arrays,
-            **({} if self.d is None else {"d": np.asarray(self.d).tolist()}),
+            **{
+                key: np.asarray(value).tolist()
+                for key in _OPTIONAL
+                if (value := getattr(self, key)) is not None
+            },
         }
 
     @classmethod
@@ -444,7 +460,7 @@ class Tableau:
             tableau = cls.create(
                 **{key: data[key] for key in _ARRAYS if key != "evaluates"},
                 evaluates=np.array(data["evaluates"], dtype=bool),
-                d=data.get("d"),
+                **{key: data.get(key) for key in _OPTIONAL},
                 name=str(data.get("name", "")),
                 source=str(data.get("source", "")),
                 check="none",
@@ -489,12 +505,29 @@ class Tableau:
 
 
 jax.tree_util.register_dataclass(
-    Tableau, data_fields=[*_ARRAYS, "d"], meta_fields=[], drop_fields=["name", "source", "padded"]
+    Tableau,
+    data_fields=[*_ARRAYS, *_OPTIONAL],
+    meta_fields=[],
+    drop_fields=["name", "source", "padded"],
 )
 
 
-def _zeros(tableau: Tableau) -> np.ndarray:
-    return np.zeros(tableau.rows)
+def _alike(tableaux: Sequence[Tableau]) -> list[Tableau]:
+    """The same, with constants or conditioning times in all if in any."""
+    has = {key: any(getattr(t, key) is not None for t in tableaux) for key in _OPTIONAL}
+    defaults = {
+        "d": lambda t: np.zeros(t.rows),
+        "asked": lambda t: np.asarray(t.times)[:-1],
+    }
+    alike = []
+    for tableau in tableaux:
+        missing: dict[str, PyTree] = {
+            key: defaults[key](tableau)
+            for key in _OPTIONAL
+            if has[key] and getattr(tableau, key) is None
+        }
+        alike.append(dataclasses.replace(tableau, **missing))
+    return alike
 
 
 def _check_shapes(arrays: dict[str, np.ndarray], rows: int) -> None:

@@ -36,7 +36,13 @@ def size(process, t):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["vp_linear", "vp_zero_snr", "ve", "flow"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vp_zero_snr",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("vp_linear", "ve", "flow")),
+    ],
+)
 def test_exact_solution_both_ways(name):
     process, target = PROCESSES[name], skewed_mixture()
     score_fn = target.score_fn(process)
@@ -159,6 +165,7 @@ def test_counted_evaluations_of_a_likelihood():
     assert len(calls) == run.nfe
 
 
+@pytest.mark.long
 def test_one_compilation():
     process = ds.processes.edm()
     target = skewed_mixture()
@@ -277,6 +284,7 @@ def test_log_likelihood(name, make):
     assert r < 0.02
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("x64")
 def test_hutchinson():
     process, target = ds.processes.flow(), gaussian_3d()

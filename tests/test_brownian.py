@@ -110,6 +110,7 @@ def test_rows_without_an_increment_draw_by_themselves():
     np.testing.assert_allclose(alone[0], whole[1], atol=1e-4)
 
 
+@pytest.mark.long
 def test_where_it_goes():
     """Under jit with a traced tableau, one compilation for all; a start at alpha = 0; errors."""
     x_T = VP.prior_sample(jax.random.key(0), (4, 2))

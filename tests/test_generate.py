@@ -481,6 +481,7 @@ DISTRIBUTED = textwrap.dedent(
 )
 
 
+@pytest.mark.long
 def test_jax_distributed(whole, tmp_path):
     """Two processes on loopback: one sharded batch, and one job between them."""
     import socket

@@ -65,7 +65,8 @@ class Description:
             for j in range(n, -1, -1)
             if abs(self.shares[n, j]) >= 0.005
         ]
-        text = "evaluates D_{}; moves along {}".format(n, " ".join(parts[:5]) or "nothing")
+        told = "" if tableau.asked is None else f" (told t = {tableau.asked[n]:.5g})"
+        text = "evaluates D_{}{}; moves along {}".format(n, told, " ".join(parts[:5]) or "nothing")
         if len(parts) > 5:
             text += f" and {len(parts) - 5} more"
         if tableau.c[n] != 0:

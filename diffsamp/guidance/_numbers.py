@@ -164,7 +164,7 @@ class Mixture:
 
     def bind(self, level: Level) -> Level:
         """The level, which the classifier is told."""
-        return Level(*(as_float(v, level.alpha) for v in level))
+        return jax.tree.map(lambda v: as_float(v, level.alpha), level)
 
     def read(self, bound: Level, x: PyTree, cond: Conditions | None) -> tuple[PyTree, ...]:
         """One weight per term and sample."""

@@ -85,7 +85,7 @@ class Rule(OfTerms):
         r, s = predictions.conversion((w0, w1, g), (*wanted, one), level.alpha, level.sigma)
         gain = None if self.gain is None else per_row(level, "a gain by row", self.gain)[0]
         inner = self.terms.bind(level, (w0 / g, w1 / g))
-        at = Level(*(as_float(v, level.alpha) for v in level))
+        at = jax.tree.map(lambda v: as_float(v, level.alpha), level)
         return _RuleBound(
             inner, at, None if self.scale is None else self.scale.bind(level), gain, r, s
         )

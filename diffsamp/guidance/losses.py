@@ -98,7 +98,7 @@ class Loss(Transform):
         of_noise = of_noise / xp.where(level.alpha == 0, one, level.alpha)
         rows = np.arange(np.shape(level.t)[0], dtype=np.int32) if np.ndim(level.t) else None
         gain = None if self.gain is None else per_row(level, "a gain by row", self.gain)[0]
-        at = Level(*(as_float(v, level.alpha) for v in level))
+        at = jax.tree.map(lambda v: as_float(v, level.alpha), level)
         spread = None if self.spread is None else self.spread.bind(at)
         inner = self.score_fn.bind(level, (one, zero))
         scale = self.scale.bind(level)

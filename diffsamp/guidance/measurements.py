@@ -67,7 +67,7 @@ class Measurement(Transform):
         per_slope = xp.where(level.alpha == 0, zero, level.sigma**2)
         per_slope = per_slope / xp.where(level.alpha == 0, one, level.alpha)
         gain = None if self.gain is None else per_row(level, "a gain by row", self.gain)[0]
-        at = Level(*(as_float(v, level.alpha) for v in level))
+        at = jax.tree.map(lambda v: as_float(v, level.alpha), level)
         spread = self.spread.bind(at)
         inner = self.score_fn.bind(level, (one, zero))
         return _MeasurementBound(inner, (spread or (one,))[0], per_slope, gain, r, s)

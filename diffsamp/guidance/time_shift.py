@@ -77,6 +77,11 @@ class TimeShifted(Transform):
 
     def _bind(self, level: Level, target: tuple[Array, Array]) -> _ShiftedBound:
         t, w0, w1 = as_float(level.t), *(as_float(w, level.t) for w in target)
+        if level.asked is not None:
+            raise ValueError(
+                "the time shift chooses what the network is told, and so does this tableau "
+                "(`asked`): use one of the two."
+            )
         cutoff = self.process.t_clean + self.cutoff * (self.process.t_max - self.process.t_clean)
         return _ShiftedBound(self.score_fn.bind(level, target), t, t > cutoff, w0, w1)
 

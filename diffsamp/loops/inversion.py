@@ -109,6 +109,9 @@ def inverse(tableau: Tableau) -> Tableau:
         target=target,
         a=new_a,
         b=new_b,
+        asked=None
+        if tableau.asked is None
+        else np.concatenate([tableau.times[-1:], tableau.asked[forward]]),
         name=f"inverse of {tableau.name}",
         source=tableau.source,
         check="none",

@@ -24,8 +24,7 @@ from diffsamp._core import random
 from diffsamp._core.checks import expect_int, expect_state
 from diffsamp._core.numeric import working_dtype
 from diffsamp._core.types import Array, Conditions, Key, PyTree
-from diffsamp.predictions import Level
-from diffsamp.sampling import expect_key
+from diffsamp.sampling import expect_key, row_levels
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
@@ -101,7 +100,7 @@ def sample_parallel(
     expect_key(tableau, key)
     live = np.flatnonzero(np.asarray(tableau.evaluates))
     rows = np.append(live, tableau.rows)  # the states that matter: those asked about, and the last
-    level = Level(tableau.times[live], tableau.alpha[live], tableau.sigma[live])
+    level = jax.tree.map(lambda v: v[live], row_levels(tableau))
     ones = np.ones(live.size)
     bound = score_fn.bind(level, (ones, 0 * ones))
     score_fn.check_bound(bound, level, ones.astype(bool))

@@ -16,8 +16,7 @@ import numpy as np
 
 from diffsamp._core.numeric import working_dtype
 from diffsamp._core.types import Array, Conditions, PyTree, Value
-from diffsamp.predictions import Level
-from diffsamp.sampling import Trajectory, expect_tableau
+from diffsamp.sampling import Trajectory, expect_tableau, row_levels
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
@@ -93,7 +92,7 @@ def replay(
       points: the states of a run, rows + 1 in front.
       cond: keyword arguments for the network.
     """
-    level = Level(*(v[:-1] for v in (tableau.times, tableau.alpha, tableau.sigma)))
+    level = row_levels(tableau)
     bound = score_fn.bind(level, (tableau.target[:, 0], tableau.target[:, 1]))
     score_fn.check_bound(bound, level, tableau.evaluates)
     bound = jax.tree.map(jnp.asarray, bound)

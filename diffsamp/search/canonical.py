@@ -8,8 +8,10 @@ in data prediction,
 
 because its own x_T coefficient is sigma_n/sigma_0 (the tableau's self-check). The free numbers are
 the log-SNRs of the inner points and the off-diagonal part of the lower triangular G: N - 1 and
-N (N - 1) / 2. Without consistency the row sums of G and the coefficient of u_n are free as well,
-2 N numbers more, as in bespoke non-stationary solvers (Shaul et al. 2024, arXiv:2403.01329).
+N (N - 1) / 2; and, if the network may be told another time than the state's, N conditioning times
+(Tong et al. 2025, arXiv:2405.15506, section 3). Without consistency the row sums of G and the
+coefficient of u_n are free as well, 2 N numbers more, as in bespoke non-stationary solvers (Shaul
+et al. 2024, arXiv:2403.01329).
 """
 
 from __future__ import annotations
@@ -21,21 +23,26 @@ import numpy as np
 from diffsamp._core.numeric import as_float, namespace
 from diffsamp._core.types import Array, PyTree
 from diffsamp.processes import Process
-from diffsamp.search.explicit import own_start
+from diffsamp.search.explicit import label_offsets, own_start, told_times
 from diffsamp.tableau import Tableau
 
 __all__ = ["can_distill", "canonical", "from_canonical"]
 
 
-def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
+def canonical(tableau: Tableau, process: Process | None = None) -> dict[str, np.ndarray]:
     """The numbers of the canonical form of a deterministic tableau; float64.
 
     A first row that only scales the start (`explicit.from_largest_level`) is no part of it.
 
+    Args:
+      tableau: the sampler.
+      process: the noise process; without it conditioning times are left out.
+
     Returns:
       "log_snr" (N - 1,) of the inner points, "weights" (N, N) strictly lower part of G, "sums"
       (N,) row sums of G minus 1 and "state" (N,) change of u_n's coefficient; the last two are 0
-      up to rounding for a consistent tableau.
+      up to rounding for a consistent tableau. If it has conditioning times, "labels" (N,): how far
+      in log-SNR they lie from the state's.
 
     Raises:
       ValueError: a stochastic tableau, rows without evaluation other than trailing padding, or
@@ -62,7 +69,12 @@ def canonical(tableau: Tableau) -> dict[str, np.ndarray]:
     kappa = alpha[1:] - alpha[:-1] * ratio
     state = on_start[1:] / on_start[:-1] - ratio
     weights = (on_data[1:] - (ratio + state)[:, None] * on_data[:-1]) / kappa[:, None]
+    told = {}
+    if tableau.asked is not None and process is not None:
+        own, asked = tableau.times[:rows], tableau.asked[:rows]
+        told["labels"] = label_offsets(process, own, asked)
     return {
+        **told,
         "log_snr": np.log(alpha[1:-1]) - np.log(sigma[1:-1]),
         "weights": np.tril(weights, -1),
         "sums": weights.sum(axis=1) - 1,
@@ -101,7 +113,10 @@ def from_canonical(
     b = xp.where(lag >= 0, xp.take_along_axis(square, np.maximum(lag, 0), axis=1), 0)
     target = xp.stack([xp.ones_like(ratio), xp.zeros_like(ratio)], axis=1)
     a = (ratio + as_float(numbers["state"], weights))[:, None]
-    return {**levels, "target": target, "a": a, "b": b.astype(weights.dtype)}
+    told = {}
+    if "labels" in numbers:
+        told["asked"] = told_times(process, levels["times"][:-1], as_float(numbers["labels"]))
+    return {**levels, **told, "target": target, "a": a, "b": b.astype(weights.dtype)}
 
 
 def can_distill(tableau: Tableau) -> bool:

@@ -50,7 +50,12 @@ from diffsamp.tableau import Tableau
 
 __all__ = ["distill"]
 
-_LEARNED = {"all": {"log_snr", "weights"}, "times": {"log_snr"}, "weights": {"weights"}}
+_LEARNED = {
+    "all": {"log_snr", "labels", "weights"},
+    "times": {"log_snr"},
+    "labels": {"labels"},
+    "weights": {"weights"},
+}
 
 
 def distill(
@@ -105,7 +110,8 @@ def distill(
       learning_rate: peak of Adam's rate, which decays to 0 along a cosine.
       optimizer: an optax GradientTransformation; None: Adam as said, gradients clipped to norm 1.
       objective: what to descend, and to choose by; it must have a `loss`. None: `log_mse`.
-      learn: "all", or only "times" (as LD3) or only "weights".
+      learn: "all", or only "times", "weights", or "labels" (the conditioning times: what the
+        network is told apart from the state's level, LD3 and S4S; part of "all").
       memory: learn the weights of the last `memory` evaluations in each row only (S4S's bands, a
         linear multistep method); those further back keep the start's. None: of all (BNS).
       radius: each start may move within a ball of this radius, in units of its own norm, to where
@@ -332,7 +338,9 @@ class _Problem:
     ) -> _Candidate:
         """Gradient descent from `start`; the best candidate seen on the stopping samples."""
         start, scale = own_start(start)
-        base = canonical(start)
+        base = canonical(start, self.score_fn.process)
+        if self.free is not None and "labels" in self.free:
+            base.setdefault("labels", np.zeros(start.nfe))
         ends = {
             k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
         }

@@ -18,10 +18,12 @@ import dataclasses
 
 import numpy as np
 
+from diffsamp._core.numeric import as_float, namespace, silence
+from diffsamp._core.types import Array
 from diffsamp.processes import Process
 from diffsamp.tableau import Tableau
 
-__all__ = ["Explicit", "from_largest_level", "own_start"]
+__all__ = ["Explicit", "from_largest_level", "label_offsets", "own_start", "told_times"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Explicit:
       alpha: (N + 1,) there.
       sigma: (N + 1,) there.
       weights: (N, N), lower triangular: w.
+      asked: (N,) the times that the network is told, or None: those of the states.
     """
 
     times: np.ndarray
     alpha: np.ndarray
     sigma: np.ndarray
     weights: np.ndarray
+    asked: np.ndarray | None = None
 
     @property
     def nfe(self) -> int:
@@ -76,7 +80,8 @@ class Explicit:
             )
         ratio = sigma[1:] / sigma[:-1]
         weights = on_data[1:] - ratio[:, None] * on_data[:-1]
-        return cls(tableau.times[at], tableau.alpha[at], sigma, np.tril(weights))
+        told = None if tableau.asked is None else np.asarray(tableau.asked)[asked]
+        return cls(tableau.times[at], tableau.alpha[at], sigma, np.tril(weights), told)
 
     def tableau(self, process: Process, *, name: str, source: str, check: str = "full") -> Tableau:
         """The table as a tableau that takes its start at the process's t_max.
@@ -97,6 +102,7 @@ class Explicit:
             target=np.tile([1.0, 0.0], (count, 1)),
             a=(self.sigma[1:] / self.sigma[:-1])[:, None],
             b=b,
+            asked=self.asked,
             name=name,
             source=source,
             check=check,
@@ -136,7 +142,40 @@ def from_largest_level(tableau: Tableau, process: Process) -> Tableau:
         c=before(0.0, tableau.c),
         evaluates=before(False, tableau.evaluates),
         d=None if tableau.d is None else before(np.zeros(np.shape(tableau.d)[1:]), tableau.d),
+        asked=None if tableau.asked is None else before(largest, tableau.asked),
     )
+
+
+def label_offsets(process: Process, times: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """How far in log-SNR the times that a network is told lie from its states'; 0 at alpha = 0.
+
+    Args:
+      process: the noise process.
+      times: (N,) of the states.
+      asked: (N,) conditioning times.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        offsets = np.asarray(process.log_snr(asked)) - np.asarray(process.log_snr(times))
+    return np.where(np.isfinite(offsets), offsets, 0.0)
+
+
+@silence
+def told_times(process: Process, times: Array, offsets: Array) -> Array:
+    """(N,) conditioning times: the inverse of `label_offsets`, within the process's range.
+
+    On the host in float64, or in JAX and differentiable. Where alpha = 0 it is the state's own.
+
+    Args:
+      process: the noise process.
+      times: (N,) of the states.
+      offsets: (N,) in log-SNR.
+    """
+    xp = namespace(times, offsets)
+    own = process.log_snr(times)
+    inside = xp.isfinite(own)
+    moved = process.time(xp.where(inside, own, 0) + offsets)
+    low, high = (as_float(v, moved) for v in (process.t_clean, process.t_max))
+    return xp.where(inside, xp.clip(moved, low, high), times)
 
 
 def own_start(tableau: Tableau) -> tuple[Tableau, float]:
@@ -157,6 +196,6 @@ def own_start(tableau: Tableau) -> tuple[Tableau, float]:
     )
     if not scales:
         return tableau, 1.0
-    names = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates", "d")
+    names = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates", "d", "asked")
     rest = {k: v[1:] for k in names if (v := getattr(tableau, k)) is not None}
     return dataclasses.replace(tableau, **rest), float(tableau.a[0, 0])

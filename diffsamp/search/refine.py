@@ -23,7 +23,7 @@ from diffsamp._core.digest import seed_of
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
-from diffsamp.search.explicit import Explicit, from_largest_level
+from diffsamp.search.explicit import Explicit, from_largest_level, label_offsets, told_times
 from diffsamp.search.objective import Progress, run_many, slice_batch
 from diffsamp.search.plan import Plan
 from diffsamp.search.starts import Starts
@@ -31,8 +31,11 @@ from diffsamp.tableau import Tableau
 
 __all__ = ["NUMBERS", "refine"]
 
-NUMBERS = ("times", "weights", "sums")
-"""What `refine` can free; "sums" gives up that a constant data prediction stays exact."""
+NUMBERS = ("times", "labels", "weights", "sums")
+"""What `refine` can free: times of the states, times that the network is told, and weights.
+
+"sums" gives up that a constant data prediction stays exact.
+"""
 
 _DIFFERENCE = 2e-3  # of log-SNR and of weights in units of the step: far above float32's rounding
 
@@ -47,7 +50,7 @@ def refine(
     reference: Tableau | PyTree = None,
     held_out: int | None = None,
     batch: int = 64,
-    numbers: Sequence[str] = ("times", "weights"),
+    numbers: Sequence[str] = ("times", "labels", "weights"),
     iterations: int = 8,
     evaluations: int | None = None,
     together: int = 1,
@@ -177,13 +180,17 @@ class _Numbers:
     process: Process
     free: tuple[str, ...]
     log_snr: np.ndarray
+    offsets: np.ndarray
     units: np.ndarray
 
     @classmethod
     def of(cls, base: Explicit, process: Process, free: tuple[str, ...]) -> _Numbers:
         with np.errstate(divide="ignore"):
             log_snr = np.log(base.alpha[:-1]) - np.log(base.sigma[:-1])
-        return cls(base, process, free, log_snr, base.weights / _unit(base)[:, None])
+        offsets = np.zeros(base.nfe)
+        if base.asked is not None:
+            offsets = label_offsets(process, base.times[:-1], base.asked)
+        return cls(base, process, free, log_snr, offsets, base.weights / _unit(base)[:, None])
 
     @property
     def _movable(self) -> np.ndarray:
@@ -196,6 +203,8 @@ class _Numbers:
         parts = []
         if "times" in self.free:
             parts.append(self.log_snr[self._movable])
+        if "labels" in self.free:
+            parts.append(self.offsets[self._movable])
         if "weights" in self.free:
             parts.append(self.units[np.tril_indices(self.base.nfe, -1)])
         if "sums" in self.free:
@@ -204,7 +213,8 @@ class _Numbers:
 
     def _split(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         count = self.base.nfe
-        sizes = {"times": len(self._movable), "weights": count * (count - 1) // 2, "sums": count}
+        sizes = dict.fromkeys(("times", "labels"), len(self._movable))
+        sizes |= {"weights": count * (count - 1) // 2, "sums": count}
         parts, at = {}, 0
         for name in NUMBERS:
             if name in self.free:
@@ -248,7 +258,12 @@ class _Numbers:
                     times[:-1] == base.times[:-1], own[:-1], np.asarray(function(times[:-1]))
                 )
                 levels[key] = own
-        explicit = Explicit(**levels, weights=np.zeros_like(base.weights))
+        asked = None
+        if "labels" in parts or base.asked is not None:
+            offsets = self.offsets.copy()
+            offsets[self._movable] = parts.get("labels", offsets[self._movable])
+            asked = told_times(self.process, levels["times"][:-1], offsets)
+        explicit = Explicit(**levels, weights=np.zeros_like(base.weights), asked=asked)
         units = self.units.copy()
         if "weights" in parts:
             units[np.tril_indices(base.nfe, -1)] = parts["weights"]

@@ -48,4 +48,7 @@ def spread_rows(tableau: Tableau, at: np.ndarray, rows: int) -> Tableau:
     for name in ("c", "evaluates", "d"):
         if getattr(tableau, name) is not None:
             new[name] = only_placed(getattr(tableau, name))
-    return dataclasses.replace(tableau, **new, target=np.asarray(tableau.target)[source])
+    for name in ("target", "asked"):
+        if getattr(tableau, name) is not None:
+            new[name] = np.asarray(getattr(tableau, name))[source]
+    return dataclasses.replace(tableau, **new)

@@ -154,6 +154,8 @@ def predictor_corrector(tableau: Tableau, steps: int, *, keep: Array) -> Tableau
         for row in range(int(at[n]) + 1, int(at[n] + added[n]) + 1):
             new.times[row], new.alpha[row], new.sigma[row] = tableau.times[n + 1], alpha, sigma
             new.target[row], new.evaluates[row] = (1.0, 0.0), True
+            if new.asked is not None:
+                new.asked[row] = tableau.times[n + 1]
             new.a[row, 0], new.b[row, 0] = k, (1 - k) * alpha
             new.c[row] = sigma * np.sqrt(1 - k**2)
     if _consistent(tableau) and not _consistent(new):

@@ -257,6 +257,7 @@ def test_an_objective_without_a_loss_skips_the_gradient(score_fn):
     assert front.by == "sliced_wasserstein"
 
 
+@pytest.mark.long
 def test_a_plan_for_a_guided_model():
     """Guidance is a transform of the network; every stage works on what comes out."""
 

@@ -110,6 +110,7 @@ def test_distill_starts_exactly_and_never_gets_worse(score_fn):
     assert wild.psnr["held_out"]["found"] >= wild.psnr["held_out"]["start"] - 0.5
 
 
+@pytest.mark.long
 def test_several_starts_are_tried(score_fn):
     """The one that gets furthest in a short run is taken, not the one that begins best."""
     x_T = start(96)
@@ -142,6 +143,7 @@ def test_distill_is_reproducible_and_frees_more_when_asked(score_fn):
         free.tableau.check()
 
 
+@pytest.mark.long
 def test_distill_with_conditioning_and_patience(score_fn):
     """`cond` is cut along with the starts; `patience` ends a run without gain."""
 
@@ -254,6 +256,7 @@ def test_what_is_learned_moves_and_nothing_else(score_fn, options, moves):
     assert plan.settings["learn"] == options["learn"]
 
 
+@pytest.mark.long
 def test_a_band_keeps_the_start_outside_it(score_fn):
     first = solvers.ipndm(PROCESS, schedules.karras(PROCESS, 6), order=4)
     before = canonical(first)["weights"]
@@ -311,7 +314,7 @@ def test_distill_follows_features(score_fn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learn": "some"}, "`learn` must be one of 'all', 'times', 'weights'"),
+        ({"learn": "some"}, "`learn` must be one of 'all', 'times', 'labels', 'weights'"),
         ({"memory": 0}, "`memory` must be at least 1"),
         ({"radius": -1.0}, "`radius` must be at least 0"),
         ({"learn": "times", "consistent": False}, "frees every number"),
@@ -338,7 +341,14 @@ def test_micro_batches_give_the_same_plan(score_fn, radius):
         search.distill(score_fn, start(40), micro_batch=5, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"radius": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"micro_batch": 4},
+        pytest.param({"radius": 0.1}, marks=pytest.mark.long),
+    ],
+)
 def test_a_gradient_step_on_a_mesh_sums_the_gradient_and_moves_nothing_else(
     score_fn, monkeypatch, options
 ):

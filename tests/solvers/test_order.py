@@ -46,8 +46,15 @@ def slope(case, process, t_start, t_end, grid, change=None):
     return float(np.log(e_1 / e_2) / np.log(n_2 / n_1))
 
 
-@pytest.mark.parametrize("where", PROCESSES)
-@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def in_turn(cases, places):
+    """Every case in every place; in the default run each in one of them."""
+    for i, case in enumerate(cases):
+        for j, where in enumerate(places):
+            marks = () if i % len(places) == j else pytest.mark.long
+            yield pytest.param(case, where, marks=marks, id=f"{case}-{where}")
+
+
+@pytest.mark.parametrize(("case", "where"), list(in_turn(DETERMINISTIC, PROCESSES)))
 def test_order(case, where):
     order = case.uniform.get(where, case.order)
     assert slope(case, *PROCESSES[where]) == pytest.approx(order, abs=0.15)
