@@ -147,8 +147,12 @@ class Tableau:
         _check_shapes(arrays, rows)
         if d is not None:
             d = np.asarray(d, np.float64)
-            if d.shape not in ((rows,), arrays["c"].shape, (rows, *arrays["a"].shape[2:])):
-                raise ValueError(f"`d` must have shape ({rows},) or that of `c`; got {d.shape}.")
+            field = d.shape[:2] == (rows, 1)  # axes of the data, after a batch axis of 1
+            if not field and d.shape not in ((rows,), arrays["c"].shape):
+                raise ValueError(
+                    f"`d` must have shape ({rows},), that of `c`, or ({rows}, 1, ..) with axes of "
+                    f"the data; got {d.shape}."
+                )
             if not np.all(np.isfinite(d)):
                 raise ValueError("`d` must be finite.")
         if asked is not None:
@@ -336,6 +340,8 @@ class Tableau:
         called with a vector of times. A row calls it as long as any sample's tableau does.
         """
         padded = Tableau.pad_together(tableaux)
+        if any(np.ndim(t.d) > 1 for t in padded if t.d is not None):
+            raise ValueError("tableaux with constants shaped like the data cannot be stacked.")
         stacked: dict[str, PyTree] = {
             key: np.stack([getattr(t, key) for t in padded], axis=-1)
             for key in (*_ARRAYS, *_OPTIONAL)
@@ -515,8 +521,9 @@ jax.tree_util.register_dataclass(
 def _alike(tableaux: Sequence[Tableau]) -> list[Tableau]:
     """The same, with constants or conditioning times in all if in any."""
     has = {key: any(getattr(t, key) is not None for t in tableaux) for key in _OPTIONAL}
+    tail = next((np.shape(t.d)[1:] for t in tableaux if t.d is not None), ())
     defaults = {
-        "d": lambda t: np.zeros(t.rows),
+        "d": lambda t: np.zeros((t.rows, *tail)),
         "asked": lambda t: np.asarray(t.times)[:-1],
     }
     alike = []

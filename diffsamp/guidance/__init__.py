@@ -18,6 +18,7 @@ from diffsamp.guidance.data import (
     rule,
     static_thresholding,
 )
+from diffsamp.guidance.first_answer import FirstAnswer, first_answer
 from diffsamp.guidance.learned_range import LearnedRange, learned_range
 from diffsamp.guidance.linear import Combined, cfg, cfg_pp, combine
 from diffsamp.guidance.losses import Loss, dps, freedom, loss, posterior_std, step_units
@@ -30,6 +31,7 @@ from diffsamp.guidance.unfolded import Selected, select, unfold
 __all__ = [
     "Annealed",
     "Combined",
+    "FirstAnswer",
     "LearnedRange",
     "Loss",
     "Measurement",
@@ -47,6 +49,7 @@ __all__ = [
     "ddnm",
     "dps",
     "dynamic_thresholding",
+    "first_answer",
     "freedom",
     "inpaint",
     "keep_noise",

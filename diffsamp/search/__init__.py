@@ -10,12 +10,14 @@ coefficients by gradient;
 
 from diffsamp.search import objective
 from diffsamp.search.align import align_costs, align_steps
+from diffsamp.search.answers import first_answers
 from diffsamp.search.best import STAGES, best
 from diffsamp.search.canonical import can_distill, canonical, from_canonical
 from diffsamp.search.compare import Comparison, Entry, candidates, compare
 from diffsamp.search.distill import distill
 from diffsamp.search.dynamic import Costs, shortest_path, step_costs
 from diffsamp.search.evolve import Evolution, evolve
+from diffsamp.search.fine import fine_times
 from diffsamp.search.fit import (
     Fit,
     RatioPolynomial,
@@ -28,7 +30,7 @@ from diffsamp.search.genome import Genome
 from diffsamp.search.objective import Objective, reference_tableau, run, run_many
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
-from diffsamp.search.regress import fine_times, regress
+from diffsamp.search.regress import regress
 
 __all__ = [
     "STAGES",
@@ -52,6 +54,7 @@ __all__ = [
     "distill",
     "evolve",
     "fine_times",
+    "first_answers",
     "fit_dc",
     "fit_dc_cascade",
     "fit_iia",

@@ -108,6 +108,7 @@ def refine(
             f"tableau {tableau.name!r} gives samples that are not finite on this network; refine "
             "one that works."
         )
+    cost = starts.cost(given)
     best, least = present, starts.decide(table.tableau(present))
     history = [(0, value, least)]
     damping, taken = 1e-2, 0
@@ -117,7 +118,7 @@ def refine(
             move = _solve(normal, gradient, damping)
             trial = present + move
             new = np.inf
-            if table.is_valid(trial):
+            if table.is_valid(trial) and starts.cost(table.tableau(trial)) <= cost:
                 new = starts.value(table.tableau(trial), 0, fit)
             if new < value - 1e-6:
                 break
@@ -145,6 +146,7 @@ def refine(
     scores = starts.scores(given, found, data_range)
     settings = {
         "nfe": given.nfe,
+        "cost": cost,
         "starts": starts.size,
         "held_out": starts.size - fit,
         "numbers": list(numbers),
@@ -291,7 +293,7 @@ def _equations(
         shifted[i] += _DIFFERENCE
         vectors.append(shifted)
     tableaux = [table.tableau(v) for v in vectors]
-    starts.spent += sum(t.nfe for t in tableaux) * starts.fit
+    starts.spent += sum(starts.cost(t) for t in tableaux) * starts.fit
     normal, gradient = np.zeros((len(vector),) * 2), np.zeros(len(vector))
     for low in range(0, starts.fit, starts.batch):
         high = min(low + starts.batch, starts.fit)

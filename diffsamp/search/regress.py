@@ -19,48 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import schedules, solvers
+from diffsamp import solvers
 from diffsamp._core.checks import expect_int, expect_times
 from diffsamp._core.digest import seed_of
 from diffsamp._core.sharding import put
 from diffsamp._core.types import Bound, Conditions, Key, Network, PyTree, Sharding
 from diffsamp.predictions import level_at
-from diffsamp.processes import Process
 from diffsamp.sampling import trajectory
 from diffsamp.score import ScoreFn
-from diffsamp.search.dynamic import Costs, pair_costs
 from diffsamp.search.explicit import Explicit
-from diffsamp.search.objective import Progress, slice_batch
+from diffsamp.search.fine import Recorded, fine_times, start_grids
+from diffsamp.search.objective import Progress, slice_batch, teacher
 from diffsamp.search.plan import Plan
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 
-__all__ = ["fine_times", "regress"]
+__all__ = ["regress"]
 
-_WEIGHTS = (0.8, 1.0, 1.2)  # of the steps of least-cost paths: early or late ones count more
 _MOVES = (8, 4, 2, 1)
-
-
-def fine_times(process: Process, points: int = 95) -> np.ndarray:
-    """A grid that is fine wherever any schedule puts points: (M + 1,) falling times, M <= points.
-
-    Three parts in five uniform in log-SNR, two in t, without pairs closer than 0.02 in log-SNR.
-
-    Args:
-      process: the noise process.
-      points: how many at most, at least 4.
-    """
-    points = expect_int(points, "points", at_least=4)
-    one = schedules.logsnr(process, max(2, 3 * points // 5))
-    two = schedules.uniform(process, max(2, points - len(one) + 1))
-    times = np.unique(np.concatenate([one, two]))[::-1]
-    with np.errstate(divide="ignore"):
-        log_snr = np.log(process.alpha(times)) - np.log(process.sigma(times))
-    kept = [0]
-    for i in range(1, len(times) - 1):
-        if log_snr[i] - log_snr[kept[-1]] >= 0.02:
-            kept.append(i)
-    return times[[*kept, len(times) - 1]]
 
 
 def regress(
@@ -122,7 +98,11 @@ def regress(
     search = _Walker(starts, record, ridge, limit)
 
     walked = []
-    grids = _start_grids(score_fn.process, record, starts.fit, nfe)
+    grids = start_grids(score_fn.process, record, starts.fit, nfe)
+    # where known answers replace some, no grid may ask more than one that begins at t_max
+    budget = max(search.cost(grid) for grid in [range(nfe + 1), *grids.values()] if grid[0] == 0)
+    grids = {name: grid for name, grid in grids.items() if search.cost(grid) <= budget}
+    search.budget = budget
     for i, (name, grid) in enumerate(grids.items()):
         walked.append((search(grid), name))
         if progress is not None:
@@ -151,6 +131,7 @@ def regress(
     scores = starts.scores(tableaux[0], best, data_range)
     settings = {
         "nfe": nfe,
+        "cost": starts.cost(best),
         "starts": starts.size,
         "held_out": starts.size - starts.fit,
         "points": len(times) - 1,
@@ -171,37 +152,25 @@ def regress(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """The network's own trajectory on the fine grid.
-
-    Attributes:
-      times, alpha, sigma: (M + 1,) of the points.
-      states: (M + 1, n, ...) float32 on the host; the last is where samplers should end.
-      answers: (M, n, ...) data predictions there.
-    """
-
-    times: np.ndarray
-    alpha: np.ndarray
-    sigma: np.ndarray
-    states: np.ndarray
-    answers: np.ndarray
+class _Record(Recorded):
+    """The network's own trajectory, and the samplers that can be made on it."""
 
     @classmethod
     def make(cls, starts: Starts, times: np.ndarray, progress: Progress | None) -> _Record:
-        tableau = solvers.unipc(starts.score_fn.process, times, order=3)
+        network = teacher(starts.score_fn)
+        tableau = solvers.unipc(network.process, times, order=3)
         states, answers = [], []
         for low in range(0, starts.size, starts.batch):
             high = min(low + starts.batch, starts.size)
             x, cond = (
                 put(slice_batch(v, low, high), starts.sharding) for v in (starts.x_T, starts.cond)
             )
-            path = trajectory(starts.score_fn, tableau, x, cond=cond)
+            path = trajectory(network, tableau, x, cond=cond)
             states.append(np.asarray(path.points, np.float32))
             answers.append(np.asarray(path.outputs, np.float32))
             if progress is not None:
                 progress("recording the trajectory", high, starts.size)
-        starts.spent += starts.size * tableau.nfe
+        starts.spent += starts.size * network.nfe(tableau)
         joined = np.concatenate(states, axis=1)
         if not np.all(np.isfinite(joined)):
             raise ValueError(
@@ -256,11 +225,16 @@ class _Walker:
         self.cond = slice_batch(starts.cond, 0, starts.fit)
         self.ridge, self.limit = ridge, limit
         self.walks = self.discarded = 0
+        self.budget = np.inf  # network evaluations of a sampler, at most
         self._firsts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         level = level_at(starts.score_fn.process, record.times[:-1])
         ones = np.ones(len(level.t))
         self.bound = starts.score_fn.bind(level, (ones, 0 * ones))
         starts.score_fn.check_bound(self.bound, level, ones.astype(bool))
+        # what the network counts at each fine point: guidance twice, say, a known answer nothing
+        one = solvers.ddim(starts.score_fn.process, record.times)
+        asks = np.eye(one.rows, dtype=bool)
+        self.costs = [starts.cost(dataclasses.replace(one, evaluates=row)) for row in asks]
 
     def ask(self, x: np.ndarray, i: int) -> np.ndarray:
         """What the network says about the data at state x and fine point i."""
@@ -270,17 +244,21 @@ class _Walker:
             high = min(low + batch, self.fit)
             own = put(slice_batch(self.cond, low, high), sharding)
             answers.append(_ask(self.starts.score_fn, put(x[low:high], sharding), bound, own))
-        self.starts.spent += self.fit
+        self.starts.spent += self.fit * self.costs[i]
         return np.concatenate([np.asarray(a, np.float32) for a in answers])
+
+    def cost(self, grid: Sequence[int]) -> float:
+        """Network evaluations of a sampler on a grid, per sample."""
+        return sum(self.costs[i] for i in grid[:-1])
 
     def first(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The state and the answer of a sampler that starts at fine point i."""
         if i not in self._firsts:
             x_T = self.record.states[0, : self.fit]
-            if i == 0:
+            if i == 0 and teacher(self.starts.score_fn) is self.starts.score_fn:
                 self._firsts[i] = x_T, self.record.answers[0, : self.fit]
             else:
-                x = np.float32(self.record.sigma[i] / self.record.sigma[0]) * x_T
+                x = x_T if i == 0 else np.float32(self.record.sigma[i] / self.record.sigma[0]) * x_T
                 self._firsts[i] = x, self.ask(x, i)
         return self._firsts[i]
 
@@ -351,6 +329,8 @@ class _Walker:
                         trial[i] += shift
                         if trial[0] < 0 or np.any(np.diff(trial) <= 0):
                             continue
+                        if self.cost(trial) > self.budget:
+                            continue
                         if self.starts.spent >= self.limit:
                             break
                         walk = self(trial, best)
@@ -366,46 +346,3 @@ class _Walker:
 @jax.jit
 def _ask(score_fn: Network, x: PyTree, bound: Bound, cond: Conditions | None) -> PyTree:
     return score_fn.predict(x, bound, cond)
-
-
-def _start_grids(
-    process: Process, record: _Record, fit: int, nfe: int
-) -> dict[str, tuple[int, ...]]:
-    """Every fixed schedule that fits and the paths of least cost, as indices of fine points."""
-    last = len(record.times) - 1
-    with np.errstate(divide="ignore"):
-        log_snr = np.log(record.alpha[:-1]) - np.log(record.sigma[:-1])
-    finite = np.where(np.isfinite(log_snr), log_snr, log_snr[np.isfinite(log_snr)].min() - 1.0)
-    grids: dict[str, tuple[int, ...]] = {}
-    for name in schedules.names(process):
-        try:
-            times = np.asarray(schedules.get(name)(process, nfe))
-        except ValueError:
-            continue  # it does not fit this process or budget
-        if len(times) != nfe + 1:
-            continue
-        with np.errstate(divide="ignore"):
-            own = np.log(process.alpha(times[:-1])) - np.log(process.sigma(times[:-1]))
-        near = [int(np.argmin(np.abs(finite - max(v, finite[0])))) for v in own]
-        grids[name] = (*near, last)
-    batch = max(1, min(fit, 64))
-    arguments = [jnp.asarray(v, jnp.float32) for v in (record.alpha, record.sigma)]
-    for kind in ("local", "distance"):
-        cost = np.asarray(
-            pair_costs(
-                jnp.asarray(record.states[:, :batch]),
-                jnp.asarray(record.answers[:, :batch]),
-                *arguments,
-                kind=kind,
-            ),
-            np.float64,
-        )
-        costs = Costs(record.times, np.triu(cost / batch, 1))
-        for weight in _WEIGHTS:
-            label = f"the path of least {kind} cost, weight {weight:g}"
-            grids[label] = tuple(costs.path(nfe, weight=weight))
-    unique: dict[tuple[int, ...], str] = {}
-    for name, grid in grids.items():
-        if np.all(np.diff(grid) > 0):
-            unique.setdefault(grid, name)
-    return {name: grid for grid, name in unique.items()}

@@ -22,6 +22,7 @@ from diffsamp.search.objective import (
     reference_tableau,
     run,
     slice_batch,
+    teacher,
 )
 from diffsamp.tableau import Tableau
 
@@ -42,7 +43,7 @@ class Starts:
       batch: samples at a time.
       sharding: over the batch axis.
       order: (size,) which of the caller's starts each is.
-      spent: network evaluations so far, one per sample and call.
+      spent: network evaluations so far: per sample and call, as many as the network counts.
     """
 
     score_fn: ScoreFn
@@ -54,7 +55,7 @@ class Starts:
     batch: int
     sharding: Sharding
     order: np.ndarray
-    spent: int = 0
+    spent: float = 0
 
     @classmethod
     def split(
@@ -101,6 +102,10 @@ class Starts:
         """All of them."""
         return int(jax.tree.leaves(self.x_T)[0].shape[0])
 
+    def cost(self, tableau: Tableau) -> float:
+        """Network evaluations of a run, per sample, as the network itself counts them."""
+        return self.score_fn.nfe(tableau)
+
     def expect_reference(self, reference: Tableau | PyTree, progress: Progress | None) -> None:
         """Take or make the reference; see `make_reference`.
 
@@ -111,7 +116,7 @@ class Starts:
         if reference is None:
             reference = reference_tableau(self.score_fn.process)
         made = isinstance(reference, Tableau)
-        self.spent += reference.nfe * self.size if made else 0
+        self.spent += teacher(self.score_fn).nfe(reference) * self.size if made else 0
         found = make_reference(
             self.score_fn,
             reference,
@@ -125,7 +130,7 @@ class Starts:
 
     def samples(self, tableau: Tableau, low: int, high: int) -> PyTree:
         """Samples low .. high - 1."""
-        self.spent += tableau.nfe * (high - low)
+        self.spent += self.cost(tableau) * (high - low)
         x, cond = (slice_batch(v, low, high) for v in (self.x_T, self.cond))
         return run(self.score_fn, tableau, x, cond=cond, batch=self.batch, sharding=self.sharding)
 

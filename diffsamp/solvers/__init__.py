@@ -13,7 +13,7 @@ from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.types import Array, Times, Value
 from diffsamp.processes import Process
 from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm
-from diffsamp.solvers.afs import analytic_first_step
+from diffsamp.solvers.afs import analytic_first_step, cached_first_answer
 from diffsamp.solvers.consistency import CONSISTENCY_INDICES, consistency
 from diffsamp.solvers.ddim import accelerated_ddpm, conjugate_ddim, ddim, ddpm
 from diffsamp.solvers.dpm import dpm_solver, exponential_rk
@@ -51,6 +51,7 @@ __all__ = [
     "analytic_first_step",
     "bdia",
     "belm",
+    "cached_first_answer",
     "conjugate_ddim",
     "consistency",
     "dc_solver",
