@@ -55,6 +55,7 @@ SOLVERS = (
     "heavy_ball",
     "mixed",
     "analytic_first_step",
+    "cached_first_answer",
     "bdia",
     "belm",
     "ddpm",
@@ -81,9 +82,11 @@ def composed(name: str, process: Any) -> ds.Tableau | None:
         low, high = 0.14, 0.3
         short = ds.schedules.logsnr(process, 8, final="t_min")
         return solvers.restart(process, short, intervals=[(3, 1, low, high)])
-    if name == "analytic_first_step":
-        longer = ds.schedules.logsnr(process, NFE + 1)
-        return solvers.analytic_first_step(solvers.dpmpp(process, longer, order=2))
+    if name in ("analytic_first_step", "cached_first_answer"):
+        longer = solvers.dpmpp(process, ds.schedules.logsnr(process, NFE + 1), order=2)
+        if name == "cached_first_answer":
+            return solvers.cached_first_answer(longer, 0.1)
+        return solvers.analytic_first_step(longer)
     if name == "mixed":
         return solvers.mixed(process, times, steps=[solvers.MixedStep()] * NFE)
     if name == "dc_solver":

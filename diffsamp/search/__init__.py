@@ -9,6 +9,7 @@ coefficients by gradient;
 """
 
 from diffsamp.search import objective
+from diffsamp.search._cost import Estimate
 from diffsamp.search.align import align_costs, align_steps
 from diffsamp.search.answers import first_answers
 from diffsamp.search.best import STAGES, best
@@ -37,6 +38,7 @@ __all__ = [
     "Comparison",
     "Costs",
     "Entry",
+    "Estimate",
     "Evolution",
     "Fit",
     "Front",

@@ -1,7 +1,8 @@
-"""The finished stages of a search as files, so that a run that was killed goes on."""
+"""How a search of several stages runs, and its finished stages as files, so that it goes on."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -11,10 +12,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.files import read_json, write_atomically
-from diffsamp._core.types import PyTree, Value
+from diffsamp._core.types import PyTree, Sharding, Value
+from diffsamp.search.objective import Progress
 from diffsamp.search.plan import decoded, encoded
 
-__all__ = ["Folder"]
+__all__ = ["Folder", "Running"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """How all searches run.
+
+    Attributes:
+      batch: samples of one candidate at a time.
+      together: candidates at a time.
+      sharding: over the batch axis.
+      data_range: largest minus smallest value of the data.
+      progress: called with (what, done, total).
+    """
+
+    batch: int
+    together: int
+    sharding: Sharding
+    data_range: float
+    progress: Progress | None
+
+    @property
+    def options(self) -> dict[str, Value]:
+        """What every search takes by these names."""
+        return {"batch": self.batch, "sharding": self.sharding, "progress": self.progress}
 
 
 class Folder:

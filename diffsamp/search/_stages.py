@@ -15,54 +15,30 @@ import jax
 import numpy as np
 
 from diffsamp import schedules, solvers
-from diffsamp._core.types import Array, Conditions, Key, PyTree, Sharding, Value
+from diffsamp._core.types import Array, Conditions, Key, PyTree, Value
 from diffsamp.score import ScoreFn
-from diffsamp.search._folder import Folder
+from diffsamp.search._folder import Folder, Running
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.compare import Comparison, Entry, LeftOut, compare
 from diffsamp.search.distill import distill
 from diffsamp.search.dynamic import step_costs
 from diffsamp.search.evolve import evolve
 from diffsamp.search.explicit import from_largest_level
-from diffsamp.search.objective import Objective, Progress, finite_psnr, run_many, slice_batch
+from diffsamp.search.objective import Objective, finite_psnr, run_many, slice_batch
 from diffsamp.search.plan import Plan
 from diffsamp.search.refine import refine
-from diffsamp.search.regress import regress
+from diffsamp.search.regress import Regression
 from diffsamp.tableau import Tableau
 
 __all__ = ["RUN", "Search"]
 
 _WEIGHTS = (1.0, 1.2, 1.4)  # of the later steps, in the dynamic programs
 # without the stage "compare" the start of a plan is the best of these
+_KEPT = 16  # samplers a budget that go on from "compare"
 _USUAL = {
     "solver": ("ddim", "dpmpp_2m", "unipc2", "ipndm3"),
     "schedule": ("logsnr", "uniform", "karras", "quadratic", "trailing"),
 }
-_KEPT = 16  # samplers a budget that "compare" measures on all starts
-
-
-@dataclasses.dataclass(frozen=True)
-class Running:
-    """How all searches run.
-
-    Attributes:
-      batch: samples of one candidate at a time.
-      together: candidates at a time.
-      sharding: over the batch axis.
-      data_range: largest minus smallest value of the data.
-      progress: called with (what, done, total).
-    """
-
-    batch: int
-    together: int
-    sharding: Sharding
-    data_range: float
-    progress: Progress | None
-
-    @property
-    def options(self) -> dict[str, Value]:
-        """What every search takes by these names."""
-        return {"batch": self.batch, "sharding": self.sharding, "progress": self.progress}
 
 
 @dataclasses.dataclass
@@ -88,6 +64,8 @@ class Search:
       discarded: samplers that gave something not finite.
       left_out: what could not be built.
       spent: network evaluations so far, one per sample and call.
+      limit: of these.
+      tasks: stages times budgets that are still to come, which share what is left.
     """
 
     score_fn: ScoreFn
@@ -107,7 +85,9 @@ class Search:
     tables: dict[int, Comparison] = dataclasses.field(default_factory=dict)
     discarded: int = 0
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
-    spent: int = 0
+    spent: float = 0
+    limit: float = np.inf
+    tasks: int = 1
 
     def part(self, first: int, last: int) -> dict[str, PyTree]:
         """Arguments of a search on samples first .. last - 1."""
@@ -115,6 +95,13 @@ class Search:
             name: slice_batch(getattr(self, name), first, last)
             for name in ("x_T", "cond", "reference")
         }
+
+    def share(self) -> int | None:
+        """The limit of the next of the tasks that are left; None for none."""
+        judging = 8 * self.spans[2] * sum(self.budgets)  # what the plans themselves will take
+        left = (self.limit - judging - self.spent) / max(self.tasks, 1)
+        self.tasks -= 1
+        return max(1, int(left)) if np.isfinite(left) else None
 
     def measure(self, tableaux: Sequence[Tableau], first: int, last: int) -> list[dict[str, float]]:
         """The objective and the PSNR of each on samples first .. last - 1."""
@@ -128,7 +115,7 @@ class Search:
             batch=self.running.batch,
             sharding=self.running.sharding,
         )
-        self.spent += sum(t.nfe for t in tableaux) * (last - first)
+        self.spent += sum(self.score_fn.nfe(t) for t in tableaux) * (last - first)
         found = []
         for x in samples:
             value = self.objective(x, own["reference"])
@@ -181,37 +168,38 @@ def run_compare(search: Search, usual: bool = False) -> None:
         chosen = {"solver": _USUAL["solver"], "schedule": grids or None}
 
     def screening() -> dict[str, PyTree]:
-        few = min(effort["screen"], search.spans[0])
         table = compare(
             search.score_fn,
-            **search.part(0, few),
+            **search.part(0, search.spans[0]),
             **chosen,
             nfe=search.budgets,
             data_range=search.running.data_range,
             scores={objective.name: objective},
+            by=objective.name,
+            halving=min(effort["screen"], search.spans[0]),
             population=search.running.together,
             **search.running.options,
         )
-        search.spent += few * sum(e.nfe for e in table.entries)
         kept: dict[str, PyTree] = {}
         for n in search.budgets:
             table.best(n)  # raises if nothing of this budget is finite
-            entries = [e for e in table.entries if e.nfe == n and math.isfinite(e.psnr)]
-            entries = sorted(entries, key=lambda e: e.scores[objective.name])[:_KEPT]
-            values = search.measure([e.tableau for e in entries], 0, search.spans[0])
-            rows = [
-                [e.solver, e.schedule, v, e.tableau.to_dict()]
-                for e, v in zip(entries, values, strict=True)
+            whole = [e for e in table.entries if e.nfe == n and e.starts == 0]
+            rows: list[list[PyTree]] = [
+                [e.solver, e.schedule, {**e.scores, "psnr": e.psnr}, e.tableau.to_dict()]
+                for e in whole
+                if math.isfinite(e.psnr)
             ]
-            kept[str(n)] = sorted(rows, key=lambda row: row[2][objective.name])
+            kept[str(n)] = sorted(rows, key=lambda row: row[2][objective.name])[:_KEPT]
         return {
             "entries": kept,
             "discarded": table.discarded,
             "compared": len(table.entries),
+            "evaluations": table.evaluations,
             "left_out": [list(one) for one in table.left_out],
         }
 
     screened = search.folder.stage("compare", screening)
+    search.spent += screened.get("evaluations", 0)
     search.discarded += screened["discarded"]
     # a folder of an earlier version does not say
     search.left_out += [LeftOut(*one) for one in screened.get("left_out", [])]
@@ -269,10 +257,16 @@ def run_dynamic(search: Search) -> None:
                 for names, v, t in zip(used, values, tableaux, strict=True)
                 if math.isfinite(v["psnr"])
             ]
-        return {"entries": made, "discarded": lost, "left_out": [list(one) for one in unfit]}
+        return {
+            "entries": made,
+            "discarded": lost,
+            "left_out": [list(one) for one in unfit],
+            "evaluations": sum(one.evaluations for one in costs.values()),
+        }
 
     programmed = search.folder.stage("dynamic", programming)
     search.discarded += programmed["discarded"]
+    search.spent += programmed.get("evaluations", 0)
     search.left_out += [LeftOut(*one) for one in programmed.get("left_out", [])]
     for n in search.budgets:
         entries = _entries(programmed["entries"][str(n)], n)
@@ -282,18 +276,32 @@ def run_dynamic(search: Search) -> None:
 
 
 def run_regress(search: Search) -> None:
-    """Least squares for each budget, on the starts that fit."""
+    """Least squares for each budget, on the starts that fit; one trajectory for all of them."""
+    recorded: list[Regression] = []
     for n in search.budgets:
+        limit = search.share()
 
-        def regression(n: int = n) -> Value:
-            return regress(
-                search.score_fn,
-                **search.part(0, search.spans[0]),
-                nfe=n,
-                key=jax.random.fold_in(search.key, n),
-                data_range=search.running.data_range,
-                **search.running.options,
-            ).to_dict()
+        def regression(n: int = n, limit: int | None = limit) -> Value:
+            if not recorded:
+                made = Regression.prepare(
+                    search.score_fn,
+                    **search.part(0, search.spans[0]),
+                    key=search.key,
+                    budgets=search.budgets,
+                    evaluations=None if limit is None else limit * len(search.budgets),
+                    **search.running.options,
+                )
+                recorded.append(made)
+            return (
+                recorded[0]
+                .plan(
+                    n,
+                    evaluations=limit,
+                    data_range=search.running.data_range,
+                    progress=search.running.progress,
+                )
+                .to_dict()
+            )
 
         plan = Plan.from_dict(search.folder.stage(f"regress-{n}", regression))
         search.spent += plan.settings["evaluations"]
@@ -314,6 +322,7 @@ def run_refine(search: Search) -> None:
                 together=search.running.together,
                 numbers=search.effort["numbers"],
                 data_range=search.running.data_range,
+                evaluations=search.share(),
                 **search.running.options,
             ).to_dict()
 
@@ -336,9 +345,11 @@ def run_evolve(search: Search) -> None:
             rounds=search.effort["rounds"],
             together=search.running.together,
             state=search.folder.path(f"evolve-{n}"),
+            evaluations=search.share(),
             **search.running.options,
         )
         search.discarded += evolution.discarded
+        search.spent += evolution.evaluations
         found = zip(evolution.genomes, evolution.values, strict=True)
         search.pools[n] += [
             (value, dataclasses.replace(g.tableau(search.score_fn.process), name=f"evolve ({i})"))
@@ -374,7 +385,7 @@ def run_distill(search: Search) -> None:
             ).to_dict()
 
         learned = Plan.from_dict(search.folder.stage(f"distill-{n}", learning))
-        search.spent += 2 * search.effort["steps"] * search.running.batch * n
+        search.spent += learned.settings["evaluations"]
         search.add(n, learned.tableau, f"{learned.start}, distill")
 
 

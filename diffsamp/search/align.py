@@ -24,6 +24,7 @@ from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Times
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import affordable, announce, expect_limit
 from diffsamp.search.dynamic import Costs
 from diffsamp.search.objective import Progress, expect_batch, slice_batch
 
@@ -38,6 +39,7 @@ def align_costs(
     key: Key,
     cond: Conditions | None = None,
     batch: int = 64,
+    evaluations: int | None = None,
     sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Costs:
@@ -55,6 +57,7 @@ def align_costs(
       key: random key of noise and levels.
       cond: keyword arguments for the network, every array with the leading axis n.
       batch: samples at a time: 2 M x `batch` predictions are in memory.
+      evaluations: spend at most so many network evaluations, on fewer of the data; None: all.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
@@ -72,6 +75,20 @@ def align_costs(
     expect_sharding(sharding, batch if batch < size else None)
     score_fn = on_mesh(score_fn, sharding)
     cells = len(levels) - 1
+    each = (2 * cells + 1) * score_fn.nfe_factor
+    size = affordable("align", size, each + 2 * score_fn.nfe_factor, expect_limit(evaluations))
+    batch = min(batch, size)
+    estimate, spent = announce(
+        "align",
+        score_fn,
+        slice_batch(data, 0, size),
+        slice_batch(cond, 0, size),
+        evaluations=size * each,
+        batch=batch,
+        states=4 * cells * batch / size,
+        sharding=sharding,
+    )
+    spent += size * each
     # quantiles of rho^-3 in each cell, one of `size` strata per sample in an order of its own
     key_strata, key_noise = jax.random.split(key)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key_strata)).ravel().tolist())
@@ -106,7 +123,7 @@ def align_costs(
     cost[:-1, 1:] = np.cumsum(integrand, axis=1)
     times = np.asarray(process.time(-np.log(levels)), np.float64)
     times[0] = min(times[0], process.t_max)
-    return Costs(times, np.triu(cost, 1))
+    return Costs(times, np.triu(cost, 1), evaluations=spent, estimate=estimate)
 
 
 @jax.jit
@@ -150,6 +167,7 @@ def align_steps(
     rounds: int = 3,
     final: str = "clean",
     batch: int = 64,
+    evaluations: int | None = None,
     sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -170,6 +188,7 @@ def align_steps(
       final: "clean": n levels are aligned and the clean end follows, as the published tables;
         "t_min": n + 1 levels.
       batch: samples at a time.
+      evaluations: spend at most so many network evaluations, on fewer of the data; None: all.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
@@ -184,6 +203,7 @@ def align_steps(
     coarse = schedules.logsnr(process, points, final="t_min")
     levels = np.exp(-np.asarray(process.log_snr(coarse), np.float64))
     found = np.zeros(0)
+    share = None if evaluations is None else int(expect_limit(evaluations)) // rounds
     for i in range(rounds):
         costs = align_costs(
             score_fn,
@@ -192,6 +212,7 @@ def align_steps(
             key=jax.random.fold_in(key, i),
             cond=cond,
             batch=batch,
+            evaluations=share,
             sharding=sharding,
             progress=progress,
         )

@@ -18,9 +18,17 @@ from diffsamp._core.digest import digest, fingerprint, seed_of
 from diffsamp._core.sharding import on_mesh
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
-from diffsamp.search._folder import Folder
-from diffsamp.search._stages import RUN, Running, Search, run_compare
-from diffsamp.search.objective import Objective, Progress, expect_batch, log_mse, make_reference
+from diffsamp.search._cost import expect_limit
+from diffsamp.search._folder import Folder, Running
+from diffsamp.search._stages import RUN, Search, run_compare
+from diffsamp.search.objective import (
+    Objective,
+    Progress,
+    cost_of_reference,
+    expect_batch,
+    log_mse,
+    make_reference,
+)
 from diffsamp.search.plan import Front
 
 __all__ = ["STAGES", "best"]
@@ -29,6 +37,7 @@ STAGES = tuple(RUN)
 # for the default objective: evolve and distill add at most 0.1 dB to these for ten times the cost,
 # where measured; other objectives need them, as these two know of none
 _DEFAULT = ("regress", "refine")
+_SHARING = ("regress", "refine", "evolve")  # what a limit on evaluations is divided among
 _OTHERS = ("compare", "dynamic", "regress", "refine", "evolve", "distill")
 
 
@@ -48,11 +57,12 @@ def best(
     population: int = 32,
     rounds: int = 8,
     steps: int = 400,
-    numbers: Sequence[str] = ("times", "weights"),
+    numbers: Sequence[str] = ("times", "labels", "weights"),
     held_out: int | None = None,
     batch: int = 64,
     together: int = 1,
     seconds: float | None = None,
+    evaluations: int | None = None,
     data_range: float = 2.0,
     sharding: Sharding = None,
     state: str | os.PathLike[str] | None = None,
@@ -75,8 +85,8 @@ def best(
         "compare" a few usual samplers are compared, to have something to hold the plans against.
       solver: registry names; None: all deterministic ones.
       schedule: schedule names; None: all that fit the process.
-      screen: starts on which all solvers x schedules are first compared; the best 16 a budget are
-        then measured on all starts to fit.
+      screen: starts on which all solvers x schedules are first compared; the better half of each
+        budget goes on to twice as many, until all starts to fit are used.
       population: candidates a round of `evolve`.
       rounds: of `evolve`.
       steps: gradient steps of `distill`.
@@ -86,6 +96,8 @@ def best(
       together: candidates at a time.
       seconds: stop before a stage that would begin after this time, and return what there is. The
         result then depends on the machine's speed. None: no limit.
+      evaluations: a limit on network evaluations, which stages and budgets share; "distill" and the
+        comparison that begins a search are left out of it where they do not fit. None: no limit.
       data_range: largest minus smallest value of the data, for the PSNR.
       sharding: over the batch axis, as for `run`.
       state: folder, made if needed, in which every finished stage is kept; for one process. It
@@ -135,6 +147,7 @@ def best(
         **effort,
         "held_out": held,
         "batch": batch,
+        "limit": evaluations,
         "distill": {k: str(v) for k, v in distill_options.items()},
     }
     job = {}  # to which a folder belongs; arrays of several processes have no digest
@@ -162,12 +175,16 @@ def best(
         effort,
         settings,
         folder,
+        spent=cost_of_reference(score_fn, given) * size,
+        limit=expect_limit(evaluations),
+        tasks=len(budgets) * sum(stage in _SHARING for stage in stages),
     )
     if "compare" not in stages:
         run_compare(search, usual=True)  # what the plans are held against
     for stage, run in RUN.items():
         in_time = seconds is None or time.perf_counter() - began < seconds
-        if stage in stages and (in_time or stage == "compare"):
+        in_limit = search.spent < search.limit and (stage != "distill" or evaluations is None)
+        if stage in stages and ((in_time and in_limit) or stage == "compare"):
             run(search)
     plans = {n: search.plan(n, time.perf_counter() - began) for n in budgets}
     return Front(plans, search.discarded, objective.name, tuple(search.left_out))

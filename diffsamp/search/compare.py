@@ -1,4 +1,8 @@
-"""`compare`: every solver on every schedule at every budget, one compiled program."""
+"""`compare`: every solver on every schedule at every budget, one compiled program.
+
+With a limit it is successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all on a few
+starts, the better half of each budget on twice as many, and so on.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules, solvers
-from diffsamp._core.checks import expect_int
+from diffsamp._core import random
+from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import Estimate, announce, expect_limit
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.explicit import from_largest_level
-from diffsamp.search.objective import Progress, finite_psnr, make_reference, run_many
+from diffsamp.search.objective import (
+    Progress,
+    cost_of_reference,
+    expect_batch,
+    finite_psnr,
+    make_reference,
+    run_many,
+    slice_batch,
+)
 from diffsamp.tableau import Tableau
 
 __all__ = ["Comparison", "Entry", "LeftOut", "candidates", "compare"]
@@ -36,6 +50,8 @@ class Entry:
       tableau: the sampler.
       psnr: dB to the reference at equal noise, mean over samples; -inf if a sample is not finite.
       scores: the caller's further scores, by name; NaN if a sample is not finite.
+      starts: how many starts it was measured on; 0 for all. Successive halving measures the worse
+        ones on a few.
     """
 
     solver: str
@@ -44,6 +60,7 @@ class Entry:
     tableau: Tableau
     psnr: float
     scores: dict[str, float]
+    starts: int = 0
 
 
 class LeftOut(NamedTuple):
@@ -64,11 +81,15 @@ class Comparison:
       reference: the samples compared with.
       left_out: what could not be built, and why: a schedule that does not fit the budget, a solver
         that does not fit the times.
+      evaluations: of the network, per sample and call, the reference included.
+      estimate: what was said of the cost before it began.
     """
 
     entries: tuple[Entry, ...]
     reference: PyTree
     left_out: tuple[LeftOut, ...] = ()
+    evaluations: float = 0
+    estimate: Estimate | None = None
 
     @property
     def discarded(self) -> int:
@@ -83,7 +104,8 @@ class Comparison:
         Args:
           nfe: the budget.
           by: "psnr", which is maximised, or the name of a further score, which is minimised.
-          where: consider only entries for which this is true.
+          where: consider only entries for which this is true. Those that successive halving
+            dropped are not considered.
 
         Raises:
           ValueError: nothing was measured at this budget, or under this name, or every sampler
@@ -93,6 +115,8 @@ class Comparison:
         if not found:
             have = sorted({e.nfe for e in self.entries})
             raise ValueError(f"nothing was measured at nfe = {nfe}; there is {have}.")
+        most = max(e.starts or math.inf for e in found)
+        found = [e for e in found if (e.starts or math.inf) == most]
         if not any(math.isfinite(e.psnr) for e in found):
             raise ValueError(
                 f"all {len(found)} samplers of {nfe} evaluations gave samples that are not finite; "
@@ -170,6 +194,9 @@ def compare(
     data_range: float = 2.0,
     batch: int | None = None,
     population: int = 1,
+    halving: int | None = None,
+    by: str = "psnr",
+    evaluations: int | None = None,
     sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -195,6 +222,11 @@ def compare(
       data_range: largest minus smallest value of the data, for the PSNR.
       batch: samples at a time; None: all.
       population: samplers at a time, in one batch of `batch` x `population`; more fill a GPU.
+      halving: measure all on so many starts first, then the better half of each budget on twice as
+        many, until all starts are used. None: all on all, unless `evaluations` says otherwise.
+      by: what halving goes by: "psnr", or the name of one of `scores`.
+      evaluations: spend at most so many network evaluations, the reference included, by halving
+        from as many starts as that allows.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
@@ -204,7 +236,7 @@ def compare(
 
     Raises:
       ValueError: an unknown name, an empty choice, a budget below 1 or that no solver can meet,
-        nothing that can be built, or a reference that is not finite.
+        nothing that can be built, a reference that is not finite, or a limit that is too low.
     """
     if score_fn.batched is False:
         raise ValueError("`compare` needs a network with a batch axis, ScoreFn(batched=True).")
@@ -217,6 +249,7 @@ def compare(
     grids = schedules.names(process) if schedule is None else tuple(schedule)
     spacing = schedule if isinstance(schedule, Mapping) else {g: schedules.get(g) for g in grids}
     population = expect_int(population, "population", at_least=1)
+    expect_choice(by, "by", ("psnr", *(scores or {})))
     if not (budgets and chosen and grids):
         raise ValueError("`nfe`, `solver` and `schedule` must each name at least one choice.")
 
@@ -243,6 +276,32 @@ def compare(
         raise ValueError(
             f"none of {[s.name for s in chosen]} can make exactly {budgets} evaluations."
         )
+    size = expect_batch(x_T, cond)
+    keys = None if key is None else random.sample_keys(key, size)
+    tableaux = [tableau for _, _, tableau in todo]
+    padded = Tableau.pad_together(tableaux)
+    costs = [score_fn.nfe(tableau) for tableau in tableaux]
+    first = cost_of_reference(score_fn, reference) * size
+    halving = size if halving is None else expect_int(halving, "halving", at_least=1)
+    width = min(batch or size, size)
+    prices = {n: [c for c, t in zip(costs, tableaux, strict=True) if t.nfe == n] for n in budgets}
+    if evaluations is not None:
+        spare = expect_limit(evaluations) - first - 2 * width * costs[0]
+        halving = _affordable(prices, size, min(halving, size), spare)
+    plan = _rounds(size, min(halving, size))
+    likely = first + _price(prices, plan)
+    estimate, spent = announce(
+        f"compare, {len(todo)} samplers",
+        score_fn,
+        x_T,
+        cond,
+        evaluations=likely,
+        batch=min(width, halving),
+        states=2.0,
+        sharding=sharding,
+        tableau=padded[0],
+        key=keys,
+    )
     reference = make_reference(
         score_fn,
         reference,
@@ -253,35 +312,86 @@ def compare(
         sharding=sharding,
         progress=progress,
     )
-    samples = run_many(
-        score_fn,
-        [tableau for _, _, tableau in todo],
-        x_T,
-        key=key,
-        cond=cond,
-        batch=batch,
-        population=population,
-        sharding=sharding,
-    )
-    entries = []
-    for done, ((name, grid, tableau), x) in enumerate(zip(todo, samples, strict=True)):
-        finite = bool(jnp.all(jnp.isfinite(x)))
-        entries.append(
-            Entry(
-                solver=name,
-                schedule=grid,
-                nfe=tableau.nfe,
-                tableau=tableau,
-                psnr=finite_psnr(x, reference, data_range),
-                scores={
-                    label: float(score(x, reference)) if finite else math.nan
-                    for label, score in (scores or {}).items()
-                },
-            )
+    entries: dict[int, Entry] = {}
+    alive = list(range(len(todo)))
+    for count in plan:
+        few = slice_batch(reference, 0, count)
+        samples = run_many(
+            score_fn,
+            [padded[i] for i in alive],
+            slice_batch(x_T, 0, count),
+            key=None if keys is None else keys[:count],
+            cond=slice_batch(cond, 0, count),
+            batch=min(width, halving),
+            population=population,
+            sharding=sharding,
         )
-        if progress is not None:
-            progress("comparing", done + 1, len(todo))
-    return Comparison(tuple(entries), reference, tuple(left_out))
+        for done, (i, x) in enumerate(zip(alive, samples, strict=True)):
+            finite = bool(jnp.all(jnp.isfinite(x)))
+            name, grid, tableau = todo[i]
+            judged = {
+                label: float(score(x, few)) if finite else math.nan
+                for label, score in (scores or {}).items()
+            }
+            psnr = finite_psnr(x, few, data_range)
+            measured = 0 if count == size else count
+            entries[i] = Entry(name, grid, tableau.nfe, tableau, psnr, judged, measured)
+            if progress is not None:
+                progress("comparing", done + 1, len(alive))
+        spent += count * sum(costs[i] for i in alive)
+        alive = _better_half(alive, entries, by)
+    return Comparison(
+        tuple(entries[i] for i in range(len(todo))),
+        reference,
+        tuple(left_out),
+        spent + first,
+        estimate,
+    )
+
+
+def _rounds(size: int, first: int) -> list[int]:
+    """How many starts each round of successive halving uses."""
+    counts = [first]
+    while counts[-1] < size:
+        counts.append(min(2 * counts[-1], size))
+    return counts
+
+
+def _price(prices: Mapping[int, Sequence[float]], plan: Sequence[int]) -> float:
+    """Evaluations of a plan: of each budget the better half goes on, at its mean cost."""
+    total = 0.0
+    for costs in prices.values():
+        left = len(costs)
+        for count in plan:
+            total += count * left * float(np.mean(costs)) if costs else 0.0
+            left = -(-left // 2)
+    return total
+
+
+def _affordable(prices: Mapping[int, Sequence[float]], size: int, most: int, limit: float) -> int:
+    """On how many starts all may be measured first."""
+    for first in range(most, 0, -1):
+        if _price(prices, _rounds(size, first)) <= limit:
+            return first
+    least = _price(prices, _rounds(size, 1)) - limit
+    raise ValueError(
+        f"`evaluations` is too low by {least:.0f} for these samplers and {size} starts: name fewer "
+        "solvers, schedules or budgets, give fewer starts, or pass the reference."
+    )
+
+
+def _better_half(alive: Sequence[int], entries: Mapping[int, Entry], by: str) -> list[int]:
+    """The half of every budget that goes on, at least one."""
+
+    def error(i: int) -> float:
+        value = -entries[i].psnr if by == "psnr" else entries[i].scores[by]
+        return math.inf if math.isnan(value) else value
+
+    kept: list[int] = []
+    for nfe in sorted({entries[i].nfe for i in alive}):
+        own = sorted((i for i in alive if entries[i].nfe == nfe), key=error)
+        kept += own[: -(-len(own) // 2)]
+    return sorted(kept)
 
 
 def candidates(found: Comparison, nfe: int, *, most: int = 4) -> list[Tableau]:

@@ -22,27 +22,25 @@ import numpy as np
 
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.digest import seed_of
-from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.sharding import expect_sharding, on_mesh
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import announce, expect_limit
+from diffsamp.search._descent import Problem
 from diffsamp.search._gradient import (
-    arrays_of,
     default_optimizer,
-    fit_step,
     optax_or_error,
-    scales_of,
 )
-from diffsamp.search.canonical import canonical
 from diffsamp.search.compare import candidates, compare
 from diffsamp.search.explicit import from_largest_level, own_start
 from diffsamp.search.objective import (
     Objective,
     Progress,
+    cost_of_reference,
     expect_batch,
     finite_psnr,
     log_mse,
     make_reference,
-    run,
     slice_batch,
 )
 from diffsamp.search.plan import Plan
@@ -81,6 +79,7 @@ def distill(
     patience: int | None = None,
     checkpoint: bool = True,
     micro_batch: int | None = None,
+    evaluations: int | None = None,
     data_range: float = 2.0,
     sharding: Sharding = None,
     progress: Progress | None = None,
@@ -123,6 +122,8 @@ def distill(
       checkpoint: recompute the network in the backward pass, to bound memory.
       micro_batch: samples of a step whose gradient is taken at once, a divisor of `batch`; None:
         all. With `checkpoint`, memory is that of nfe + 1 states and one network for so many.
+      evaluations: spend at most so many network evaluations on the steps, of which there are then
+        fewer; a gradient counts as two more.
       data_range: largest minus smallest value of the data, for the PSNR.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
@@ -165,6 +166,7 @@ def distill(
     pieces = batch // micro_batch
     if pieces * micro_batch != batch:
         raise ValueError(f"`micro_batch` must divide the batch of {batch}; got {micro_batch}.")
+    spent = cost_of_reference(score_fn, reference) * size
     reference = make_reference(
         score_fn, reference, x_T, cond=cond, batch=batch, sharding=sharding, progress=progress
     )
@@ -182,6 +184,7 @@ def distill(
             progress=progress,
         )
         starts = candidates(found, nfe)
+        spent += found.evaluations
     else:
         starts = [start] if isinstance(start, Tableau) else list(start)
     for one in starts:
@@ -189,9 +192,30 @@ def distill(
             raise ValueError(f"`start` makes {one.nfe} evaluations, not the {nfe} asked for.")
     if not starts:
         raise ValueError("`start` must hold at least one tableau.")
+    each = 3 * batch * score_fn.nfe(starts[0])  # a step: forward, and twice for the gradient
+    limit = expect_limit(evaluations)
+    if np.isfinite(limit):
+        trials = 1 + 0.125 * (len(starts) > 1) * len(starts)
+        steps = min(steps, int((limit - spent) / trials // each))
+        if steps < 1:
+            raise ValueError(
+                f"`evaluations` is too low: {spent:.0f} go before the first step, and a step takes "
+                f"{each:.0f}."
+            )
+    estimate, timed = announce(
+        f"distill, {starts[0].nfe} NFE",
+        score_fn,
+        x_T,
+        cond,
+        evaluations=spent + each * steps,
+        batch=batch,
+        states=2.0,
+        sharding=sharding,
+    )
+    spent += timed
     if optimizer is None:
         optimizer = default_optimizer(steps, float(learning_rate))
-    problem = _Problem(
+    problem = Problem(
         score_fn,
         x_T,
         cond,
@@ -215,11 +239,14 @@ def distill(
         trial = max(evaluate_every, steps // 8)
         reached = []
         for i, one in enumerate(starts):
-            reached.append(problem.descend(one, trial).value)
+            tried = problem.descend(one, trial)
+            spent += problem.cost(tried, one)
+            reached.append(tried.value)
             if progress is not None:
                 progress("trying starts", i + 1, len(starts))
         starts = [starts[int(np.argmin(reached))]]
     best = problem.descend(starts[0], steps, patience, progress)
+    spent += problem.cost(best, starts[0])
 
     chosen = starts[0]
     tableau = Tableau.create(
@@ -240,6 +267,7 @@ def distill(
     for span, (first, last) in spans.items():
         for sampler, candidate in (("start", zero), ("found", best)):
             x = problem.samples(candidate, first, last)
+            spent += (last - first) * score_fn.nfe(chosen)
             for name, judge in judges.items():
                 value = judge(x, slice_batch(reference, first, last))
                 scores[name].setdefault(span, {})[sampler] = value
@@ -255,6 +283,9 @@ def distill(
         "memory": memory,
         "radius": radius,
         "consistent": consistent,
+        "cost": score_fn.nfe(chosen),
+        "evaluations": spent,
+        "estimate": estimate.settings,
     }
     return Plan(
         tableau,
@@ -266,140 +297,6 @@ def distill(
         settings,
         seed_of(key),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Candidate:
-    """Learned changes `moved` of a start whose numbers are `fixed`, and how good they are.
-
-    `scale` is what x_T is multiplied by: 1 for samplers that begin at t_max.
-    """
-
-    fixed: PyTree
-    moved: PyTree
-    value: float
-    history: tuple[tuple[int, float, float], ...]
-    scale: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """What stays the same over the starts of one search: fit on [0, fit), stop on [fit, stop)."""
-
-    score_fn: ScoreFn
-    x_T: PyTree
-    cond: PyTree
-    reference: PyTree
-    fit: int
-    stop: int
-    batch: int
-    key: Key
-    optimizer: Value
-    objective: Objective
-    free: set[str] | None  # None: everything
-    memory: int | None
-    radius: float
-    checkpoint: bool
-    pieces: int
-    evaluate_every: int
-    sharding: Sharding
-
-    def arrays(self, candidate: _Candidate) -> dict[str, PyTree]:
-        """The tableau's arrays, float64 on the host."""
-        return arrays_of(candidate.moved, candidate.fixed, self.score_fn.process, host=True)
-
-    def samples(self, candidate: _Candidate, first: int, last: int) -> PyTree:
-        """Samples first .. last - 1; NaN if the numbers themselves are not finite."""
-        arrays = self.arrays(candidate)
-        x_T = _scaled(slice_batch(self.x_T, first, last), candidate.scale)
-        if not all(np.all(np.isfinite(array)) for array in arrays.values()):
-            return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x_T)
-        tableau = Tableau.create(**arrays, check="none")
-        return run(
-            self.score_fn,
-            tableau,
-            x_T,
-            cond=slice_batch(self.cond, first, last),
-            batch=self.batch,
-            sharding=self.sharding,
-        )
-
-    def value(self, candidate: _Candidate) -> float:
-        """The objective on the stopping samples; inf if anything is not finite."""
-        x = self.samples(candidate, self.fit, self.stop)
-        return self.objective(x, slice_batch(self.reference, self.fit, self.stop))
-
-    def descend(
-        self,
-        start: Tableau,
-        steps: int,
-        patience: int | None = None,
-        progress: Progress | None = None,
-    ) -> _Candidate:
-        """Gradient descent from `start`; the best candidate seen on the stopping samples."""
-        start, scale = own_start(start)
-        base = canonical(start, self.score_fn.process)
-        if self.free is not None and "labels" in self.free:
-            base.setdefault("labels", np.zeros(start.nfe))
-        ends = {
-            k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
-        }
-        free = set(base) if self.free is None else self.free
-        scales = scales_of(base, start)
-        if self.memory is not None:
-            lag = np.subtract.outer(np.arange(start.nfe), np.arange(start.nfe))
-            scales["weights"] = scales["weights"] * (lag < self.memory)
-        moved = {name: jnp.zeros(base[name].shape, jnp.float32) for name in sorted(free)}
-        state = self.optimizer.init(moved)
-        best = _Candidate((base, ends, scales), moved, np.inf, (), scale)
-        best = dataclasses.replace(best, value=self.value(best))
-        history = [(0, float("nan"), best.value)]
-        key, since_gain, order = self.key, 0, np.arange(0)
-        fit_x = _scaled(slice_batch(self.x_T, 0, self.fit), scale)
-        own = fit_x if self.radius else None  # the starts, as far as they have moved
-        for step in range(1, steps + 1):
-            if order.size < self.batch:
-                key, key_epoch = jax.random.split(key)
-                order = np.asarray(jax.random.permutation(key_epoch, self.fit))
-            index, order = order[: self.batch], order[self.batch :]
-
-            def pick(tree: PyTree, at: PyTree = index) -> PyTree:
-                return put(jax.tree.map(lambda leaf: leaf[at], tree), self.sharding)
-
-            moved, state, loss, new = fit_step(
-                moved,
-                state,
-                best.fixed,
-                self.score_fn,
-                pick(fit_x),
-                pick(own),
-                pick(self.cond),
-                pick(self.reference),
-                loss_of_samples=self.objective.loss,
-                optimizer=self.optimizer,
-                checkpoint=self.checkpoint,
-                radius=self.radius,
-                pieces=self.pieces,
-            )
-            if own is not None:
-                own = jax.tree.map(lambda all_, part, at=index: all_.at[at].set(part), own, new)
-            if step % self.evaluate_every == 0 or step == steps:
-                now = dataclasses.replace(best, moved=moved)
-                value = self.value(now)
-                history.append((step, float(loss), value))
-                since_gain = 0 if value < best.value else since_gain + 1
-                if value < best.value:
-                    best = dataclasses.replace(now, value=value)
-                lost = not np.isfinite(float(loss))  # nothing finite comes after
-                if lost or (patience is not None and since_gain >= patience):
-                    break
-            if progress is not None:
-                progress("distilling", step, steps)
-        return dataclasses.replace(best, history=tuple(history))
-
-
-def _scaled(x: PyTree, scale: float) -> PyTree:
-    return x if scale == 1 else jax.tree.map(lambda leaf: leaf * scale, x)
 
 
 def _is_consistent(tableau: Tableau) -> bool:

@@ -29,6 +29,7 @@ from diffsamp._core.types import Conditions, PyTree, Sharding, Times, Value
 from diffsamp.processes import Process
 from diffsamp.sampling import sample, trajectory
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import Estimate, affordable, announce, expect_limit
 from diffsamp.search.objective import Progress, expect_batch, slice_batch
 from diffsamp.tableau import Tableau
 
@@ -97,12 +98,16 @@ class Costs:
       weight: default of `schedule`.
       start: (M + 1,) what it costs to begin at a point below t_max, taking the noise for all there
         is; None: paths begin at times[0].
+      evaluations: of the network that measuring took, per sample and call.
+      estimate: what was said of it before it began.
     """
 
     times: np.ndarray
     cost: np.ndarray
     weight: float = 1.0
     start: np.ndarray | None = None
+    evaluations: float = 0
+    estimate: Estimate | None = None
 
     def path(self, n: int, *, weight: float | None = None, free: bool = True) -> np.ndarray:
         """Indices of the best path of n steps (see `shortest_path`).
@@ -148,6 +153,7 @@ def step_costs(
     free_start: bool = True,
     cond: Conditions | None = None,
     batch: int = 64,
+    evaluations: int | None = None,
     sharding: Sharding = None,
     progress: Progress | None = None,
 ) -> Costs:
@@ -172,6 +178,7 @@ def step_costs(
         paths begin too late.
       cond: keyword arguments for the network, every array with the leading axis n.
       batch: starts at a time: `points` x `batch` states are in memory.
+      evaluations: spend at most so many network evaluations, on fewer of the starts; None: all.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
@@ -179,7 +186,8 @@ def step_costs(
       The `Costs`, whose paths may begin below t_max.
 
     Raises:
-      ValueError: an unknown kind, a trajectory that is not finite, or "deviation" from alpha = 0.
+      ValueError: an unknown kind, a trajectory that is not finite, "deviation" from alpha = 0, or a
+        limit that is too low for one start.
     """
     expect_choice(kind, "kind", ("local", "distance", "deviation"))
     process = score_fn.process
@@ -197,6 +205,24 @@ def step_costs(
             f'kind="deviation" measures x / alpha, which is infinite at t = {times[0]:g}, where '
             'alpha = 0; pass `times` that start below it, or take kind="distance".'
         )
+    limit, each = expect_limit(evaluations), score_fn.nfe(tableau)
+    measures_starts = free_start and kind == "local"
+    if np.isfinite(limit):  # what is tried on the first batch, and the timed one, count as well
+        each += 2 * score_fn.nfe_factor * (1 + _CANDIDATES * _COARSE * measures_starts)
+    size = affordable("step_costs", size, each, limit)
+    batch = min(batch, size)
+    extra = 2 * _CANDIDATES * _COARSE * batch * score_fn.nfe_factor if measures_starts else 0
+    estimate, spent = announce(
+        "step_costs",
+        score_fn,
+        slice_batch(x_T, 0, size),
+        slice_batch(cond, 0, size),
+        evaluations=size * score_fn.nfe(tableau) + extra,
+        batch=batch,
+        states=2 * len(times) * batch / size,
+        sharding=sharding,
+    )
+    spent += size * score_fn.nfe(tableau)
     total = np.zeros((len(times), len(times)))
     begin = None
     for start in range(0, size, batch):
@@ -215,9 +241,10 @@ def step_costs(
             kind=kind,
         )
         total += np.asarray(part, np.float64)
-        if free_start and kind == "local" and begin is None:
+        if measures_starts and begin is None:
             own = put(slice_batch(cond, start, stop), sharding)
-            begin = _start_costs(score_fn, tableau, run.points, own)
+            begin, tried = _start_costs(score_fn, tableau, run.points, own)
+            spent += tried * (stop - start)
         if progress is not None:
             progress("measuring steps", stop, size)
     if not np.all(np.isfinite(total)):
@@ -225,13 +252,16 @@ def step_costs(
             "the fine trajectory is not finite: the network returned NaN or inf. Look at its "
             "samples with a fine solver first."
         )
-    return Costs(times, np.triu(total / size, 1), start=begin)
+    cost = np.triu(total / size, 1)
+    return Costs(times, cost, start=begin, evaluations=spent, estimate=estimate)
 
 
 def _start_costs(
     score_fn: ScoreFn, fine: Tableau, points: PyTree, cond: Conditions | None
-) -> np.ndarray:
+) -> tuple[np.ndarray, float]:
     """What beginning at each fine point costs, in squares; inf where it was not tried.
+
+    And the network evaluations per start that this took.
 
     A start there is noise alone, scaled from x_T. It is wrong by what is left of the data, most of
     which the way down forgets: so both starts are solved to the end, on one coarse grid, and their
@@ -241,17 +271,18 @@ def _start_costs(
     costs = np.full(last + 1, np.inf)
     costs[0] = 0.0
     tried = np.unique(np.linspace(0, 0.6 * last, _CANDIDATES + 1).astype(int))[1:]
-    at_end = float(fine.alpha[-1])
+    at_end, spent = float(fine.alpha[-1]), 0.0
     for i in tried:
         grid = np.unique(np.linspace(i, last, min(_COARSE, last - i) + 1).astype(int))
         solver = solvers.unipc(process, fine.times[grid], order=2)
+        spent += 2 * score_fn.nfe(solver)
         ends = [
             sample(score_fn, solver, x, cond=cond)
             for x in (points[0] * (fine.sigma[i] / fine.sigma[0]), points[i])
         ]
         value = float(jnp.mean(jnp.square(ends[0] - ends[1])))
         costs[i] = value / at_end**2 if np.isfinite(value) else np.inf
-    return costs
+    return costs, spent
 
 
 @functools.partial(jax.jit, static_argnames="kind")

@@ -30,6 +30,7 @@ from diffsamp._core.sharding import on_mesh
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import Estimate, announce, expect_limit
 from diffsamp.search.compare import Comparison
 from diffsamp.search.explicit import own_start
 from diffsamp.search.genome import (
@@ -44,6 +45,7 @@ from diffsamp.search.genome import (
 from diffsamp.search.objective import (
     Objective,
     Progress,
+    cost_of_reference,
     expect_batch,
     log_mse,
     make_reference,
@@ -64,12 +66,16 @@ class Evolution:
       values: the objective of each on the given noise; inf if it diverged.
       discarded: how many diverged.
       seconds: wall-clock time, compilation included (of this run, if it was resumed).
+      evaluations: of the network, per sample and call, the reference included.
+      estimate: what was said of the cost before it began.
     """
 
     genomes: tuple[Genome, ...]
     values: tuple[float, ...]
     discarded: int
     seconds: float
+    evaluations: float = 0
+    estimate: Estimate | None = None
 
     @property
     def best(self) -> Genome:
@@ -102,6 +108,7 @@ def evolve(
     predictor: bool = True,
     batch: int | None = None,
     together: int = 1,
+    evaluations: int | None = None,
     sharding: Sharding = None,
     state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -124,6 +131,7 @@ def evolve(
       predictor: rank children with the network; False: measure them as they come.
       batch: samples of one candidate at a time; None: all.
       together: candidates at a time, in one batch of `batch` x `together` samples.
+      evaluations: begin no round that would spend more network evaluations than this in all.
       sharding: over the batch axis, as for `run`.
       state: file in which every finished round is kept; a run with the same settings goes on from
         it.
@@ -152,6 +160,19 @@ def evolve(
     score_fn = on_mesh(score_fn, sharding)
     process = score_fn.process
     objective = log_mse() if objective is None else objective
+    size, limit = expect_batch(x_T, cond), expect_limit(evaluations)
+    spent = cost_of_reference(score_fn, reference) * size
+    each = population * nfe * size * score_fn.nfe_factor
+    estimate, timed = announce(
+        f"evolve, {nfe} NFE",
+        score_fn,
+        x_T,
+        cond,
+        evaluations=min(spent + each * (rounds + 1), limit),
+        batch=size if batch is None else batch,
+        sharding=sharding,
+    )
+    spent += timed
     reference = make_reference(
         score_fn, reference, x_T, cond=cond, batch=batch, sharding=sharding, progress=progress
     )
@@ -169,6 +190,7 @@ def evolve(
         "from": [] if start is None else [e.solver for e in _encodable(start, nfe)],
     }
     known = _read(state, settings)
+    spent += len(known) * each / population
 
     def measure(genomes: Sequence[Genome]) -> None:
         tableaux = {genome: _tableau(genome, process) for genome in genomes}
@@ -186,6 +208,9 @@ def evolve(
         known.update({genome: values.get(genome, math.inf) for genome in genomes})
 
     while (done := len(known) // population) <= rounds:
+        if known and spent + each > limit:
+            break
+        spent += each
         rng = np.random.default_rng([*seeds, done])
         if done == 0:
             chosen = _first(rng, nfe, process, grids, start, population)
@@ -201,6 +226,8 @@ def evolve(
         tuple(known[g] for g in order),
         sum(not math.isfinite(v) for v in known.values()),
         time.perf_counter() - began,
+        spent,
+        estimate,
     )
 
 

@@ -7,10 +7,14 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import schedules
+from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_int
+from diffsamp._core.sharding import put
 from diffsamp.processes import Process
+from diffsamp.sampling import trajectory
 from diffsamp.search.dynamic import Costs, pair_costs
+from diffsamp.search.objective import Progress, slice_batch, teacher
+from diffsamp.search.starts import Starts
 
 __all__ = ["Recorded", "fine_times", "start_grids"]
 
@@ -32,6 +36,50 @@ class Recorded:
     sigma: np.ndarray
     states: np.ndarray
     answers: np.ndarray
+
+    @classmethod
+    def make(cls, starts: Starts, times: np.ndarray, progress: Progress | None) -> Recorded:
+        """Record it, on these starts; their reference is where it ends, if they have none.
+
+        Args:
+          starts: of the search.
+          times: (M + 1,) the fine grid.
+          progress: as for `run`.
+
+        Raises:
+          ValueError: a trajectory that is not finite.
+        """
+        network = teacher(starts.score_fn)
+        tableau = solvers.unipc(network.process, times, order=3)
+        states, answers = [], []
+        for low in range(0, starts.size, starts.batch):
+            high = min(low + starts.batch, starts.size)
+            x, cond = (
+                put(slice_batch(v, low, high), starts.sharding) for v in (starts.x_T, starts.cond)
+            )
+            path = trajectory(network, tableau, x, cond=cond)
+            states.append(np.asarray(path.points, np.float32))
+            answers.append(np.asarray(path.outputs, np.float32))
+            if progress is not None:
+                progress("recording the trajectory", high, starts.size)
+        starts.spent += starts.size * network.nfe(tableau)
+        joined = np.concatenate(states, axis=1)
+        if not np.all(np.isfinite(joined)):
+            raise ValueError(
+                "the fine trajectory is not finite: the network returned NaN or inf. Look at its "
+                "samples with a fine solver first."
+            )
+        if starts.reference is None:
+            starts.reference = jnp.asarray(joined[-1], starts.x_T.dtype)
+        else:
+            joined[-1] = np.asarray(starts.reference, np.float32)
+        levels = tableau.times, tableau.alpha, tableau.sigma
+        return cls(*levels, joined, np.concatenate(answers, axis=1))
+
+    def step(self, i: int, j: int) -> tuple[float, float]:
+        """(sigma'/sigma, kappa) of a step from point i to point j."""
+        ratio = self.sigma[j] / self.sigma[i]
+        return ratio, self.alpha[j] - self.alpha[i] * ratio
 
 
 def fine_times(process: Process, points: int = 95) -> np.ndarray:

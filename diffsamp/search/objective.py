@@ -198,6 +198,13 @@ def teacher(score_fn: ScoreFn) -> ScoreFn:
     return getattr(score_fn, "teacher", score_fn)
 
 
+def cost_of_reference(score_fn: ScoreFn, reference: Tableau | PyTree) -> float:
+    """Network evaluations per sample of the reference; none if its samples are given."""
+    if reference is None:
+        reference = reference_tableau(score_fn.process)
+    return teacher(score_fn).nfe(reference) if isinstance(reference, Tableau) else 0
+
+
 def make_reference(
     score_fn: ScoreFn,
     reference: Tableau | PyTree,

@@ -23,8 +23,9 @@ from diffsamp._core.digest import seed_of
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import expect_limit
 from diffsamp.search.explicit import Explicit, from_largest_level, label_offsets, told_times
-from diffsamp.search.objective import Progress, run_many, slice_batch
+from diffsamp.search.objective import Progress, cost_of_reference, run_many, slice_batch
 from diffsamp.search.plan import Plan
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
@@ -97,9 +98,13 @@ def refine(
     given = from_largest_level(tableau, process)
     table = _Numbers.of(Explicit.of(given), process, tuple(numbers))
     starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
+    limit = expect_limit(evaluations)
+    fit, cost = starts.fit, starts.cost(given)
+    likely = cost * fit * iterations * (len(table.start) + 2)
+    if reference is None or isinstance(reference, Tableau):
+        likely += cost_of_reference(score_fn, reference) * starts.size
+    estimate = starts.announce(f"refine, {given.nfe} NFE", min(likely, limit), 2.0, given)
     starts.expect_reference(reference, progress)
-    fit = starts.fit
-    limit = np.inf if evaluations is None else expect_int(evaluations, "evaluations", at_least=1)
 
     present = table.start
     value = starts.value(table.tableau(present), 0, fit)
@@ -108,7 +113,6 @@ def refine(
             f"tableau {tableau.name!r} gives samples that are not finite on this network; refine "
             "one that works."
         )
-    cost = starts.cost(given)
     best, least = present, starts.decide(table.tableau(present))
     history = [(0, value, least)]
     damping, taken = 1e-2, 0
@@ -152,6 +156,7 @@ def refine(
         "numbers": list(numbers),
         "iterations": taken,
         "evaluations": starts.spent,
+        "estimate": estimate.settings,
     }
     return Plan(
         found,

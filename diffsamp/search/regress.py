@@ -15,28 +15,27 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import solvers
 from diffsamp._core.checks import expect_int, expect_times
 from diffsamp._core.digest import seed_of
 from diffsamp._core.sharding import put
-from diffsamp._core.types import Bound, Conditions, Key, Network, PyTree, Sharding
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.predictions import level_at
-from diffsamp.sampling import trajectory
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import Estimate, ask_data, at_row, expect_limit
 from diffsamp.search.explicit import Explicit
 from diffsamp.search.fine import Recorded, fine_times, start_grids
-from diffsamp.search.objective import Progress, slice_batch, teacher
+from diffsamp.search.objective import Progress, cost_of_reference, slice_batch, teacher
 from diffsamp.search.plan import Plan
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 
-__all__ = ["regress"]
+__all__ = ["Regression", "regress"]
 
 _MOVES = (8, 4, 2, 1)
+_WALKS = 100  # grids that are solved, as a rule: for the estimate
 
 
 def regress(
@@ -85,117 +84,162 @@ def regress(
       ValueError: too few starts, no grid that gives finite samples, or a trajectory that is not
         finite.
     """
-    began = time.perf_counter()
-    nfe = expect_int(nfe, "nfe", at_least=1)
-    starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
-    if reference is not None:
-        starts.expect_reference(reference, progress)
-    times = fine_times(score_fn.process, points) if np.ndim(points) == 0 else expect_times(points)
-    if nfe > len(times) - 1:
-        raise ValueError(f"{nfe} evaluations need as many points; the fine grid has {len(times)}.")
-    limit = np.inf if evaluations is None else expect_int(evaluations, "evaluations", at_least=1)
-    record = _Record.make(starts, times, progress)
-    search = _Walker(starts, record, ridge, limit)
-
-    walked = []
-    grids = start_grids(score_fn.process, record, starts.fit, nfe)
-    # where known answers replace some, no grid may ask more than one that begins at t_max
-    budget = max(search.cost(grid) for grid in [range(nfe + 1), *grids.values()] if grid[0] == 0)
-    grids = {name: grid for name, grid in grids.items() if search.cost(grid) <= budget}
-    search.budget = budget
-    for i, (name, grid) in enumerate(grids.items()):
-        walked.append((search(grid), name))
-        if progress is not None:
-            progress("fixed grids", i + 1, len(grids))
-        if starts.spent >= limit:
-            break
-    walked = [(walk, name) for walk, name in walked if np.isfinite(walk.error)]
-    if not walked:
-        raise ValueError(
-            "every grid gave samples that are not finite: look at the network first, with a fine "
-            "solver."
-        )
-    first, name = min(walked, key=lambda pair: pair[0].error)
-    found = [first, *search.descend(first, progress)]
-    tableaux = [
-        record.table(walk).tableau(
-            score_fn.process,
-            name=f"regressed, {nfe} NFE",
-            source="diffsamp.search.regress (after arXiv:2403.01329)",
-        )
-        for walk in found
-    ]
-    # every grid kept on the way, and only those, asks the deciding starts
-    decided = [starts.decide(tableau) for tableau in tableaux]
-    best = tableaux[int(np.argmin(decided))]
-    scores = starts.scores(tableaux[0], best, data_range)
-    settings = {
-        "nfe": nfe,
-        "cost": starts.cost(best),
-        "starts": starts.size,
-        "held_out": starts.size - starts.fit,
-        "points": len(times) - 1,
-        "ridge": ridge,
-        "grids": search.walks,
-        "discarded": search.discarded,
-        "evaluations": starts.spent,
-    }
-    return Plan(
-        best,
-        "regress",
-        f"least squares on {name}",
-        scores,
-        tuple((i, w.error, decided[i]) for i, w in enumerate(found)),
-        time.perf_counter() - began,
-        settings,
-        seed_of(key),
+    regression = Regression.prepare(
+        score_fn,
+        x_T,
+        key=key,
+        cond=cond,
+        reference=reference,
+        points=points,
+        held_out=held_out,
+        batch=batch,
+        sharding=sharding,
+        budgets=[expect_int(nfe, "nfe", at_least=1)],
+        evaluations=evaluations,
+        progress=progress,
+    )
+    return regression.plan(
+        nfe, ridge=ridge, evaluations=evaluations, data_range=data_range, progress=progress
     )
 
 
-class _Record(Recorded):
-    """The network's own trajectory, and the samplers that can be made on it."""
+@dataclasses.dataclass
+class Regression:
+    """A recorded trajectory from which samplers of several budgets are regressed.
+
+    Attributes:
+      starts: where it began.
+      record: the trajectory.
+      seed: of the key.
+      estimate: what was said of the cost.
+      began: when, for the time it took.
+      counted: evaluations that earlier plans report.
+    """
+
+    starts: Starts
+    record: Recorded
+    seed: list[int]
+    estimate: Estimate
+    began: float
+    counted: float = 0
 
     @classmethod
-    def make(cls, starts: Starts, times: np.ndarray, progress: Progress | None) -> _Record:
-        network = teacher(starts.score_fn)
-        tableau = solvers.unipc(network.process, times, order=3)
-        states, answers = [], []
-        for low in range(0, starts.size, starts.batch):
-            high = min(low + starts.batch, starts.size)
-            x, cond = (
-                put(slice_batch(v, low, high), starts.sharding) for v in (starts.x_T, starts.cond)
-            )
-            path = trajectory(network, tableau, x, cond=cond)
-            states.append(np.asarray(path.points, np.float32))
-            answers.append(np.asarray(path.outputs, np.float32))
-            if progress is not None:
-                progress("recording the trajectory", high, starts.size)
-        starts.spent += starts.size * network.nfe(tableau)
-        joined = np.concatenate(states, axis=1)
-        if not np.all(np.isfinite(joined)):
+    def prepare(
+        cls,
+        score_fn: ScoreFn,
+        x_T: PyTree,
+        *,
+        key: Key,
+        cond: Conditions | None,
+        reference: Tableau | PyTree,
+        points: int | PyTree = 95,
+        held_out: int | None = None,
+        batch: int,
+        sharding: Sharding,
+        budgets: Sequence[int],
+        evaluations: int | None,
+        progress: Progress | None,
+    ) -> Regression:
+        """Record the trajectory; arguments as for `regress`, for all of `budgets` together."""
+        began = time.perf_counter()
+        starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
+        process = score_fn.process
+        times = fine_times(process, points) if np.ndim(points) == 0 else expect_times(points)
+        fine = len(times) - 1
+        if max(budgets) > fine:
             raise ValueError(
-                "the fine trajectory is not finite: the network returned NaN or inf. Look at its "
-                "samples with a fine solver first."
+                f"{max(budgets)} evaluations need as many points; the fine grid has {fine}."
             )
-        if starts.reference is None:
-            starts.reference = jnp.asarray(joined[-1], starts.x_T.dtype)
-        else:
-            joined[-1] = np.asarray(starts.reference, np.float32)
-        levels = tableau.times, tableau.alpha, tableau.sigma
-        return cls(*levels, joined, np.concatenate(answers, axis=1))
+        limit = expect_limit(evaluations)
+        before = starts.size * (
+            fine + cost_of_reference(score_fn, reference) * (reference is not None)
+        )
+        if limit < before:
+            raise ValueError(
+                f"`evaluations` is too low: trajectory and reference alone take {before:.0f}; give "
+                "more, or fewer starts or points."
+            )
+        likely = before + starts.fit * sum(budgets) * _WALKS
+        what = f"regress, {', '.join(map(str, budgets))} NFE"
+        estimate = starts.announce(what, min(likely, limit), 2 * len(times))
+        if reference is not None:
+            starts.expect_reference(reference, progress)
+        record = Recorded.make(starts, times, progress)
+        return cls(starts, record, seed_of(key), estimate, began)
 
-    def step(self, i: int, j: int) -> tuple[float, float]:
-        """(sigma'/sigma, kappa) of a step from point i to point j."""
-        ratio = self.sigma[j] / self.sigma[i]
-        return ratio, self.alpha[j] - self.alpha[i] * ratio
+    def plan(
+        self,
+        nfe: int,
+        *,
+        ridge: float = 1e-6,
+        evaluations: int | None,
+        data_range: float,
+        progress: Progress | None,
+    ) -> Plan:
+        """The plan of one budget; arguments as for `regress`."""
+        starts, record = self.starts, self.record
+        process = starts.score_fn.process
+        search = _Walker(starts, record, ridge, self.counted + expect_limit(evaluations))
+        grids = start_grids(process, record, starts.fit, nfe)
+        # where known answers replace some, no grid may ask more than one that begins at t_max
+        search.budget = max(
+            search.cost(grid) for grid in [range(nfe + 1), *grids.values()] if grid[0] == 0
+        )
+        grids = {name: grid for name, grid in grids.items() if search.cost(grid) <= search.budget}
+        walked = []
+        for i, (name, grid) in enumerate(grids.items()):
+            walked.append((search(grid), name))
+            if progress is not None:
+                progress("fixed grids", i + 1, len(grids))
+            if starts.spent >= search.limit:
+                break
+        walked = [(walk, name) for walk, name in walked if np.isfinite(walk.error)]
+        if not walked:
+            raise ValueError(
+                "every grid gave samples that are not finite: look at the network first, with a "
+                "fine solver."
+            )
+        first, name = min(walked, key=lambda pair: pair[0].error)
+        found = [first, *search.descend(first, progress)]
+        tableaux = [
+            _table(record, walk).tableau(
+                process,
+                name=f"regressed, {nfe} NFE",
+                source="diffsamp.search.regress (after arXiv:2403.01329)",
+            )
+            for walk in found
+        ]
+        # every grid kept on the way, and only those, asks the deciding starts
+        decided = [starts.decide(tableau) for tableau in tableaux]
+        best = tableaux[int(np.argmin(decided))]
+        scores = starts.scores(tableaux[0], best, data_range)
+        settings = {
+            "nfe": nfe,
+            "cost": starts.cost(best),
+            "starts": starts.size,
+            "held_out": starts.size - starts.fit,
+            "points": len(record.times) - 1,
+            "ridge": ridge,
+            "grids": search.walks,
+            "discarded": search.discarded,
+            "evaluations": starts.spent - self.counted,
+            "estimate": self.estimate.settings,
+        }
+        self.counted = starts.spent
+        began, self.began = self.began, time.perf_counter()
+        history = tuple((i, w.error, decided[i]) for i, w in enumerate(found))
+        seconds = self.began - began
+        start = f"least squares on {name}"
+        return Plan(best, "regress", start, scores, history, seconds, settings, self.seed)
 
-    def table(self, walk: _Walk) -> Explicit:
-        """The sampler of a walk."""
-        grid = np.array(walk.grid)
-        weights = np.zeros((len(walk.rows), len(walk.rows)))
-        for n, row in enumerate(walk.rows):
-            weights[n, : n + 1] = row * self.step(grid[n], grid[n + 1])[1]
-        return Explicit(self.times[grid], self.alpha[grid], self.sigma[grid], weights)
+
+def _table(record: Recorded, walk: _Walk) -> Explicit:
+    """The sampler of a walk."""
+    grid = np.array(walk.grid)
+    weights = np.zeros((len(walk.rows), len(walk.rows)))
+    for n, row in enumerate(walk.rows):
+        weights[n, : n + 1] = row * record.step(grid[n], grid[n + 1])[1]
+    return Explicit(record.times[grid], record.alpha[grid], record.sigma[grid], weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +264,7 @@ class _Walk:
 class _Walker:
     """Solves grids, and counts what that costs."""
 
-    def __init__(self, starts: Starts, record: _Record, ridge: float, limit: float) -> None:
+    def __init__(self, starts: Starts, record: Recorded, ridge: float, limit: float) -> None:
         self.starts, self.record, self.fit = starts, record, starts.fit
         self.cond = slice_batch(starts.cond, 0, starts.fit)
         self.ridge, self.limit = ridge, limit
@@ -238,12 +282,12 @@ class _Walker:
 
     def ask(self, x: np.ndarray, i: int) -> np.ndarray:
         """What the network says about the data at state x and fine point i."""
-        bound = jax.tree.map(lambda array: np.float32(array[i]), self.bound)
+        bound = at_row(self.bound, i)
         batch, sharding, answers = self.starts.batch, self.starts.sharding, []
         for low in range(0, self.fit, batch):
             high = min(low + batch, self.fit)
             own = put(slice_batch(self.cond, low, high), sharding)
-            answers.append(_ask(self.starts.score_fn, put(x[low:high], sharding), bound, own))
+            answers.append(ask_data(self.starts.score_fn, put(x[low:high], sharding), bound, own))
         self.starts.spent += self.fit * self.costs[i]
         return np.concatenate([np.asarray(a, np.float32) for a in answers])
 
@@ -341,8 +385,3 @@ class _Walker:
             if progress is not None:
                 progress("moving times", stage + 1, len(_MOVES))
         return kept
-
-
-@jax.jit
-def _ask(score_fn: Network, x: PyTree, bound: Bound, cond: Conditions | None) -> PyTree:
-    return score_fn.predict(x, bound, cond)

@@ -13,16 +13,16 @@ from diffsamp._core.checks import expect_int
 from diffsamp._core.sharding import expect_sharding, on_mesh
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
+from diffsamp.search._cost import Estimate, announce
 from diffsamp.search.objective import (
     Progress,
+    cost_of_reference,
     expect_batch,
     finite_psnr,
     log_mse,
     make_reference,
-    reference_tableau,
     run,
     slice_batch,
-    teacher,
 )
 from diffsamp.tableau import Tableau
 
@@ -106,6 +106,24 @@ class Starts:
         """Network evaluations of a run, per sample, as the network itself counts them."""
         return self.score_fn.nfe(tableau)
 
+    def announce(
+        self, what: str, evaluations: float, states: float, tableau: Tableau | None = None
+    ) -> Estimate:
+        """Say what a search on these starts will cost; see `_cost.announce`."""
+        estimate, spent = announce(
+            what,
+            self.score_fn,
+            self.x_T,
+            self.cond,
+            evaluations=evaluations,
+            batch=self.batch,
+            states=states,
+            sharding=self.sharding,
+            tableau=tableau,
+        )
+        self.spent += spent
+        return estimate
+
     def expect_reference(self, reference: Tableau | PyTree, progress: Progress | None) -> None:
         """Take or make the reference; see `make_reference`.
 
@@ -113,10 +131,8 @@ class Starts:
           reference: samples in the caller's order, the tableau that makes them, or None.
           progress: as for `run`.
         """
-        if reference is None:
-            reference = reference_tableau(self.score_fn.process)
-        made = isinstance(reference, Tableau)
-        self.spent += teacher(self.score_fn).nfe(reference) * self.size if made else 0
+        made = reference is None or isinstance(reference, Tableau)
+        self.spent += cost_of_reference(self.score_fn, reference) * self.size
         found = make_reference(
             self.score_fn,
             reference,

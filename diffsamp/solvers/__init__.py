@@ -89,7 +89,7 @@ __all__ = [
 ]
 
 # functions without a row in the registry: they make a sampler from other samplers or steps,
-COMPOSED = ("analytic_first_step", "heavy_ball", "mixed", "restart")
+COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed", "restart")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
 # that stay at a noise level, or go back to one,

@@ -259,7 +259,7 @@ def _run(
     (state, log_w, log_Z, memory), _ = jax.lax.scan(body, carry, (rows, numbers))
     if potential.kind == "value":
         wide = jax.tree.map(lambda v: v.astype(dtype), state.x)
-        at = Level(*(jnp.asarray(v, dtype) for v in end))
+        at = jax.tree.map(lambda v: jnp.asarray(v, dtype), end)
         log_w = log_w + potential.value(wide, at, cond) - memory
     x = jax.tree.map(lambda v: v.reshape(batch, particles, *v.shape[1:]), state.x)
     log_w = log_w.reshape(batch, particles)

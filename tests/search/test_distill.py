@@ -353,7 +353,7 @@ def test_a_gradient_step_on_a_mesh_sums_the_gradient_and_moves_nothing_else(
     score_fn, monkeypatch, options
 ):
     """Each device keeps its samples; what goes between them is the gradient of the tableau."""
-    module = sys.modules["diffsamp.search.distill"]
+    module = sys.modules["diffsamp.search._descent"]
     real, programs = module.fit_step, []
 
     def recorded(*arguments, **named):
