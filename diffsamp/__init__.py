@@ -14,6 +14,7 @@ from diffsamp import (
     search,
     solvers,
     steering,
+    students,
 )
 from diffsamp._core import random
 from diffsamp._core.convolution import fast_convolutions
@@ -80,6 +81,7 @@ __all__ = [
     "solvers",
     "steering",
     "step",
+    "students",
     "targets",
     "time_shift",
     "trajectory",
