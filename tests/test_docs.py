@@ -25,6 +25,8 @@ GUIDES = (
     "schedules.md",
     "search.md",
     "steering.md",
+    "students.md",
+    "targets.md",
 )  # pages of no family of samplers
 FAMILIES = [page for page in PAGES if page.name not in GUIDES]
 

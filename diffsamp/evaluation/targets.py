@@ -8,85 +8,32 @@ for any mixture, since there the ODE transports the distribution function.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from diffsamp import predictions
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import as_float, is_concrete, namespace
-from diffsamp._core.types import Array, Key, PyTree, Value
-from diffsamp.predictions import Level
+from diffsamp._core.types import Array, Key, PyTree
+from diffsamp.evaluation._target import Target, column
+from diffsamp.evaluation.unnormalised import Unnormalised, unnormalised
 from diffsamp.processes import Process
-from diffsamp.score import ScoreFn
 
-__all__ = ["Empirical", "GaussianMixture", "empirical", "gaussian", "gaussian_mixture"]
-
-
-class Target(abc.ABC):
-    """A distribution of vectors with exact posterior means. A pytree."""
-
-    @abc.abstractmethod
-    def posterior(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, Array]:
-        """E[x_0 | x] and E[eps | x] at x = alpha x_0 + sigma eps.
-
-        Args:
-          x: (batch, dim), NumPy (float64 on the host) or JAX.
-          alpha: scalar or (batch,).
-          sigma: scalar or (batch,), positive.
-
-        Returns:
-          Two arrays of shape (batch, dim).
-        """
-
-    @abc.abstractmethod
-    def log_prob(self, x: PyTree, alpha: Array = 1.0, sigma: Array = 0.0) -> Array:
-        """Log density of alpha x_0 + sigma eps at x (batch, dim); shape (batch,), nats."""
-
-    @abc.abstractmethod
-    def sample(self, key: Key, n: int) -> jax.Array:
-        """n samples, (n, dim)."""
-
-    def score_fn(self, process: Process, prediction: str = "data") -> ScoreFn:
-        """The perfect network: a `ScoreFn` with this target's exact predictions.
-
-        It takes states (batch, ..) whose trailing axes flatten to dim.
-        """
-        return ScoreFn(
-            _APPLY[predictions.canonical_name(prediction)],
-            (self, process),
-            process,
-            prediction,
-            time="t",
-            scale_input=False,
-        )
-
-
-def _make_apply(name: str) -> Array:
-    def apply(params: PyTree, x: jax.Array, t: jax.Array) -> jax.Array:
-        target, process = params
-        level = Level(t, process.alpha(t), process.sigma(t))
-        flat = x.reshape(x.shape[0], -1)
-        data, noise = target.posterior(flat, level.alpha, level.sigma)
-        w0, w1, g = (w[:, None] for w in predictions.weights(name, process, level))
-        return ((w0 * data + w1 * noise) / g).astype(x.dtype).reshape(x.shape)
-
-    return apply
-
-
-# one function per prediction, made once: ScoreFn compares them by identity
-_APPLY = {name: _make_apply(name) for name in predictions.NAMES}
-
-
-def _column(value: Value, x: PyTree) -> Array:
-    """A scalar or per-sample number as (1,) or (batch,) of x's dtype."""
-    value = as_float(value, x)
-    return value.reshape(-1)
+__all__ = [
+    "Empirical",
+    "GaussianMixture",
+    "Target",
+    "Unnormalised",
+    "empirical",
+    "gaussian",
+    "gaussian_mixture",
+    "unnormalised",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +56,7 @@ class GaussianMixture(Target):
     def _parts(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, ...]:
         xp = namespace(x, alpha, sigma, self.means)
         x = as_float(x, self.means)
-        alpha, sigma = _column(alpha, x), _column(sigma, x)
+        alpha, sigma = column(alpha, x), column(sigma, x)
         means, bases = as_float(self.means, x), as_float(self.bases, x)
         variances, log_weights = as_float(self.variances, x), as_float(self.log_weights, x)
         offset = x[:, None, :] - alpha[:, None, None] * means[None]
@@ -220,24 +167,28 @@ class GaussianMixture(Target):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Empirical(Target):
-    """The uniform distribution on a data set; build it with `empirical`.
+    """A distribution on a data set; build it with `empirical`.
 
     The perfect network for it is the memorising one: E[x_0 | x] is a softmax mean of the data.
 
     Attributes:
       points: (K, dim).
+      log_weights: (K,) of the points, normalised.
     """
 
     points: PyTree
+    log_weights: Array
 
     def _log_joint(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, ...]:
         xp = namespace(x, alpha, sigma, self.points)
         x = as_float(x, self.points)
-        alpha, sigma = _column(alpha, x), _column(sigma, x)
+        alpha, sigma = column(alpha, x), column(sigma, x)
         points = as_float(self.points, x)
         offset = x[:, None, :] - alpha[:, None, None] * points[None]
         square = xp.sum(offset * offset, axis=2)
-        return xp, x, alpha, sigma, points, -0.5 * square / (sigma**2)[:, None]
+        log_weights = as_float(self.log_weights, x)
+        log_joint = log_weights[None] - 0.5 * square / (sigma**2)[:, None]
+        return xp, x, alpha, sigma, points, log_joint
 
     def posterior(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, Array]:
         xp, x, alpha, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
@@ -250,13 +201,14 @@ class Empirical(Target):
         """As `Target.log_prob`; there is no density at sigma = 0, where it is -inf or NaN."""
         xp, x, _, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
         top = xp.max(log_joint, axis=1)
-        total = xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1)) - np.log(points.shape[0])
+        total = xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1))
         return top + total - 0.5 * points.shape[1] * xp.log(2 * np.pi * sigma**2)
 
     def sample(self, key: Key, n: int) -> jax.Array:
         expect_int(n, "n", at_least=1)
-        size = np.shape(self.points)[0]
-        index = jax.vmap(lambda k: jax.random.randint(k, (), 0, size))(random.sample_keys(key, n))
+        logits = jnp.asarray(self.log_weights, jnp.float32)
+        draw = functools.partial(jax.random.categorical, logits=logits)
+        index = jax.vmap(draw)(random.sample_keys(key, n))
         return jnp.asarray(self.points, jnp.float32)[index]
 
 
@@ -308,15 +260,33 @@ def gaussian(mean: Array, cov: Array) -> GaussianMixture:
     return gaussian_mixture([1.0], np.asarray(mean)[None], np.asarray(cov, np.float64)[None])
 
 
-def empirical(points: PyTree) -> Empirical:
-    """The uniform distribution on points (K, ...), flattened to (K, dim).
+def empirical(points: PyTree, log_weights: Array | None = None) -> Empirical:
+    """A distribution on points (K, ...), flattened to (K, dim).
+
+    With weights its network is that of ensemble score sampling: a cloud of particles, weighed by
+    how likely each is, gives the score without training (Bao et al. 2023, arXiv:2309.00983).
+
+    Args:
+      points: (K, ...).
+      log_weights: (K,) up to a constant; None: all alike.
 
     Raises:
-      ValueError: no points, only one axis, or a point that is not finite.
+      ValueError: no points, only one axis, weights of another number, or anything not finite (-inf
+        is a point of no weight).
     """
     points = np.asarray(points, np.float64)
     if points.ndim < 2 or points.size == 0:
         raise ValueError(f"`points` must have shape (K, ...); got {points.shape}.")
     if not np.all(np.isfinite(points)):
         raise ValueError("`points` must be finite.")
-    return Empirical(points.reshape(points.shape[0], -1))
+    count = points.shape[0]
+    logs = np.zeros(count) if log_weights is None else np.asarray(log_weights, np.float64)
+    if logs.shape != (count,) or np.any(np.isnan(logs)) or not np.isfinite(logs.max()):
+        raise ValueError(
+            f"`log_weights` must have shape ({count},), one a point, without NaN and not all -inf; "
+            f"got shape {logs.shape}."
+        )
+    logs = logs - logs.max()
+    logs = logs - np.log(np.sum(np.exp(logs)))
+    # a point of no weight stays one, without an infinity in the arithmetic
+    return Empirical(points.reshape(count, -1), np.maximum(logs, -1e30))
