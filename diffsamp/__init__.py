@@ -5,6 +5,7 @@ with `sample`, and `search` for the best tableau under a budget of network evalu
 """
 
 from diffsamp import (
+    discrete,
     guidance,
     inverse,
     plot,
@@ -52,6 +53,7 @@ __all__ = [
     "bridges",
     "brownian_key",
     "describe",
+    "discrete",
     "export",
     "fast_convolutions",
     "few_step",

@@ -14,6 +14,7 @@ GUIDES = (
     "README.md",
     "choosing.md",
     "diffusers.md",
+    "discrete.md",
     "guidance.md",
     "guidance_data.md",
     "guidance_losses.md",

@@ -17,7 +17,7 @@ LEVELS = [
     ["score", "solvers"],
     ["sampling", "guidance", "evaluation"],
     ["search", "interop", "kinds", "loops", "steering"],
-    ["inverse", "students"],
+    ["inverse", "students", "discrete"],
     ["jobs"],
     ["plot", "models"],
     ["cli"],

@@ -1,0 +1,459 @@
+"""Samplers of masked models against their exact laws on small spaces."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.linalg import expm
+
+import diffsamp as ds
+from diffsamp import discrete
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(3)
+SIZE, LENGTH = 3, 3
+JOINT = RNG.dirichlet(np.full(SIZE**LENGTH, 0.4)).reshape((SIZE,) * LENGTH)
+PAIR = RNG.dirichlet(np.full(9, 0.5)).reshape(3, 3)
+DRAWS = 40_000
+
+
+def exact(joint):
+    """The network that knows the joint."""
+    size, length = joint.shape[0], joint.ndim
+    states = itertools.product(range(size + 1), repeat=length)
+    table = np.array([discrete.conditionals(joint, s) for s in states])
+
+    def apply(params, x, t):
+        place = jnp.zeros(x.shape[0], jnp.int32)
+        for i in range(length):
+            place = place * (size + 1) + x[:, i]
+        return params[place]
+
+    return discrete.TokenFn(apply, jnp.log(jnp.asarray(table, jnp.float32) + 1e-30), size)
+
+
+def drawn(joint, rows, order="random", seed=1, **options):
+    network = exact(joint)
+    x = jnp.full((DRAWS, joint.ndim), network.mask)
+    x = discrete.sample(network, rows, x, key=jax.random.key(seed), order=order, **options)
+    return histogram(x, joint)
+
+
+def histogram(x, joint):
+    assert int(jnp.max(x)) < joint.shape[0]
+    counts = np.zeros(joint.shape)
+    np.add.at(counts, tuple(np.asarray(x).T), 1)
+    return counts / counts.sum()
+
+
+def distance(one, two):
+    return 0.5 * np.abs(one - two).sum()
+
+
+def floor(law):
+    """The expected distance of an exact sampler's histogram, times 1.8."""
+    return 1.8 * 0.5 * np.sum(np.sqrt(2 / np.pi * law * (1 - law) / DRAWS))
+
+
+# -- exact laws -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "quadratic"])
+def test_the_law_of_two_tokens_is_a_formula(schedule):
+    rows = discrete.ancestral(schedule, 5)
+    q = np.diff(rows.alpha)
+    product = PAIR.sum(axis=1)[:, None] * PAIR.sum(axis=0)[None]
+    expected = (1 - np.sum(q**2)) * PAIR + np.sum(q**2) * product
+    np.testing.assert_allclose(discrete.law(PAIR, rows), expected, atol=1e-12)
+
+
+def test_ancestral_rows_approach_the_joint():
+    """Total variation falls as one over the number of rows."""
+    errors = [distance(discrete.law(JOINT, discrete.ancestral("linear", n)), JOINT) for n in (4, 8)]
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.15)
+    assert errors[1] > 0.02
+
+
+@pytest.mark.parametrize("order", ["random", "max", "margin", "entropy"])
+def test_one_position_a_row_is_exact_in_any_order_that_sees_distributions_only(order):
+    rows = discrete.parallel(LENGTH, LENGTH)
+    np.testing.assert_allclose(discrete.law(JOINT, rows, order), JOINT, atol=1e-12)
+
+
+def test_analytic_masks_of_sedd_and_exact_flow_matching_are_ancestral():
+    one, two = discrete.ancestral("cosine", 6), discrete.flow_matching("cosine", 6)
+    np.testing.assert_array_equal(one.unmask, two.unmask)
+    # Euler's tau-leaping is first order, and exact where the rate is 1 / t
+    errors = [
+        np.abs(
+            discrete.tau_leaping("cosine", n).alpha - discrete.ancestral("cosine", n).alpha
+        ).max()
+        for n in (32, 64)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.3)
+    linear = discrete.tau_leaping("linear", 16)
+    np.testing.assert_allclose(linear.alpha, discrete.ancestral("linear", 16).alpha, atol=1e-6)
+
+
+SAMPLERS = {
+    "ancestral": (discrete.ancestral("linear", 4), "random"),
+    "cosine": (discrete.ancestral("cosine", 6), "random"),
+    "first hitting": (discrete.first_hitting(LENGTH), "random"),
+    "parallel": (discrete.parallel(LENGTH, 2), "random"),
+    "confidence": (discrete.parallel(LENGTH, 2), "max"),
+    "margin": (discrete.parallel(LENGTH, 2), "margin"),
+    "entropy": (discrete.parallel(LENGTH, 3), "entropy"),
+    "blocks": (discrete.blocks(discrete.ancestral("linear", 2), 2, LENGTH), "random"),
+    "threshold": (discrete.threshold(LENGTH, 0.7), "max"),
+    "bounded": (discrete.entropy_bounded(LENGTH, 0.6), "entropy"),
+    "remasked": (discrete.remdm(discrete.ancestral("linear", 8), 0.05), "random"),
+    "rescaled": (discrete.remdm(discrete.ancestral("linear", 6), 0.5, kind="rescale"), "random"),
+    "loop": (discrete.remdm_loop("linear", 4, loops=3, at=0.6, eta=0.2), "random"),
+    "leaping": (discrete.tau_leaping("cosine", 4), "random"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_follow_the_exact_law(name):
+    rows, order = SAMPLERS[name]
+    law = discrete.law(JOINT, rows, order)
+    assert law.sum() == pytest.approx(1, abs=1e-9)
+    found = drawn(JOINT, rows, order)
+    assert distance(found, law) < floor(law)
+    # the power: another law, a few percent away, is not taken for it
+    if distance(law, JOINT) > 0.04:
+        assert distance(found, JOINT) > floor(law)
+
+
+def test_remasking_keeps_the_share_of_unmasked_tokens():
+    """A single site is unmasked with probability alpha after every row, whatever is remasked."""
+    joint = np.array([0.5, 0.3, 0.2])
+    rows = discrete.remdm(discrete.ancestral("linear", 4), 0.3)
+    network = exact(joint)
+    for n in range(1, 5):
+        head = jax.tree.map(lambda v, n=n: v[: n + (len(v) > 4)], rows)
+        x = jnp.full((DRAWS, 1), network.mask)
+        x = discrete.sample(network, head, x, key=KEY)
+        share = float(jnp.mean(x != network.mask))
+        assert share == pytest.approx(rows.alpha[n], abs=4 * 0.5 / np.sqrt(DRAWS))
+    with pytest.raises(ValueError, match="row 1 of 'bad' leaves a share"):
+        discrete.Rows.create(times=[1, 0.5, 0], alpha=[0, 0.5, 1], unmask=[0.5, 0.9], name="bad")
+    with pytest.raises(ValueError, match="rows of coins"):
+        discrete.remdm(discrete.first_hitting(3))
+
+
+def test_confident_remasking_prefers_unlikely_tokens():
+    joint = np.array([0.9, 0.1])
+    rows = discrete.remdm(discrete.ancestral("linear", 2), 1.0, kind="conf")
+    network = exact(joint[:, None] * joint[None])
+    head = jax.tree.map(lambda v: v[: 1 + (len(v) > 2)], rows)
+    x = discrete.sample(network, head, jnp.full((DRAWS, 2), 2), key=KEY)
+    assert 0.4 < float(jnp.mean(x != 2)) < 0.6
+    # where both tokens stand, one of each kind: the unlikely one is masked more often
+    once = discrete.Rows.create(
+        times=[1, 0.5, 0],
+        alpha=[0, 1, 1],
+        unmask=[1.0, 0.0],
+        remask=[0.0, 1.0],
+        confident=[False, True],
+    )
+    y = np.asarray(discrete.sample(network, once, jnp.full((DRAWS, 2), 2), key=KEY))
+    masked = y == 2
+    assert 0.9 < masked.sum(axis=1).mean() < 1.1  # the softmax sums to one
+    lonely = masked.sum(axis=1) == 1
+    other = np.where(masked[:, 0], y[:, 1], y[:, 0])[lonely]
+    # of a mixed pair, 0 (p = .9) stays with sigmoid(.9 - .1) of the weight
+    assert other.mean() < 0.1
+
+
+def test_uniform_noise_against_the_matrix_exponential():
+    """One site of two states: the posterior of a continuous-time chain, step by step."""
+    p = np.array([0.8, 0.2])
+    rows = discrete.uniform("linear", 6)
+
+    def apply(params, x, t):
+        """p(x_0 | x_t) by Bayes, at the level of t."""
+        alpha = 1 - t
+        here = jax.nn.one_hot(x[:, 0], 2)
+        like = alpha[:, None] * here + (1 - alpha)[:, None] / 2
+        told = params[None] * like
+        return jnp.log(told / told.sum(axis=1, keepdims=True))[:, None]
+
+    network = discrete.TokenFn(apply, jnp.asarray(p, jnp.float32), 2, mask=5)
+    x = jax.random.randint(KEY, (DRAWS, 1), 0, 2)
+    for n in range(1, 7):
+        head = jax.tree.map(lambda v, n=n: v[: n + (len(v) > 6)], rows)
+        y = discrete.sample(network, head, x, key=jax.random.key(2))
+        rate = -np.log(max(rows.alpha[n], 1e-12)) / 2
+        generator = np.array([[-1.0, 1.0], [1.0, -1.0]])
+        expected = p @ expm(rate * generator)
+        share = float(jnp.mean(y == 1))
+        assert share == pytest.approx(expected[1], abs=5 * 0.5 / np.sqrt(DRAWS))
+
+
+def test_maskgit_keeps_its_counts_and_is_biased_as_defined():
+    rows = discrete.maskgit(16, 4, temperature=0.0)
+    left = np.append(16, 16 - np.cumsum(rows.count))
+    np.testing.assert_array_equal(
+        left[1:-1], np.floor(16 * np.cos(np.pi / 2 * np.arange(1, 4) / 4))
+    )
+    assert left[-1] == 0
+    # L = 2, one position a row: the likelier token is taken first, so its value comes too often
+    one = discrete.maskgit(2, 2, temperature=0.0)
+    product = np.array([0.7, 0.3])
+    joint = np.zeros((2, 2))
+    joint[0, 0], joint[1, 1] = product  # two equal tokens
+    found = drawn(joint, one, "sampled")
+    # both positions draw; the pick is the likelier of the two draws
+    assert found[0, 0] == pytest.approx(1 - 0.3**2, abs=0.01)
+    assert drawn(joint, one, "max")[0, 0] == pytest.approx(0.7, abs=0.01)
+    assert np.all(np.diff(discrete.maskgit(16, 4).noise) < 0)
+
+
+# -- the executor ---------------------------------------------------------------------------------
+
+
+def test_rare_tokens_are_as_rare_as_they_are():
+    """Single-precision Gumbel noise cuts off; rates of 1e-5 are right to 10 %."""
+    p = np.array([1 - 3e-5, 2e-5, 1e-5])
+    network = discrete.TokenFn(
+        lambda params, x, t: jnp.broadcast_to(params, (*x.shape, 3)),
+        jnp.log(jnp.asarray(p, jnp.float32)),
+        3,
+    )
+    rows = discrete.ancestral("linear", 1)
+    step = jax.jit(lambda k: discrete.sample(network, rows, jnp.full((1, 2_000_000), 3), key=k))
+    counts = np.zeros(3)
+    for i in range(4):
+        counts += np.bincount(np.asarray(step(jax.random.key(i)))[0], minlength=3)
+    expected = 8_000_000 * p
+    assert abs(counts[1] - expected[1]) < 5 * np.sqrt(expected[1])
+    assert abs(counts[2] - expected[2]) < 5 * np.sqrt(expected[2])
+
+
+def test_one_program_for_all_samplers_and_budgets():
+    traces = []
+    known = exact(JOINT)
+
+    def apply(params, x, t):
+        traces.append(1)
+        return known.apply(params, x, t)
+
+    network = discrete.TokenFn(apply, known.params, SIZE)
+    several = [rows for rows, _ in SAMPLERS.values()]
+    x = jnp.full((4, LENGTH), SIZE)
+    for (_, order), rows in zip(
+        SAMPLERS.values(), discrete.Rows.pad_together(several), strict=True
+    ):
+        y = discrete.sample(network, rows, x, key=KEY, order=order)
+        assert int(jnp.max(y)) < SIZE
+    assert len(traces) == 1
+
+
+def test_padding_prompts_and_evaluations():
+    calls = []
+    known = exact(JOINT)
+
+    def apply(params, x, t):
+        jax.debug.callback(lambda n: calls.append(int(n)), jnp.asarray(x.shape[0]))
+        return known.apply(params, x, t)
+
+    network = discrete.TokenFn(apply, known.params, SIZE)
+    rows = discrete.threshold(LENGTH, 0.7)
+    x = jnp.array([[3, 1, 3], [0, 3, 3], [2, 1, 0]])
+    whole = discrete.run(network, rows, x, key=KEY, order="max")
+    jax.effects_barrier()
+    assert len(calls) == int(jnp.max(whole.evaluations))
+    assert list(np.asarray(whole.evaluations))[2] == 0  # nothing was masked
+    np.testing.assert_array_equal(np.where(x == 3, whole.x, x), whole.x)
+    assert int(jnp.max(whole.x)) < SIZE
+    padded = discrete.run(network, rows.pad(9), x, key=KEY, order="max")
+    np.testing.assert_array_equal(padded.x, whole.x)
+    np.testing.assert_array_equal(padded.evaluations, whole.evaluations)
+
+
+def test_a_sample_depends_on_its_own_key_only():
+    network, rows = exact(JOINT), discrete.remdm(discrete.ancestral("linear", 6), 0.1)
+    keys = jax.random.split(KEY, 6)
+    x = jnp.full((6, LENGTH), SIZE)
+    whole = discrete.sample(network, rows, x, key=keys)
+    np.testing.assert_array_equal(whole[4:5], discrete.sample(network, rows, x[:1], key=keys[4:5]))
+
+
+def test_times_of_first_hitting_follow_their_law():
+    seen = []
+
+    def apply(params, x, t):
+        jax.debug.callback(lambda v: seen.append(np.asarray(v)), t)
+        return jnp.zeros((*x.shape, 2))
+
+    network = discrete.TokenFn(apply, None, 2)
+    rows = discrete.first_hitting(3)
+    discrete.sample(network, rows, jnp.full((20_000, 3), 2), key=KEY).block_until_ready()
+    jax.effects_barrier()
+    t = np.stack(seen)  # order statistics of three uniforms, from the largest
+    np.testing.assert_allclose(t.mean(axis=1), [0.75, 0.5, 0.25], atol=0.01)
+    assert np.all(np.diff(t, axis=0) < 0)
+
+
+def test_temperature_and_top_k():
+    network = discrete.TokenFn(
+        lambda params, x, t: jnp.broadcast_to(params, (*x.shape, 3)),
+        jnp.log(jnp.array([0.5, 0.3, 0.2])),
+        3,
+    )
+    rows, x = discrete.ancestral("linear", 2), jnp.full((1, 30_000), 3)
+    for temperature, power in ((0.5, 2.0), (2.0, 0.5)):
+        y = np.asarray(discrete.sample(network, rows, x, key=KEY, temperature=temperature))
+        expected = np.array([0.5, 0.3, 0.2]) ** power
+        found = np.bincount(y[0], minlength=3) / 30_000
+        np.testing.assert_allclose(found, expected / expected.sum(), atol=0.012)
+    assert np.all(np.asarray(discrete.sample(network, rows, x, key=KEY, temperature=0.0)) == 0)
+    two = np.bincount(
+        np.asarray(discrete.sample(network, rows, x, key=KEY, top_k=2))[0], minlength=3
+    )
+    assert two[2] == 0
+    assert two[0] / two.sum() == pytest.approx(0.625, abs=0.012)
+
+
+# -- guidance and search --------------------------------------------------------------------------
+
+
+def test_guidance_of_one_token_is_the_tilted_law():
+    p = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])  # free, and given
+
+    def apply(params, x, t, label):
+        return jnp.broadcast_to(params[label][:, None], (*x.shape, 3))
+
+    network = discrete.TokenFn(apply, jnp.log(jnp.asarray(p, jnp.float32)), 3)
+    guided = discrete.guided(network, 2.0, {"label": 0})
+    x = jnp.full((DRAWS, 1), 3)
+    cond = {"label": jnp.ones(DRAWS, jnp.int32)}
+    y = discrete.sample(guided, discrete.ancestral("linear", 1), x, key=KEY, cond=cond)
+    expected = p[1] ** 2 / p[0]
+    found = np.bincount(np.asarray(y)[:, 0], minlength=3) / DRAWS
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=0.01)
+    with pytest.raises(ValueError, match="guidance needs `cond` with 'label'"):
+        discrete.sample(guided, discrete.ancestral("linear", 1), x, key=KEY)
+
+
+def test_a_linear_classifier_is_exact_to_first_order():
+    p = np.array([0.5, 0.3, 0.2])
+    weights = np.array([0.3, -0.7, 1.1, 0.0])  # the mask's last
+    network = discrete.TokenFn(
+        lambda params, x, t: jnp.broadcast_to(params, (*x.shape, 3)),
+        jnp.log(jnp.asarray(p, jnp.float32)),
+        3,
+    )
+
+    def log_prob(params, one_hot, t, target):
+        return jnp.sum(one_hot * params[None, None], axis=(1, 2)) * target
+
+    guided = discrete.classifier_guided(
+        network, log_prob, jnp.asarray(weights, jnp.float32), scale=1.5
+    )
+    x, cond = jnp.full((DRAWS, 1), 3), {"target": jnp.ones(DRAWS)}
+    y = discrete.sample(guided, discrete.ancestral("linear", 1), x, key=KEY, cond=cond)
+    expected = p * np.exp(1.5 * weights[:3])
+    found = np.bincount(np.asarray(y)[:, 0], minlength=3) / DRAWS
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=0.01)
+
+
+def chain(length, stay):
+    """A binary Markov chain: entropies fall as more is known."""
+    joint = np.zeros((2,) * length)
+    for state in itertools.product((0, 1), repeat=length):
+        p = 0.5
+        for a, b in itertools.pairwise(state):
+            p *= stay if a == b else 1 - stay
+        joint[state] = p
+    return joint
+
+
+def divergence(p, q):
+    inside = p > 0
+    return float(np.sum(p[inside] * np.log(p[inside] / q[inside])))
+
+
+def exact_curve(joint):
+    """e(m) by enumeration."""
+    length = joint.ndim
+    curve = np.zeros(length + 1)
+    for m in range(1, length + 1):
+        values = []
+        for masked in itertools.combinations(range(length), m):
+            for state in itertools.product(range(joint.shape[0]), repeat=length):
+                hidden = tuple(joint.shape[0] if i in masked else v for i, v in enumerate(state))
+                told = discrete.conditionals(joint, hidden)
+                loss = -np.mean([np.log(told[i, state[i]]) for i in masked])
+                values.append(joint[state] * loss)
+        curve[m] = np.sum(values) / len(list(itertools.combinations(range(length), m)))
+    return curve
+
+
+def test_the_measured_cost_is_the_divergence_and_the_best_counts_minimise_it():
+    """KL(data || sampler) of the random order, for every way to cut five tokens into two rows."""
+    joint = chain(5, 0.9)
+    curve = exact_curve(joint)
+    cost = discrete.excess(curve)
+    found = {}
+    for first in range(1, 5):
+        rows = discrete.parallel(5, 2, law=[first, 5 - first])
+        upper = cost[0, first] + cost[first, 5]
+        found[first] = divergence(joint, discrete.law(joint, rows))
+        # over orders the mean of divergences; that of the mixture is no larger
+        assert found[first] <= upper + 1e-9
+    best = discrete.best_counts(curve, 2)
+    assert best.sum() == 5
+    uppers = {k: cost[0, k] + cost[k, 5] for k in range(1, 5)}
+    assert best[0] == min(uppers, key=uppers.get)
+    assert found[int(best[0])] <= min(found.values()) * 1.05
+    # measured by the network itself, from samples
+    network = exact(joint)
+    flat = RNG.choice(32, size=4000, p=joint.ravel())
+    x_0 = np.stack(np.unravel_index(flat, joint.shape), axis=1)
+    measured = discrete.token_entropies(network, x_0, key=KEY, repeats=2)
+    np.testing.assert_allclose(measured, curve, atol=0.02)
+    np.testing.assert_array_equal(discrete.best_counts(measured, 5), np.ones(5))
+    with pytest.raises(ValueError, match="6 rows cannot each unmask one of 5 tokens"):
+        discrete.best_counts(curve, 6)
+
+
+def test_found_counts_beat_the_cosine_at_every_budget():
+    joint = chain(7, 0.8)
+    curve = exact_curve(joint)
+    for n in (2, 3, 4):
+        best = discrete.parallel(7, n, law=discrete.best_counts(curve, n))
+        cosine = discrete.parallel(7, n, law="cosine")
+        one, two = (divergence(joint, discrete.law(joint, r)) for r in (best, cosine))
+        assert one < 0.9 * two
+
+
+def test_what_it_refuses():
+    network = exact(JOINT)
+    x = jnp.full((1, LENGTH), SIZE)
+    rows = discrete.ancestral("linear", 2)
+    with pytest.raises(TypeError, match=r"`network` must be a discrete\.TokenFn"):
+        discrete.sample(lambda x, t: x, rows, x, key=KEY)
+    with pytest.raises(ValueError, match="`order` must be one of"):
+        discrete.sample(network, rows, x, key=KEY, order="best")
+    with pytest.raises(TypeError, match="`x` must be integers"):
+        discrete.sample(network, rows, x * 1.0, key=KEY)
+    wrong = discrete.TokenFn(lambda p, x, t: jnp.zeros((*x.shape, 2)), None, SIZE)
+    with pytest.raises(ValueError, match="the network must return logits of shape"):
+        discrete.sample(wrong, rows, x, key=KEY)
+    with pytest.raises(ValueError, match="`schedule` must be one of"):
+        discrete.ancestral("sine", 3)
+    with pytest.raises(ValueError, match="the schedule must go from 0 to 1"):
+        discrete.ancestral(lambda t: 0.5 * (1 - t), 3)
+    with pytest.raises(ValueError, match="add up to the length 3"):
+        discrete.parallel(3, 2, law=[1, 1])
+    with pytest.raises(ValueError, match="more than the state"):
+        discrete.law(JOINT, discrete.uniform("linear", 2))
+    with pytest.raises(ValueError, match="look at distributions only"):
+        discrete.law(JOINT, rows, "sampled")
+    assert set(discrete.SAMPLERS) <= set(discrete.__all__)
+    assert repr(rows) == "<ancestral, 2 rows: 2 rows>"
+    assert ds.discrete is discrete
