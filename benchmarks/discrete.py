@@ -5,7 +5,7 @@
 Writes `results/discrete.md`, `docs/plots/discrete.png` and `docs/plots/discrete_samples.png`. Class
 accuracy: how often the nearest image of the data has the class that was asked for. Nats: the
 model's own loss of the samples, one token after another in random order, per token; those of the
-data are given beside it. Low nats with low accuracy, or nats far below the data's, are a lack of variety.
+data are given beside it; nats far below them are a lack of variety.
 """
 
 from __future__ import annotations
