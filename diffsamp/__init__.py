@@ -22,6 +22,7 @@ from diffsamp.evaluation import metrics, targets
 from diffsamp.evaluation.describe import describe
 from diffsamp.guidance import time_shift
 from diffsamp.interop.diffusers import from_diffusers
+from diffsamp.interop.torch import from_torch
 from diffsamp.jobs._shards import Generated, Shard
 from diffsamp.jobs.export import ExportedSampler, export, load_exported
 from diffsamp.jobs.generate import generate
@@ -55,6 +56,7 @@ __all__ = [
     "fast_convolutions",
     "few_step",
     "from_diffusers",
+    "from_torch",
     "generate",
     "guidance",
     "init",

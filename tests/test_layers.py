@@ -33,6 +33,8 @@ EXTRAS = {
     "flatbuffers": {"jobs"},
     "matplotlib": {"plot"},
     "tqdm": {"_core"},
+    "torch": {"interop"},
+    "torchax": {"interop"},
 }
 # modules that may exceed the budget, and why
 LARGE = {
