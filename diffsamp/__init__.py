@@ -26,6 +26,7 @@ from diffsamp.interop.torch import from_torch
 from diffsamp.jobs._shards import Generated, Shard
 from diffsamp.jobs.export import ExportedSampler, export, load_exported
 from diffsamp.jobs.generate import generate
+from diffsamp.jobs.pretrained import Pretrained, from_pretrained
 from diffsamp.jobs.sampler import Sampler, sampler
 from diffsamp.kinds import bridges, few_step, phase_space
 from diffsamp.loops import adaptive, inversion, parallel
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ExportedSampler",
     "Generated",
+    "Pretrained",
     "ProgressBar",
     "Sampler",
     "ScoreFn",
@@ -56,6 +58,7 @@ __all__ = [
     "fast_convolutions",
     "few_step",
     "from_diffusers",
+    "from_pretrained",
     "from_torch",
     "generate",
     "guidance",

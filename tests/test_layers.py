@@ -35,6 +35,9 @@ EXTRAS = {
     "tqdm": {"_core"},
     "torch": {"interop"},
     "torchax": {"interop"},
+    "diffusers": {"interop"},
+    "transformers": {"interop"},
+    "huggingface_hub": {"interop"},
 }
 # modules that may exceed the budget, and why
 LARGE = {

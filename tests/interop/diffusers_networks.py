@@ -76,12 +76,12 @@ def sd_unet(**more):
     )
 
 
-def sdxl_unet():
+def sdxl_unet(pooled=8):
     return sd_unet(
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 8,
+        projection_class_embeddings_input_dim=6 * 4 + pooled,
     )
 
 
@@ -94,7 +94,7 @@ def dit():
         num_layers=2,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,
     )
 
 

@@ -168,9 +168,7 @@ def test_a_learned_variance_is_split_off_or_kept():
     table = ds.processes.vp_discrete("linear")
     module.eval()
     ranged = ds.from_torch(module, process=table, second_head="keep")
-    tableau = ds.solvers.ddpm(
-        table, ds.schedules.leading(table, 3), variance="learned"
-    )
+    tableau = ds.solvers.ddpm(table, ds.schedules.leading(table, 3), variance="learned")
     guided = ds.guidance.learned_range(ranged, tableau, key=jax.random.key(0))
     assert np.isfinite(ds.sample(guided, tableau, x)).all()
     _, single = small(second_head="keep")
