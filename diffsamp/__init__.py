@@ -26,6 +26,7 @@ from diffsamp.interop.torch import from_torch
 from diffsamp.jobs._shards import Generated, Shard
 from diffsamp.jobs.export import ExportedSampler, export, load_exported
 from diffsamp.jobs.generate import generate
+from diffsamp.jobs.network import export_network, load_network
 from diffsamp.jobs.pretrained import Pretrained, from_pretrained
 from diffsamp.jobs.sampler import Sampler, sampler
 from diffsamp.kinds import bridges, few_step, phase_space
@@ -55,6 +56,7 @@ __all__ = [
     "brownian_key",
     "describe",
     "export",
+    "export_network",
     "fast_convolutions",
     "few_step",
     "from_diffusers",
@@ -66,6 +68,7 @@ __all__ = [
     "inverse",
     "inversion",
     "load_exported",
+    "load_network",
     "log_prob",
     "metrics",
     "parallel",

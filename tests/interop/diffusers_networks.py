@@ -237,3 +237,45 @@ CASES = {
     "Wan": Case(wan, (4, 2, 4, 4), "hidden_states", text),
     "Sana": Case(sana, (4, 4, 4), "hidden_states", text),
 }
+
+
+def wan_vae():
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, 0.2, 0.3, 0.4],
+        latents_std=[1.0, 1.5, 2.0, 2.5],
+    )
+
+
+def sana_vae():
+    blocks = ("ResBlock", "EfficientViTBlock")
+    return diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    )
+
+
+# how to make it, the shape of latents, of pictures or films
+DECODERS = {
+    "AutoencoderKL": (vae, (4, 8, 8), (3, 16, 16)),
+    "AutoencoderKLWan": (wan_vae, (4, 2, 2, 2), (3, 5, 16, 16)),
+    "AutoencoderDC": (sana_vae, (4, 4, 4), (3, 8, 8)),
+}

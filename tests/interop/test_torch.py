@@ -1,14 +1,27 @@
 """PyTorch modules under XLA: the same numbers, the same gradients, errors in words."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers_networks import BATCH, CASES, apart, arrays, filled, normal, sd_unet, text, vae
+from diffusers_networks import (
+    BATCH,
+    CASES,
+    DECODERS,
+    apart,
+    arrays,
+    filled,
+    normal,
+    sd_unet,
+    text,
+)
+from safetensors import numpy as safetensors
 from torch import nn
 
 import diffsamp as ds
@@ -60,21 +73,25 @@ def test_a_network_and_its_gradient_are_pytorchs(name):
     assert apart(gradient, slope) < CLOSE
 
 
-def test_a_decoder_and_its_gradient_are_pytorchs():
-    module = filled(vae())
+@pytest.mark.parametrize("name", list(DECODERS))
+def test_a_decoder_and_its_gradient_are_pytorchs(name):
+    make, shape, pixels = DECODERS[name]
+    module = filled(make())
     decode, weights = extract(module, "decode")
-    z = normal(BATCH, 4, 8, 8, seed=5).requires_grad_()
+    z = normal(BATCH, *shape, seed=5).requires_grad_()
     want = module.decode(z, return_dict=False)[0]
-    assert want.shape == (BATCH, 3, 16, 16)
+    assert want.shape == (BATCH, *pixels)
     (slope,) = torch.autograd.grad(want.square().sum(), z)
 
     @jax.jit
     def both(weights, z):
-        image = decode(weights, {"z": z, "return_dict": False})
-        gradient = jax.grad(lambda z: jnp.sum(decode(weights, {"z": z}) ** 2))(z)
-        return image, gradient
+        def loss(z):
+            image = decode(weights, {"z": z, "return_dict": False})
+            return jnp.sum(image**2), image
 
-    got, gradient = both(weights, arrays(z))
+        return jax.value_and_grad(loss, has_aux=True)(z)
+
+    (_, got), gradient = both(weights, arrays(z))
     assert apart(got, want) < CLOSE
     assert apart(gradient, slope) < CLOSE
 
@@ -204,6 +221,50 @@ def test_fixed_arguments_and_other_names():
     assert apart(fixed.apply(fixed.params, x, t), want) < CLOSE
 
 
+@pytest.mark.parametrize("batch", [None, 2])
+def test_exported_it_runs_without_torch(tmp_path, batch):
+    """In a process where torch cannot be imported: samples and gradients."""
+    case, _, score_fn = made("SDXL", time="label")
+    cond = arrays(case.cond())
+    folder = tmp_path / "net"
+    ds.export_network(
+        score_fn, folder, shape=case.shape, cond=cond, batch=batch, platforms=("cpu",)
+    )
+    weights = safetensors.load_file(folder / "weights.safetensors")
+    assert weights.keys() == score_fn.params.keys()
+    x_T = arrays(normal(BATCH, *case.shape, seed=5))
+    tableau = ds.solvers.dpmpp(FLOW, ds.schedules.uniform(FLOW, 3), order=2)
+    want = ds.sample(score_fn, tableau, x_T, cond=cond)
+    slope = jax.grad(lambda x: jnp.sum(score_fn(x, 0.3, cond=cond) ** 2))(x_T)
+    tableau.save(tmp_path / "tableau.json")
+    np.savez(
+        tmp_path / "in.npz",
+        x_T=x_T,
+        **cond["added_cond_kwargs"],
+        text=cond["encoder_hidden_states"],
+    )
+    code = """
+import sys
+class Gone:
+    def find_spec(name, *_):
+        if name.split(".")[0] in ("torch", "torchax", "diffusers", "flax"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Gone)
+import jax, jax.numpy as jnp, numpy as np, diffsamp as ds
+net, given = ds.load_network("net"), np.load("in.npz")
+added = {n: given[n] for n in ("text_embeds", "time_ids")}
+cond = {"encoder_hidden_states": given["text"], "added_cond_kwargs": added}
+x = ds.sample(net, ds.Tableau.load("tableau.json"), given["x_T"], cond=cond)
+slope = jax.grad(lambda x: jnp.sum(net(x, 0.3, cond=cond) ** 2))(jnp.asarray(given["x_T"]))
+np.savez("out.npz", x=x, slope=slope)
+"""
+    done = python(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = np.load(tmp_path / "out.npz")
+    assert apart(out["x"], torch.tensor(np.asarray(want))) < CLOSE
+    assert apart(out["slope"], torch.tensor(np.asarray(slope))) < CLOSE
+
+
 # -- what cannot be ------------------------------------------------------------------------------
 
 
@@ -307,9 +368,16 @@ def test_the_users_rules_of_jax_do_not_reach_the_module():
 # -- versions ------------------------------------------------------------------------------------
 
 
-def python(code):
+def python(code, cwd=None):
+    path = {"PYTHONPATH": str(Path(ds.__file__).parent.parent)}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        cwd=cwd,
+        env={**os.environ, **path},
     )
 
 
