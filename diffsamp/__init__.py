@@ -19,6 +19,7 @@ from diffsamp._core import random
 from diffsamp._core.convolution import fast_convolutions
 from diffsamp._core.progress import ProgressBar
 from diffsamp.evaluation import metrics, targets
+from diffsamp.evaluation.check import Check, check
 from diffsamp.evaluation.describe import describe
 from diffsamp.guidance import time_shift
 from diffsamp.interop.diffusers import from_diffusers
@@ -41,6 +42,7 @@ from diffsamp.tableau import Tableau
 __version__ = "0.1.0"
 
 __all__ = [
+    "Check",
     "ExportedSampler",
     "Generated",
     "Pretrained",
@@ -54,6 +56,7 @@ __all__ = [
     "adaptive",
     "bridges",
     "brownian_key",
+    "check",
     "describe",
     "export",
     "export_network",
