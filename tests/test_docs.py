@@ -25,6 +25,7 @@ GUIDES = (
     "schedules.md",
     "search.md",
     "steering.md",
+    "wrapping.md",
 )  # pages of no family of samplers
 FAMILIES = [page for page in PAGES if page.name not in GUIDES]
 
