@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 Tensors = dict[str, Value]
+# what pipelines pass to their `encode_prompt`, whose own defaults differ
+_PASSED = ("max_sequence_length", "complex_human_instruction", "clean_caption", "clip_skip")
 
 
 class Prompt(NamedTuple):
@@ -88,8 +91,23 @@ def _pooled(pipe: Value, prompt: Prompt, **more: Value) -> tuple[Value, Value]:
 
 
 def _unet(pipe: Value, prompt: Prompt, config: Mapping[str, Value]) -> Tensors:
+    import torch
+
+    options = dict(prompt.options)
+    scale = float(options.pop("guidance_scale", 7.5))
+    prompt = prompt._replace(options=options)
     if config.get("addition_embed_type") != "text_time":
-        return _stable(pipe, prompt, config)
+        tensors = _stable(pipe, prompt, config)
+    else:
+        tensors = _xl(pipe, prompt)
+    width = config.get("time_cond_proj_dim")
+    if width:  # distilled with guidance as an input (LCM), counted from 0
+        scales = torch.full((len(tensors["encoder_hidden_states"]),), scale - 1)
+        tensors["timestep_cond"] = pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
+    return tensors
+
+
+def _xl(pipe: Value, prompt: Prompt) -> Tensors:
     import torch
 
     states, pooled = _pooled(pipe, prompt)
@@ -190,9 +208,13 @@ def encoded(
     prompt: Prompt,
     config: Mapping[str, Value],
 ) -> Tensors:
-    """A family's `encode`, without gradients."""
+    """A family's `encode`, without gradients, with what the pipeline itself passes by default."""
     import torch
 
+    taken = inspect.signature(pipeline.encode_prompt).parameters
+    given = inspect.signature(pipeline.__call__).parameters
+    defaults = {name: given[name].default for name in _PASSED if name in given and name in taken}
+    prompt = prompt._replace(options={**defaults, **prompt.options})
     with torch.no_grad():
         return encode(pipeline, prompt, config)
 
@@ -239,6 +261,27 @@ def denormalised(z: jax.Array, config: Mapping[str, Value]) -> jax.Array:
         mean, deviation = (jnp.asarray(v, z.dtype).reshape(shape) for v in (mean, deviation))
         return z * (deviation / scale) + mean
     return z / scale + float(config.get("shift_factor") or 0.0)
+
+
+def expect_plain(kind: str, index: Mapping[str, Value], config: Mapping[str, Value]) -> None:
+    """Raise for what a network of this class may have, and the pipeline does more for.
+
+    Raises:
+      ValueError: two networks in turn, times for each token, further channels of x.
+    """
+    second = (index.get("transformer_2") or [None])[0]
+    if second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+        raise ValueError(
+            "this pipeline uses two networks in turn, or a time for each token, which is not read: "
+            "ds.from_torch(module, ..) wraps each network."
+        )
+    into, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    if out not in (into, 2 * into):
+        raise ValueError(
+            f"the {kind} takes {into} channels and returns {out}: it is given a picture or a mask "
+            "beside the state, which is not read. ds.from_torch(module, ..) wraps it, with an "
+            "`apply` around that adds them."
+        )
 
 
 class Geometry(NamedTuple):

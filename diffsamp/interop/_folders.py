@@ -7,7 +7,7 @@ import importlib.util
 import os
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -76,24 +76,35 @@ def expect_safetensors(folder: Path) -> None:
 
 
 def load_component(
-    folder: Path, kind: str, dtype: DType = None, variant: str | None = None
+    folder: Path,
+    kind: str,
+    dtype: DType = None,
+    variant: str | None = None,
+    expect: Callable[[Mapping[str, Value]], None] = lambda config: None,
 ) -> tuple[Value, Mapping[str, Value]]:
-    """(module, its config) of diffusers' class `kind`.
+    """(module, its config) of diffusers' class `kind`; `expect` raises if the config will not do.
 
     Raises:
       ModuleNotFoundError: diffusers is missing.
-      FileNotFoundError, ValueError: as for `expect_safetensors`; a class that diffusers has not.
+      FileNotFoundError, ValueError: as for `expect_safetensors`; a class that diffusers has not;
+        weights that do not fit the config.
     """
     expect_safetensors(folder)
+    config = read_json(folder / "config.json")
+    expect(config)
     diffusers = _diffusers()
     cls = getattr(diffusers, kind, None)
     if cls is None:
         raise ValueError(
             f"diffusers {diffusers.__version__} has no class {kind}, which {folder} needs."
         )
-    with _quiet():
-        module = cls.from_pretrained(folder, **_options(dtype, variant))
-    return module.eval().requires_grad_(False), read_json(folder / "config.json")
+    options = _options(dtype, variant)
+    try:
+        with _quiet():
+            module = cls.from_pretrained(folder, **options)
+    except (RuntimeError, ValueError) as error:  # shapes, names, fields
+        raise ValueError(f"{folder} cannot be read as a {kind}: {error}") from error
+    return module.eval().requires_grad_(False), config
 
 
 def load_text_pipeline(folder: Path, dtype: DType = None, variant: str | None = None) -> Value:

@@ -93,6 +93,7 @@ def from_torch(
     expect_process(process)
     expect_choice(layout, "layout", _LAYOUTS)
     expect_choice(second_head, "second_head", _SECOND_HEAD)
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     function, params = extract(module)
     names = _Names(module, arguments, fixed or {})
     own = [value.dtype for value in params.values() if jnp.issubdtype(value.dtype, jnp.floating)]
@@ -139,7 +140,7 @@ class _Names:
             times = [n for n in self.known[1:] if n in _TIMES]
             if not times and len(required) == 2:
                 times = required[1:]
-            if not times:
+            if not self.known or not times:
                 raise ValueError(
                     f"it is not clear which argument of {self.module} is the time; it has "
                     f'{self.known}. Say `arguments={{"x": .., "t": ..}}`.'

@@ -72,8 +72,9 @@ class Pretrained:
 
         Args:
           prompts: one text per sample; or class labels, integers, for networks of classes.
-          **options: of the pipeline's `encode_prompt`, such as `max_sequence_length`, and for Flux
-            `guidance_scale`, its embedded guidance (3.5 unless given).
+          **options: of the pipeline's `encode_prompt`, such as `max_sequence_length`; and
+            `guidance_scale` for networks that have it as an input: Flux (3.5 unless given) and
+            Stable Diffusion distilled to few steps (7.5).
 
         Returns:
           {name: array with the leading axis batch}: the `cond` of `ds.sample`.
@@ -183,7 +184,9 @@ def from_pretrained(
             f"{', '.join(families.FAMILIES)}. For others: ds.from_torch(module, ..)."
         )
     family = families.FAMILIES[kind]
-    module, config = load_component(path / part, kind, dtype, variant)
+    module, config = load_component(
+        path / part, kind, dtype, variant, functools.partial(families.expect_plain, kind, index)
+    )
     vae: Value = None
     vae_config: Mapping[str, Value] = {}
     if index.get("vae") and index["vae"][1]:

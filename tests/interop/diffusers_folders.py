@@ -3,7 +3,21 @@
 import diffusers
 import torch
 import transformers
-from diffusers_networks import dit, filled, flux, pixart, sd3, sd_unet, sdxl_unet, unet2d, vae
+from diffusers_networks import (
+    dit,
+    filled,
+    flux,
+    pixart,
+    sana,
+    sana_vae,
+    sd3,
+    sd_unet,
+    sdxl_unet,
+    unet2d,
+    vae,
+    wan,
+    wan_vae,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = ["a", "cat", "dog", "and", "the", "moon", "red", "no"]
@@ -120,6 +134,54 @@ def stable3():
     )
 
 
+def distilled():
+    """A UNet with its guidance as an input, as latent consistency models have it."""
+    pipeline = stable()
+    pipeline.register_modules(unet=filled(sd_unet(time_cond_proj_dim=8)))
+    return pipeline
+
+
+def umt5():
+    config = transformers.UMT5Config(
+        vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
+    )
+    return filled(transformers.UMT5EncoderModel(config), seed=4)
+
+
+def film():
+    return diffusers.WanPipeline(
+        tokenizer(), umt5(), filled(wan_vae(), seed=2), flow(), filled(wan())
+    )
+
+
+def gemma():
+    config = transformers.Gemma2Config(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return filled(transformers.Gemma2Model(config), seed=4)
+
+
+def sana_small():
+    return diffusers.SanaPipeline(
+        tokenizer(),
+        gemma(),
+        filled(sana_vae(), seed=2),
+        filled(sana()),
+        diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
 def flux1():
     return diffusers.FluxPipeline(
         flow(use_dynamic_shifting=True),
@@ -148,7 +210,21 @@ def pixels():
     )
 
 
-PIPELINES = {f.__name__: f for f in (stable, xl, stable3, flux1, pixart_alpha, classes, pixels)}
+PIPELINES = {
+    f.__name__: f
+    for f in (
+        stable,
+        xl,
+        stable3,
+        flux1,
+        pixart_alpha,
+        classes,
+        pixels,
+        distilled,
+        film,
+        sana_small,
+    )
+}
 
 
 def saved(name, folder, **options):

@@ -1,5 +1,6 @@
 """Whole folders of diffusers: the samples of its own pipelines, guided as they guide."""
 
+import dataclasses
 import json
 import shutil
 
@@ -105,17 +106,28 @@ def test_generate_decodes_its_files(stable, tmp_path):
     assert np.isfinite(pictures).all()
 
 
+def whole_label(level):
+    return np.trunc(1000 * level.t + 1e-9)
+
+
 @pytest.mark.parametrize(
     ("name", "scale", "options"),
     [
         ("xl", 5.0, {"height": 16, "width": 16}),
         ("stable3", 4.0, {"height": 16, "width": 16}),
+        (
+            "sana_small",
+            4.5,
+            {"use_resolution_binning": False, "height": 32, "width": 32},
+        ),
         ("pixart_alpha", 4.5, {"use_resolution_binning": False, "height": 16, "width": 16}),
     ],
 )
 def test_guided_pipelines(name, scale, options, tmp_path):
     pipeline = saved(name, tmp_path / name)
-    model = ds.from_pretrained(tmp_path / name)
+    size = options["height"], options["width"]
+    model = ds.from_pretrained(tmp_path / name, size=size)
+    assert model.image_size == size
     latents = start(2, model.shape)
     with torch.no_grad():
         want = pipeline(
@@ -126,12 +138,60 @@ def test_guided_pipelines(name, scale, options, tmp_path):
             output_type="latent",
             **options,
         ).images
-    guided = ds.guidance.cfg(model.score_fn, scale, null=model.null())
+    score_fn = model.score_fn
+    if name == "sana_small":  # docs/diffusers.md: its scheduler cuts the labels off, ours are real
+        score_fn = dataclasses.replace(score_fn, time=whole_label)
+    guided = ds.guidance.cfg(score_fn, scale, null=model.null())
     tableau = model.sampler(STEPS).tableau
     got = ds.sample(guided, tableau, arrays(latents), cond=model.conditions(PROMPTS))
     assert apart(got, want) < CLOSE
     plain = ds.sample(model.score_fn, tableau, arrays(latents), cond=model.conditions(PROMPTS))
     assert apart(plain, want) > 1e-3, "guidance does something"
+
+
+def test_a_distilled_network_with_its_guidance_inside(tmp_path):
+    pipeline = saved("distilled", tmp_path / "distilled")
+    model = ds.from_pretrained(tmp_path / "distilled")
+    latents = start(2, model.shape)
+    ends = {}
+    for scale in (7.5, 2.0):
+        with torch.no_grad():
+            want = pipeline(
+                PROMPTS,
+                num_inference_steps=STEPS,
+                guidance_scale=scale,
+                latents=latents,
+                output_type="latent",
+            ).images
+        cond = model.conditions(PROMPTS, guidance_scale=scale)
+        ends[scale] = model.sampler(STEPS)(jax.random.key(0), arrays(latents), cond=cond)
+        assert apart(ends[scale], want) < CLOSE
+    assert float(jnp.abs(ends[7.5] - ends[2.0]).max()) > 1e-3, "the scale does something"
+
+
+def test_a_film(tmp_path):
+    pipeline = saved("film", tmp_path / "film")
+    model = ds.from_pretrained(tmp_path / "film", size=(5, 32, 32))
+    assert model.shape == (4, 2, 4, 4)
+    latents = start(2, model.shape)
+    with torch.no_grad():
+        want = pipeline(
+            PROMPTS,
+            height=32,
+            width=32,
+            num_frames=5,
+            num_inference_steps=3,
+            guidance_scale=4.0,
+            latents=latents,
+            max_sequence_length=16,
+            output_type="pt",
+        ).frames
+    guided = ds.guidance.cfg(model.score_fn, 4.0, null=model.null(max_sequence_length=16))
+    cond = model.conditions(PROMPTS, max_sequence_length=16)
+    x = ds.sample(guided, model.sampler(3).tableau, arrays(latents), cond=cond)
+    frames = jnp.clip(model.decode(x) / 2 + 0.5, 0, 1)
+    assert frames.shape == (2, 3, 5, 32, 32)
+    assert apart(jnp.moveaxis(frames, 1, 2), want) < CLOSE
 
 
 def test_flux_with_its_embedded_guidance(tmp_path):
@@ -243,6 +303,17 @@ def test_bad_folders_in_words(tmp_path):
     with pytest.raises(ValueError, match=r"class UNet9DModel, which is not read; those are UNet2D"):
         ds.from_pretrained(folder)
     changed(folder, "model_index.json", unet=["diffusers", "UNet2DModel"])
+    changed(folder, "unet/config.json", out_channels=5)
+    with pytest.raises(ValueError, match="takes 3 channels and returns 5"):
+        ds.from_pretrained(folder)
+    changed(folder, "unet/config.json", out_channels=6)
+    with pytest.raises(ValueError, match=r"cannot be read as a UNet2DModel: .*(?s:.)*conv_out"):
+        ds.from_pretrained(folder)
+    changed(folder, "unet/config.json", out_channels=3)
+    changed(folder, "model_index.json", boundary_ratio=0.9)
+    with pytest.raises(ValueError, match="two networks in turn"):
+        ds.from_pretrained(folder)
+    changed(folder, "model_index.json", boundary_ratio=None)
     changed(folder, "scheduler/scheduler_config.json", _class_name="RePaintScheduler")
     with pytest.raises(ValueError, match="RePaintScheduler is not read"):
         ds.from_pretrained(folder)
