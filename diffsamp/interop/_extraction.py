@@ -72,7 +72,7 @@ class Extracted:
             # the module's own rules for dtypes and ranks, not those of the user's JAX
             with _quiet(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 tensors, given = env.j2t_iso((named, arguments))
-                with env, torch.device("jax"):
+                with env, _made_by_jax(torchax):
                     output = torch.func.functional_call(self.module, tensors, (), given)
                 output = env.t2j_iso(output)
         except Exception as error:  # whatever torch, torchax or JAX says
@@ -154,6 +154,26 @@ def _taken_apart(module: Value) -> tuple[Value, dict[str, jax.Array]]:
         tensor = vars(part).pop(name)
         part.register_buffer(name, tensor, persistent=False)
     return skeleton.eval(), params
+
+
+def _made_by_jax(torchax: Value) -> Value:
+    """A mode in which tensors that the module makes on no device in particular are JAX arrays.
+
+    `torch.device("jax")` does not do: which functions it is for, torch lists once, and transformers
+    exchanges one of them for a while.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class Made(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Value, types: Value, args: Value = (), kwargs: Value = None
+        ) -> Value:
+            kwargs = dict(kwargs or {})
+            if func in torchax.tensor.TENSOR_CONSTRUCTORS and kwargs.get("device") is None:
+                kwargs["device"] = "jax"
+            return func(*args, **kwargs)
+
+    return Made()
 
 
 @contextlib.contextmanager

@@ -152,6 +152,21 @@ def test_weights_are_arguments_of_the_program():
     assert float(jnp.abs(slope.params["inner.weight"]).max()) > 0
 
 
+def test_tensors_made_on_the_way_whatever_transformers_did(monkeypatch):
+    """It exchanges torch.linspace for a while, and torch remembers which one it saw."""
+    module, score_fn = small()
+    real, constructors = torch.linspace, torch.utils._device._device_constructors
+    constructors.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "linspace", lambda *a, **k: real(*a, **k))
+        constructors()
+    try:
+        got = score_fn.apply(score_fn.params, arrays(X), arrays(T))
+    finally:
+        constructors.cache_clear()
+    assert apart(got, module.eval()(X, T)) < CLOSE
+
+
 def test_one_trace_for_many_samplers():
     calls = []
 
