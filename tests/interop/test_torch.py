@@ -236,6 +236,19 @@ def test_fixed_arguments_and_other_names():
     assert apart(fixed.apply(fixed.params, x, t), want) < CLOSE
 
 
+def test_it_is_searched_and_distilled():
+    """The module as a network like any other: a plan, without and with gradients."""
+    _, score_fn = small()
+    x_T = jnp.asarray(np.random.default_rng(0).normal(size=(24, 2, 4)), jnp.float32)
+    plan = ds.search.regress(score_fn, x_T, nfe=2, key=jax.random.key(0))
+    assert plan.tableau.nfe == 2
+    start = ds.solvers.ddim(VP, ds.schedules.logsnr(VP, 2))
+    plan = ds.search.distill(
+        score_fn, x_T, start=start, key=jax.random.key(0), steps=3, batch=4, held_out=8
+    )
+    assert np.abs(plan.tableau.b - start.b).max() > 1e-4
+
+
 @pytest.mark.parametrize("batch", [None, 2])
 def test_exported_it_runs_without_torch(tmp_path, batch):
     """In a process where torch cannot be imported: samples and gradients."""
