@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -q
 # what the live comparison with the PyTorch samplers needs; k-diffusion without its image packages
 PEERS  := torch==2.13.0 diffusers==0.42.1 torchsde torchdiffeq
-# the extras torch and diffusers, in an environment of their own; PyTorch's builds without a GPU
+# the extras torch and diffusers, in an environment of their own; for PyTorch's smaller builds, those
+# without a GPU: make test-interop INDEX=https://download.pytorch.org/whl/cpu
 INTEROP := .venv-interop
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+INDEX   ?=
 PEERS_ALONE := k-diffusion==0.1.1.post1
 
 # the leg with 64-bit arrays: modules that touch every part but the gradient searches
@@ -71,12 +72,12 @@ test-peers: $(VENV)/peers.stamp  ## compare with diffusers and k-diffusion, inst
 
 $(INTEROP)/stamp: pyproject.toml
 	@test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/pip --disable-pip-version-check -q install --extra-index-url $(TORCH_INDEX) \
+	$(INTEROP)/bin/pip --disable-pip-version-check -q install $(INDEX:%=--extra-index-url %) \
 	  -e '.[test,torch,diffusers]' 'keras>=3.10'
 	@touch $@
 
 test-interop: $(INTEROP)/stamp  ## PyTorch, diffusers and Keras networks, installed for it
-	$(INTEROP)/bin/python -m pytest -q -n 2 -m interop tests/interop
+	$(INTEROP)/bin/python -m pytest -q -n 2 -m interop tests/networks
 
 bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/overhead.py

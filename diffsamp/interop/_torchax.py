@@ -2,7 +2,7 @@
 
 torchax 0.0.13 lists, while it is imported, overloads of torch's operations for named tensors,
 which torch 2.13 removed (and `aten.qr`, which 2.14 removed). Nobody can call what does not exist:
-while torchax is imported, such a name is a placeholder. tests/interop/test_torch.py fails once
+while torchax is imported, such a name is a placeholder. tests/networks/test_torch.py fails once
 torchax imports by itself; then this file is one line.
 """
 

@@ -15,7 +15,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "interop" in item.path.parts:
+        if "networks" in item.path.parts:
             item.add_marker(pytest.mark.interop)
 
 
