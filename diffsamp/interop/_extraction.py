@@ -67,13 +67,14 @@ class Extracted:
 
         env = torchax.default_env()
         before = env.param.prng
+        module = copy.deepcopy(self.module)  # what it keeps of one trace is not for the next
         named = {f"module.{name}": weight for name, weight in weights.items()}
         try:
             # the module's own rules for dtypes and ranks, not those of the user's JAX
             with _quiet(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 tensors, given = env.j2t_iso((named, arguments))
                 with env, _made_by_jax(torchax):
-                    output = torch.func.functional_call(self.module, tensors, (), given)
+                    output = torch.func.functional_call(module, tensors, (), given)
                 output = env.t2j_iso(output)
         except Exception as error:  # whatever torch, torchax or JAX says
             raise _explained(error, self.name, arguments) from error

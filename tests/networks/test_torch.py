@@ -182,6 +182,21 @@ def test_one_trace_for_many_samplers():
     assert len(calls) == 1
 
 
+def test_what_a_module_keeps_is_not_for_the_next_trace():
+    class Keeps(nn.Module):
+        kept = None
+
+        def forward(self, x, t):
+            if self.kept is None:
+                self.kept = torch.cos(t[:, None, None])
+            return x * self.kept
+
+    score_fn = ds.from_torch(Keeps(), process=VP)
+    for n in (2, 3):  # other shapes: traced again
+        got = score_fn.apply(score_fn.params, arrays(X[:n]), arrays(T[:n]))
+        assert apart(got, Keeps()(X[:n], T[:n])) < CLOSE
+
+
 def test_channels_last():
     module, score_fn = small(layout="NHWC")
     got = score_fn.apply(score_fn.params, jnp.moveaxis(arrays(X), 1, -1), arrays(T))
