@@ -267,7 +267,7 @@ def test_it_is_searched_and_distilled():
 @pytest.mark.parametrize("batch", [None, 2])
 def test_exported_it_runs_without_torch(tmp_path, batch):
     """In a process where torch cannot be imported: samples and gradients."""
-    case, _, score_fn = made("SDXL", time="label")
+    case, _, score_fn = made("SD3", time="label")
     cond = arrays(case.cond())
     folder = tmp_path / "net"
     ds.export_network(
@@ -280,12 +280,7 @@ def test_exported_it_runs_without_torch(tmp_path, batch):
     want = ds.sample(score_fn, tableau, x_T, cond=cond)
     slope = jax.grad(lambda x: jnp.sum(score_fn(x, 0.3, cond=cond) ** 2))(x_T)
     tableau.save(tmp_path / "tableau.json")
-    np.savez(
-        tmp_path / "in.npz",
-        x_T=x_T,
-        **cond["added_cond_kwargs"],
-        text=cond["encoder_hidden_states"],
-    )
+    np.savez(tmp_path / "in.npz", x_T=x_T, **cond)
     code = """
 import sys
 class Gone:
@@ -295,8 +290,7 @@ class Gone:
 sys.meta_path.insert(0, Gone)
 import jax, jax.numpy as jnp, numpy as np, diffsamp as ds
 net, given = ds.load_network("net"), np.load("in.npz")
-added = {n: given[n] for n in ("text_embeds", "time_ids")}
-cond = {"encoder_hidden_states": given["text"], "added_cond_kwargs": added}
+cond = {n: given[n] for n in ("encoder_hidden_states", "pooled_projections")}
 x = ds.sample(net, ds.Tableau.load("tableau.json"), given["x_T"], cond=cond)
 slope = jax.grad(lambda x: jnp.sum(net(x, 0.3, cond=cond) ** 2))(jnp.asarray(given["x_T"]))
 np.savez("out.npz", x=x, slope=slope)
