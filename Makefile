@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -q
 # what the live comparison with the PyTorch samplers needs; k-diffusion without its image packages
 PEERS  := torch==2.13.0 diffusers==0.42.1 torchsde torchdiffeq
+# the extras torch and diffusers, in an environment of their own; for PyTorch's smaller builds, those
+# without a GPU: make test-interop INDEX=https://download.pytorch.org/whl/cpu
+INTEROP := .venv-interop
+INDEX   ?=
 PEERS_ALONE := k-diffusion==0.1.1.post1
 
 # the leg with 64-bit arrays: modules that touch every part but the gradient searches
@@ -14,7 +18,7 @@ X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py tes
           search/test_compare.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-pages test-x64 test-peers mutations lint format types bench bench-peers train-digits clean
+.PHONY: help demo test test-all test-pages test-x64 test-peers test-interop mutations lint format types bench bench-peers train-digits clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,11 +39,11 @@ demo: $(VENV)/demo.stamp  ## sample the bundled network, compare solvers, search
 test: lint types  ## lint, types and the tests, in ten minutes
 	$(BIN)/python -m pytest -q -n 2
 
-test-all: test  ## and the long matrices
-	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers'
+test-all: test test-interop  ## and the long matrices, and those with PyTorch
+	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop'
 
 test-pages: $(VENV)/dev.stamp  ## the notebooks, and the snippets of docs/
-	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers' tests/test_notebooks.py tests/test_readme.py
+	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop' tests/test_notebooks.py tests/test_readme.py
 
 test-x64: $(VENV)/dev.stamp  ## tests of most modules with 64-bit arrays
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=tests/%)
@@ -66,6 +70,15 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 test-peers: $(VENV)/peers.stamp  ## compare with diffusers and k-diffusion, installed for it
 	$(BIN)/python -m pytest -q -m peers tests/test_peers.py tests/test_diffusers_parity.py tests/test_benchmarks.py
 
+$(INTEROP)/stamp: pyproject.toml
+	@test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip --disable-pip-version-check -q install $(INDEX:%=--extra-index-url %) \
+	  -e '.[test,torch,diffusers]' 'keras>=3.10'
+	@touch $@
+
+test-interop: $(INTEROP)/stamp  ## PyTorch, diffusers and Keras networks, installed for it
+	$(INTEROP)/bin/python -m pytest -q -n 2 -m interop tests/networks
+
 bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/compilation.py
@@ -83,4 +96,4 @@ train-digits: $(VENV)/demo.stamp  ## train the bundled network again (minutes on
 	$(BIN)/python benchmarks/train_digits.py
 
 clean:  ## remove the environment and results
-	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) out build dist *.egg-info .mypy_cache .ruff_cache

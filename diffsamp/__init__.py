@@ -21,12 +21,16 @@ from diffsamp._core import random
 from diffsamp._core.convolution import fast_convolutions
 from diffsamp._core.progress import ProgressBar
 from diffsamp.evaluation import metrics, targets
+from diffsamp.evaluation.check import Check, check
 from diffsamp.evaluation.describe import describe
 from diffsamp.guidance import time_shift
 from diffsamp.interop.diffusers import from_diffusers
+from diffsamp.interop.torch import from_torch
 from diffsamp.jobs._shards import Generated, Shard
 from diffsamp.jobs.export import ExportedSampler, export, load_exported
 from diffsamp.jobs.generate import generate
+from diffsamp.jobs.network import export_network, load_network
+from diffsamp.jobs.pretrained import Pretrained, from_pretrained
 from diffsamp.jobs.sampler import Sampler, sampler
 from diffsamp.kinds import bridges, few_step, phase_space
 from diffsamp.loops import adaptive, inversion, parallel
@@ -40,8 +44,10 @@ from diffsamp.tableau import Tableau
 __version__ = "0.1.0"
 
 __all__ = [
+    "Check",
     "ExportedSampler",
     "Generated",
+    "Pretrained",
     "ProgressBar",
     "Sampler",
     "ScoreFn",
@@ -52,18 +58,23 @@ __all__ = [
     "adaptive",
     "bridges",
     "brownian_key",
+    "check",
     "describe",
     "discrete",
     "export",
+    "export_network",
     "fast_convolutions",
     "few_step",
     "from_diffusers",
+    "from_pretrained",
+    "from_torch",
     "generate",
     "guidance",
     "init",
     "inverse",
     "inversion",
     "load_exported",
+    "load_network",
     "log_prob",
     "metrics",
     "parallel",

@@ -28,6 +28,7 @@ GUIDES = (
     "steering.md",
     "students.md",
     "targets.md",
+    "wrapping.md",
 )  # pages of no family of samplers
 FAMILIES = [page for page in PAGES if page.name not in GUIDES]
 

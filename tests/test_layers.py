@@ -33,6 +33,11 @@ EXTRAS = {
     "flatbuffers": {"jobs"},
     "matplotlib": {"plot"},
     "tqdm": {"_core"},
+    "torch": {"interop"},
+    "torchax": {"interop"},
+    "diffusers": {"interop"},
+    "transformers": {"interop"},
+    "huggingface_hub": {"interop"},
 }
 # modules that may exceed the budget, and why
 LARGE = {

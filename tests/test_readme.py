@@ -64,4 +64,4 @@ def test_the_two_commands_come_first():
     assert "set -e" in runner
     assert re.findall(r"^make (\S+)$", runner, re.MULTILINE) == ["test", "test-pages", "test-x64"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(r"^test-all: test  ", makefile, re.MULTILINE)
+    assert re.search(r"^test-all: test test-interop  ", makefile, re.MULTILINE)

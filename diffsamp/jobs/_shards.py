@@ -195,7 +195,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def safetensors() -> PyTree:
+def safetensors(what: str = 'format="safetensors"') -> PyTree:
     """That package's functions for NumPy.
 
     Raises:
@@ -205,7 +205,7 @@ def safetensors() -> PyTree:
         from safetensors import numpy as safetensors_numpy
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'format="safetensors" needs that package: pip install "diffsamp[models]"',
+            f'{what} needs that package: pip install "diffsamp[models]"',
             name="safetensors",
         ) from error
     return safetensors_numpy

@@ -24,12 +24,18 @@ from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.files import write_atomically
 from diffsamp._core.types import Array, Conditions, DType, Key, PyTree, Value
+from diffsamp.jobs._programs import (
+    expect_condition,
+    expect_file,
+    expect_platforms,
+    exported,
+    flatbuffers,
+)
 from diffsamp.jobs.sampler import Sampler
 
 __all__ = ["ExportedSampler", "export", "load_exported"]
 
 _FORMAT, _VERSION = "diffsamp.exported", 2
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,16 +155,16 @@ def export(
       ModuleNotFoundError: flatbuffers, in which JAX writes programs, is missing.
     """
     # what can be said before the work
-    _flatbuffers()
+    flatbuffers()
     if not isinstance(sampler, Sampler):
         raise TypeError(
             "`sampler` must be a diffsamp.Sampler, such as Sampler(score_fn, tableau); got "
             f"{type(sampler).__name__}."
         )
-    platforms = _expect_platforms(platforms)
+    platforms = expect_platforms(platforms)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating; got {jnp.dtype(dtype)}.")
-    _expect_writable(Path(path))
+    expect_file(Path(path))
     if sampler.score_fn.batched is False:
         raise ValueError("`export` needs a network with a batch axis, ScoreFn(batched=True).")
     shape = tuple(expect_int(size, "shape", at_least=1) for size in shape)
@@ -174,7 +180,7 @@ def export(
         leaf if kind is None else jax.random.key_data(leaf)
         for leaf, kind in zip(weights, kinds, strict=True)
     ]
-    conditions = {name: _expect_condition(name, value) for name, value in (cond or {}).items()}
+    conditions = {name: expect_condition(name, value) for name, value in (cond or {}).items()}
     empty = jax.random.key(0)
     width = jax.random.key_data(empty).shape
 
@@ -202,15 +208,8 @@ def export(
         jax.ShapeDtypeStruct((batch, *shape), dtype),
         {n: jax.ShapeDtypeStruct((batch, *tail), d) for n, (tail, d) in conditions.items()},
     )
-    try:
-        program = jax_export.export(jax.jit(run), platforms=platforms)(*arguments)
-        start = jax_export.export(jax.jit(prior), platforms=platforms)(keys)
-    except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
-        if isinstance(error, TypeError) and "_DimExpr" not in str(error):
-            raise
-        raise ValueError(f"the network's program depends on the batch size: {error}") from error
-    except NotImplementedError as error:
-        raise ValueError(f"the network's program cannot be exported: {error}") from error
+    program = exported(run, platforms, *arguments)
+    start = exported(prior, platforms, keys)
     meta = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -238,31 +237,6 @@ def export(
     write_atomically(path, buffer.getvalue())
 
 
-def _expect_platforms(platforms: Value) -> tuple[str, ...]:
-    if isinstance(platforms, str) or not platforms or not set(platforms) <= set(_PLATFORMS):
-        raise ValueError(
-            f'`platforms` must be some of {_PLATFORMS}, such as ("cpu",); got {platforms!r}.'
-        )
-    return tuple(platforms)
-
-
-def _expect_writable(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(21, "`path` is a folder; give a file's path", str(path))
-    if not path.parent.is_dir():
-        kind = NotADirectoryError if path.parent.exists() else FileNotFoundError
-        raise kind(2, "the folder of `path` does not exist", str(path.parent))
-
-
-def _expect_condition(name: str, value: Value) -> tuple[tuple[int, ...], str]:
-    if not hasattr(value, "dtype") or np.ndim(value) < 1:
-        raise ValueError(
-            f"cond[{name!r}] must be an array with a leading batch axis; got "
-            f"{type(value).__name__}."
-        )
-    return tuple(np.shape(value)[1:]), str(jnp.asarray(value).dtype)
-
-
 def load_exported(path: str | os.PathLike[str]) -> ExportedSampler:
     """Read what `export` wrote; neither the network's code nor its framework is needed.
 
@@ -277,7 +251,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedSampler:
       ValueError: another kind of file, another version, or a corrupt one.
       ModuleNotFoundError: flatbuffers, in which JAX writes programs, is missing.
     """
-    _flatbuffers()
+    flatbuffers()
     name = os.fspath(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {name}.")
@@ -323,12 +297,3 @@ def _built(meta: dict[str, PyTree], arrays: dict[str, np.ndarray]) -> ExportedSa
         prior,
         weights,
     )
-
-
-def _flatbuffers() -> None:
-    try:
-        import flatbuffers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'export needs flatbuffers: pip install "diffsamp[export]"', name="flatbuffers"
-        ) from error
