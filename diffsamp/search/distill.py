@@ -32,6 +32,7 @@ from diffsamp.search._gradient import (
     optax_or_error,
     scales_of,
 )
+from diffsamp.search._network import describe_network
 from diffsamp.search.canonical import canonical
 from diffsamp.search.compare import candidates, compare
 from diffsamp.search.explicit import from_largest_level, own_start
@@ -259,6 +260,7 @@ def distill(
         time.perf_counter() - began,
         settings,
         seed_of(key),
+        network=describe_network(score_fn, tableau, x_T=x_T, data_range=data_range),
     )
 
 

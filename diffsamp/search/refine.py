@@ -23,6 +23,7 @@ from diffsamp._core.digest import seed_of
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
+from diffsamp.search._network import describe_network
 from diffsamp.search.explicit import Explicit, from_largest_level
 from diffsamp.search.objective import Progress, run_many, slice_batch
 from diffsamp.search.plan import Plan
@@ -157,6 +158,7 @@ def refine(
         time.perf_counter() - began,
         settings,
         seed_of(key),
+        network=describe_network(score_fn, found, x_T=x_T, data_range=data_range),
     )
 
 

@@ -28,6 +28,7 @@ from diffsamp.predictions import level_at
 from diffsamp.processes import Process
 from diffsamp.sampling import trajectory
 from diffsamp.score import ScoreFn
+from diffsamp.search._network import describe_network
 from diffsamp.search.dynamic import Costs, pair_costs
 from diffsamp.search.explicit import Explicit
 from diffsamp.search.objective import Progress, slice_batch
@@ -168,6 +169,7 @@ def regress(
         time.perf_counter() - began,
         settings,
         seed_of(key),
+        network=describe_network(score_fn, best, x_T=x_T, data_range=data_range),
     )
 
 
