@@ -34,6 +34,8 @@ EXTRAS = {
     "flatbuffers": {"jobs"},
     "matplotlib": {"plot"},
     "tqdm": {"_core"},
+    "torch": {"interop"},
+    "diffusers": {"interop"},
 }
 # modules that may exceed the budget, and why
 LARGE = {

@@ -16,9 +16,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["calls", "read", "run"]
+__all__ = ["advance", "as_if_before", "calls", "read", "run"]
 
 _NAMES = ("data", "noise", "v", "score", "velocity", "edm_f")
+_ALIASES = {
+    "sample": "data",
+    "epsilon": "noise",
+    "eps": "noise",
+    "v_prediction": "v",
+    "flow_prediction": "velocity",
+}
 
 
 def read(plan: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -69,13 +76,14 @@ def calls(
       table: of `read`.
       network: of `read`.
       prediction: what the network at hand predicts, "data", "noise", "v", "score", "velocity" or
-        "edm_f"; None: what the plan says. Where it differs from that the network gets the
-        process's own time ("edm_f": log(sigma / alpha) / 4).
+        "edm_f", or diffusers' names; None: what the plan says. Where it differs from that the
+        network gets the process's own time ("edm_f": log(sigma / alpha) / 4).
 
     Raises:
       ValueError: the prediction is not known, or does not determine what a row wants; or rows
         that ask different conditions.
     """
+    prediction = _ALIASES.get(str(prediction), prediction)
     if any(around["name"] == "Selected" for around in network.get("guidance", ())):
         raise ValueError(
             "the plan asks another condition at some rows (unfolded guidance); this reader does "
@@ -170,29 +178,74 @@ def run(
     batch = x.shape[:1] if network.get("batched", True) else ()
     draw = _noise(noise, [n for n, c in enumerate(table["c"]) if np.any(c)], len(table["c"]), x)
 
-    def times(weight: Any, array: np.ndarray) -> np.ndarray:
-        return np.asarray(weight, x.dtype) * array
+    def number(weight: Any) -> Any:
+        return np.asarray(weight, x.dtype)
 
-    u: list[np.ndarray] = [x]
-    m: list[np.ndarray] = []
+    u, m = [x], list[np.ndarray]()
     for n, asked in enumerate(table["evaluates"]):
         output = np.zeros_like(x)
         if asked:
             t = np.full(batch, numbers["time"][n], x.dtype)
-            output = np.asarray(model(times(numbers["scale"][n], u[0]), t), x.dtype)
+            output = np.asarray(model(number(numbers["scale"][n]) * u[0], t), x.dtype)
             if output.shape != x.shape:
                 raise ValueError(f"`model` must return the shape {x.shape}; got {output.shape}.")
-            output = times(numbers["state"][n], u[0]) + times(numbers["output"][n], output)
-        m = [output, *m[: len(table["b"][n]) - 1]]
-        new = np.zeros_like(x)
-        for weight, value in [*zip(table["a"][n], u), *zip(table["b"][n], m)]:  # noqa: B905
-            new = new + times(weight, value)
-        if np.any(table["c"][n]):
-            new = new + times(table["c"][n], draw(n))
-        if table.get("d") is not None:
-            new = new + np.asarray(table["d"][n], x.dtype)
-        u = [new, *u[: len(table["a"][n]) - 1]]
+            output = number(numbers["state"][n]) * u[0] + number(numbers["output"][n]) * output
+        m.insert(0, output)
+        u.insert(0, advance(table, n, u, m, draw, number))
+        del u[len(table["a"][n]) :], m[len(table["b"][n]) :]
     return u[0]
+
+
+def advance(
+    table: Mapping[str, Any],
+    n: int,
+    u: list[Any],
+    m: list[Any],
+    draw: Callable[[int], Any],
+    number: Callable[[Any], Any] = float,
+) -> Any:
+    """u[n + 1] of the module's equation, for arrays of any library.
+
+    Args:
+      table: of `read`.
+      n: the row.
+      u: the states up to row n, newest first.
+      m: the outputs up to row n, newest first.
+      draw: n -> fresh noise, called where the row adds some.
+      number: what turns a coefficient into something that multiplies an array.
+    """
+    terms = [*zip(table["a"][n], u, strict=False), *zip(table["b"][n], m, strict=False)]
+    if np.any(table["c"][n]):
+        terms.append((table["c"][n], draw(n)))
+    new = 0 * u[0]
+    for weight, value in terms:
+        if np.any(weight):
+            new = new + number(weight) * value
+    return new if table.get("d") is None else new + number(table["d"][n])
+
+
+def as_if_before(table: Mapping[str, Any], n: int, u: Any, m: Any) -> tuple[list[Any], list[Any]]:
+    """States and outputs up to row n of a run that begins there, newest first.
+
+    A row of several steps needs a past, which a run from the middle (image to image) has not. It is
+    taken from the line through u on which data and noise are what the network says there, so that
+    the first step is DDIM's whatever the method.
+
+    Args:
+      table: of `read`.
+      n: the row, which evaluates.
+      u: the state there.
+      m: the output there, m[n] of the module's equation.
+    """
+    alpha, sigma, (w_0, w_1) = table["alpha"][n], table["sigma"][n], table["target"][n]
+    determinant = alpha * w_1 - sigma * w_0
+    data, noise = (w_1 * u - sigma * m) / determinant, (alpha * m - w_0 * u) / determinant
+    states, outputs = [u], [m]
+    for k in range(n - 1, -1, -1):
+        states.append(table["alpha"][k] * data + table["sigma"][k] * noise)
+        w_0, w_1 = table["target"][k] if table["evaluates"][k] else (0.0, 0.0)
+        outputs.append(w_0 * data + w_1 * noise)
+    return states[: len(table["a"][n])], outputs[: len(table["b"][n])]
 
 
 def _noise(noise: Any, rows: list[int], count: int, x: np.ndarray) -> Callable[[int], np.ndarray]:

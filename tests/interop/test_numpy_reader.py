@@ -140,7 +140,7 @@ def test_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="does not say what its network predicts"):
         reader.run(table, model, x)
     with pytest.raises(ValueError, match="`prediction` must be one of"):
-        reader.run(table, model, x, prediction="eps")
+        reader.run(table, model, x, prediction="nosie")
     with pytest.raises(ValueError, match="flow process"):
         reader.run(table, model, x, prediction="velocity")
     with pytest.raises(ValueError, match="must return the shape"):
