@@ -24,6 +24,10 @@ def __getattr__(name: str) -> object:
         from diffsamp.interop.diffusers._scheduler import scheduler_class
 
         return scheduler_class()
+    if name == "SchedulerMixin":  # by which a pipeline's folder knows what kind of part it loads
+        from diffusers import SchedulerMixin
+
+        return SchedulerMixin
     if name in __all__:
         from diffsamp.interop.diffusers import _read
 

@@ -199,12 +199,9 @@ def scheduler_class() -> Any:
             """
             own, count = self.config.timesteps, len(self._rows)
             for given, what in ((sigmas, "sigmas"), (timesteps, "timesteps")):
-                if given is not None and num_inference_steps is None:
-                    num_inference_steps = len(given)
                 if given is not None and len(given) != count:
-                    num_inference_steps = len(given)
                     raise ValueError(
-                        f"the plan makes {count} evaluations, not {len(given)} {what}."
+                        f"the plan makes {count} evaluations; got {len(given)} {what}."
                     )
             if num_inference_steps not in (None, count):
                 raise ValueError(
