@@ -15,6 +15,7 @@ from diffsamp._core import random
 from diffsamp._core.convolution import fast_convolutions
 from diffsamp._core.progress import ProgressBar
 from diffsamp.evaluation import metrics, targets
+from diffsamp.evaluation.cite import cite
 from diffsamp.evaluation.describe import describe
 from diffsamp.guidance import time_shift
 from diffsamp.interop.diffusers import from_diffusers
@@ -44,6 +45,7 @@ __all__ = [
     "adaptive",
     "bridges",
     "brownian_key",
+    "cite",
     "describe",
     "export",
     "fast_convolutions",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     TableauScheduler: Value
 
-__all__ = ["DiffusersSampler", "TableauScheduler", "from_diffusers"]
+__all__ = ["DiffusersSampler", "from_diffusers"]
 
 
 def __getattr__(name: str) -> object:
@@ -36,5 +36,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    # without the class, whose making needs diffusers, for what walks over modules
-    return sorted({*globals(), *__all__} - {"TableauScheduler"})
+    return sorted({*globals(), *__all__, "TableauScheduler"})
