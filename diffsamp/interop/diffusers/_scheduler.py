@@ -16,11 +16,59 @@ import numpy as np
 
 from diffsamp.interop import numpy as reader
 
-__all__ = ["scheduler_class"]
+__all__ = ["scheduler_class", "scheduler_config"]
 
 _TABLE = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates", "d")
 _THEIRS = {"noise": "epsilon", "data": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
 _FLOW_LABELS = ("t", "label", None)
+
+
+def scheduler_config(
+    plan: Any,
+    prediction: str | None = None,
+    *,
+    timesteps: list[float] | None = None,
+    num_train_timesteps: int = 1000,
+) -> dict[str, Any]:
+    """What the `scheduler_config.json` of a `TableauScheduler` holds; diffusers is not needed.
+
+    Args:
+      plan: a plan or tableau, its file, or what the file holds.
+      prediction: what the pipeline's network predicts: "noise", "data", "v", "velocity", "edm_f" or
+        diffusers' `prediction_type`. None: what the plan says.
+      timesteps: what the network is told at each evaluation. None: 1000 sigma for flow models, else
+        what the plan says, or the tableau's times.
+      num_train_timesteps: how many levels the network was trained on.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no plan; coefficients that are no plain numbers; a prediction that is not known or
+        does not determine what a row wants.
+    """
+    table, network = reader.read(plan)
+    if any(np.ndim(table[key]) != 2 for key in ("a", "b")):
+        raise ValueError("only a table of plain numbers runs here; this one has fields.")
+    calls = reader.calls(table, network, prediction)
+    rows = [n for n, asked in enumerate(table["evaluates"]) if asked]
+    if timesteps is None:
+        own, flow = calls["time"], np.allclose(np.add(table["alpha"], table["sigma"]), 1.0)
+        if flow and network.get("time") in _FLOW_LABELS:
+            own = [1000 * sigma for sigma in table["sigma"]]
+        timesteps = [own[n] for n in rows]
+    elif len(timesteps) != len(rows):
+        raise ValueError(
+            f"`timesteps` must hold {len(rows)} numbers, one per evaluation; got {len(timesteps)}."
+        )
+    said = str(prediction or network.get("prediction"))
+    return {
+        "_class_name": "TableauScheduler",
+        "table": {key: table[key] for key in _TABLE if table.get(key) is not None},
+        "calls": calls,
+        "timesteps": [float(t) for t in timesteps],
+        "prediction_type": _THEIRS.get(said, said),
+        "num_train_timesteps": num_train_timesteps,
+        "name": str(table.get("name", "")),
+    }
 
 
 @functools.cache
@@ -38,7 +86,7 @@ def scheduler_class() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"TableauScheduler needs diffusers and torch ({error.name} is missing): pip install "
-            "diffusers torch",
+            '"diffsamp[diffusers]"',
             name=error.name,
         ) from error
 
@@ -96,46 +144,20 @@ def scheduler_class() -> Any:
             timesteps: list[float] | None = None,
             num_train_timesteps: int = 1000,
         ) -> TableauScheduler:
-            """From a `diffsamp.Tableau`, its file or a plan.
+            """From a `diffsamp.Tableau`, its file or a plan; see `scheduler_config`.
 
             Args:
               tableau: the object, a file's path, or what the file holds.
-              prediction: what the pipeline's network predicts: "noise", "data", "v", "velocity",
-                "edm_f" or diffusers' `prediction_type`. None: what the plan says.
-              timesteps: what the network is told at each evaluation. None: 1000 sigma for flow
-                models, else what the plan says, or the tableau's times.
+              prediction: what the pipeline's network predicts; None: what the plan says.
+              timesteps: what the network is told; None: 1000 sigma, or what the plan says.
               num_train_timesteps: how many levels the network was trained on.
 
             Raises:
-              FileNotFoundError: no such file.
-              ValueError: no plan; coefficients that are no plain numbers; a prediction that is not
-                known or does not determine what a row wants.
+              FileNotFoundError, ValueError: as `scheduler_config`.
             """
-            table, network = reader.read(tableau)
-            if any(np.ndim(table[key]) != 2 for key in ("a", "b")):
-                raise ValueError("only a table of plain numbers runs here; this one has fields.")
-            calls = reader.calls(table, network, prediction)
-            rows = [n for n, asked in enumerate(table["evaluates"]) if asked]
-            if timesteps is None:
-                flow = bool(np.allclose(np.add(table["alpha"], table["sigma"]), 1.0))
-                own = calls["time"]
-                if flow and network.get("time") in _FLOW_LABELS:
-                    own = [1000 * sigma for sigma in table["sigma"]]
-                timesteps = [float(own[n]) for n in rows]
-            elif len(timesteps) != len(rows):
-                raise ValueError(
-                    f"`timesteps` must hold {len(rows)} numbers, one per evaluation; got "
-                    f"{len(timesteps)}."
-                )
-            said = str(prediction or network.get("prediction"))
-            return cls(
-                table={key: table[key] for key in _TABLE if table.get(key) is not None},
-                calls=calls,
-                timesteps=[float(t) for t in timesteps],
-                prediction_type=_THEIRS.get(said, said),
-                num_train_timesteps=num_train_timesteps,
-                name=str(table.get("name", "")),
-            )
+            options: Any = {"timesteps": timesteps, "num_train_timesteps": num_train_timesteps}
+            config = scheduler_config(tableau, prediction, **options)
+            return cls(**{key: v for key, v in config.items() if not key.startswith("_")})
 
         @classmethod
         def from_plan(
