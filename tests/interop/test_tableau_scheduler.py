@@ -1,5 +1,7 @@
 """Plans inside diffusers: every registered solver, tiny pipelines, files. `make test-peers`."""
 
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -358,3 +360,22 @@ def test_errors_say_what_is_wrong(torch, scheduler_class, tmp_path):
     noisy = scheduler_class.from_tableau(tableau("ddpm", "noise"), "noise")
     with pytest.raises(ValueError, match="`variance_noise` is too short"):
         noisy.step(x, noisy.timesteps[0], x, variance_noise=[])
+
+
+def test_neither_reader_needs_jax(torch, tmp_path):
+    ds.search.Plan.of(tableau("unipc2", "noise"), network("noise")).save(tmp_path / "plan.json")
+    code = f"""
+import sys
+sys.modules["jax"] = sys.modules["jaxlib"] = None  # an import of either is an error
+import torch
+from diffsamp.interop.diffusers import TableauScheduler
+from diffsamp.interop.k_diffusion import sample_tableau
+scheduler = TableauScheduler.from_plan({str(tmp_path / "plan.json")!r})
+x = torch.ones(2, 3)
+for t in scheduler.timesteps:
+    x = scheduler.step(0.5 * x, t, x).prev_sample
+y = sample_tableau(lambda x, sigma: 0.5 * x, torch.ones(2, 3), plan={str(tmp_path / "plan.json")!r})
+assert torch.isfinite(x).all() and torch.isfinite(y).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
