@@ -68,7 +68,7 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	@touch $@
 
 test-peers: $(VENV)/peers.stamp  ## compare with diffusers and k-diffusion, installed for it
-	$(BIN)/python -m pytest -q -m peers tests/test_peers.py tests/test_diffusers_parity.py tests/test_benchmarks.py
+	$(BIN)/python -m pytest -q -m peers tests/test_peers.py tests/test_diffusers_parity.py tests/test_benchmarks.py tests/interop
 
 $(INTEROP)/stamp: pyproject.toml
 	@test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)

@@ -4,98 +4,34 @@ Three things a user does: wrap a pretrained network in a `ScoreFn`, run a solver
 with `sample`, and `search` for the best tableau under a budget of network evaluations (NFE).
 """
 
-from diffsamp import (
-    discrete,
-    guidance,
-    inverse,
-    plot,
-    predictions,
-    processes,
-    schedules,
-    search,
-    solvers,
-    steering,
-    students,
-)
-from diffsamp._core import random
-from diffsamp._core.convolution import fast_convolutions
-from diffsamp._core.progress import ProgressBar
-from diffsamp.evaluation import metrics, targets
-from diffsamp.evaluation.check import Check, check
-from diffsamp.evaluation.describe import describe
-from diffsamp.guidance import time_shift
-from diffsamp.interop.diffusers import from_diffusers
-from diffsamp.interop.torch import from_torch
-from diffsamp.jobs._shards import Generated, Shard
-from diffsamp.jobs.export import ExportedSampler, export, load_exported
-from diffsamp.jobs.generate import generate
-from diffsamp.jobs.network import export_network, load_network
-from diffsamp.jobs.pretrained import Pretrained, from_pretrained
-from diffsamp.jobs.sampler import Sampler, sampler
-from diffsamp.kinds import bridges, few_step, phase_space
-from diffsamp.loops import adaptive, inversion, parallel
-from diffsamp.loops.brownian import brownian_key
-from diffsamp.loops.policies import log_prob, replay, row_kl
-from diffsamp.processes import reversed_flow_apply
-from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
-from diffsamp.score import ScoreFn
-from diffsamp.tableau import Tableau
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Check",
-    "ExportedSampler",
-    "Generated",
-    "Pretrained",
-    "ProgressBar",
-    "Sampler",
-    "ScoreFn",
-    "Shard",
-    "State",
-    "Tableau",
-    "Trajectory",
-    "adaptive",
-    "bridges",
-    "brownian_key",
-    "check",
-    "describe",
-    "discrete",
-    "export",
-    "export_network",
-    "fast_convolutions",
-    "few_step",
-    "from_diffusers",
-    "from_pretrained",
-    "from_torch",
-    "generate",
-    "guidance",
-    "init",
-    "inverse",
-    "inversion",
-    "load_exported",
-    "load_network",
-    "log_prob",
-    "metrics",
-    "parallel",
-    "phase_space",
-    "plot",
-    "predictions",
-    "processes",
-    "random",
-    "replay",
-    "resume",
-    "reversed_flow_apply",
-    "row_kl",
-    "sample",
-    "sampler",
-    "schedules",
-    "search",
-    "solvers",
-    "steering",
-    "step",
-    "students",
-    "targets",
-    "time_shift",
-    "trajectory",
-]
+_PARTS = {path.name.removesuffix(".py") for path in Path(__file__).parent.iterdir()}
+
+if TYPE_CHECKING:
+    from diffsamp._api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> object:
+        """A module, or a name of `diffsamp._api`; nothing is imported before it is asked for.
+
+        A reader of plans (`diffsamp.interop.numpy`) therefore runs where there is no JAX.
+        """
+        if name in _PARTS:
+            return importlib.import_module(f"diffsamp.{name}")
+        api = None
+        if name == "__all__" or not name.startswith("__"):  # what Python asks of every module
+            api = importlib.import_module("diffsamp._api")
+        if not hasattr(api, name):
+            raise AttributeError(f"module 'diffsamp' has no attribute {name!r}")
+        globals()[name] = getattr(api, name)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *importlib.import_module("diffsamp._api").__all__})

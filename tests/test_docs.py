@@ -21,6 +21,8 @@ GUIDES = (
     "inverse.md",
     "langevin.md",
     "performance.md",
+    "plan-format.md",
+    "plans_elsewhere.md",
     "policies.md",
     "scaling.md",
     "schedules.md",

@@ -18,6 +18,7 @@ from diffsamp import schedules, solvers
 from diffsamp._core.types import Array, Conditions, Key, PyTree, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search._folder import Folder, Running
+from diffsamp.search._network import describe_network
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.compare import Comparison, Entry, LeftOut, compare
 from diffsamp.search.distill import distill
@@ -155,7 +156,12 @@ class Search:
                     scores[name].setdefault(span, {})[sampler] = value
         settings = {**self.settings, "evaluations": self.spent}
         key = list(self.settings["key"])
-        return Plan(tableau, tableau.name, fixed.name, scores, (), seconds, settings, key)
+        network = describe_network(
+            self.score_fn, tableau, x_T=self.x_T, data_range=self.running.data_range
+        )
+        return Plan(
+            tableau, tableau.name, fixed.name, scores, (), seconds, settings, key, network=network
+        )
 
 
 def run_compare(search: Search, usual: bool = False) -> None:

@@ -31,6 +31,7 @@ from diffsamp.search.objective import (
     run_many,
     slice_batch,
 )
+from diffsamp.search.plan import Plan
 from diffsamp.tableau import Tableau
 
 __all__ = ["Comparison", "Entry", "LeftOut", "candidates", "compare"]
@@ -127,6 +128,27 @@ class Comparison:
         if by not in found[0].scores:
             raise ValueError(f"`by` must be 'psnr' or one of {list(found[0].scores)}; got {by!r}.")
         return min(found, key=lambda e: math.inf if math.isnan(e.scores[by]) else e.scores[by])
+
+    def plan(self, score_fn: ScoreFn, nfe: int, *, by: str = "psnr") -> Plan:
+        """The best entry at a budget, as a file that can be run elsewhere.
+
+        Args:
+          score_fn: the network that was compared on.
+          nfe: the budget.
+          by: as for `best`.
+
+        Raises:
+          ValueError: as for `best`.
+        """
+        entry = self.best(nfe, by=by)
+        values = {"psnr": entry.psnr, **entry.scores}
+        scores = {name: {"compared": {"start": v, "found": v}} for name, v in values.items()}
+        return dataclasses.replace(
+            Plan.of(entry.tableau, score_fn, x_T=self.reference),
+            method="compare",
+            start=f"{entry.solver} on {entry.schedule}",
+            scores=scores,
+        )
 
     def table(self, *, score: str | None = None, rows: int | None = None) -> str:
         """A text table: a line per solver and schedule, a column per budget.

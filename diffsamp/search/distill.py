@@ -31,6 +31,7 @@ from diffsamp.search._gradient import (
     default_optimizer,
     optax_or_error,
 )
+from diffsamp.search._network import describe_network
 from diffsamp.search.compare import candidates, compare
 from diffsamp.search.explicit import from_largest_level, own_start
 from diffsamp.search.objective import (
@@ -296,6 +297,7 @@ def distill(
         time.perf_counter() - began,
         settings,
         seed_of(key),
+        network=describe_network(score_fn, tableau, x_T=x_T, data_range=data_range),
     )
 
 

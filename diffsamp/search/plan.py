@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from diffsamp._core.files import read_json, write_atomically
-from diffsamp._core.types import Value
+from diffsamp._core.types import Network, PyTree, Value
+from diffsamp.score import expect_score_fn
+from diffsamp.search._network import describe_network, expect_calls, expect_fit
 from diffsamp.tableau import Tableau
 
 __all__ = ["Front", "Plan", "decoded", "encoded", "versions"]
 
 _FORMAT = "diffsamp.plan"
-_VERSION = 1
+_VERSION = 2
+_OLDER = (1,)  # without `network`
 
 # {score: {"fit" | "held_out": {"start" | "found": value}}}
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -46,6 +49,9 @@ class Plan:
       settings: the options of the search, as JSON values.
       seed: the numbers of its random key.
       versions: of diffsamp, jax and numpy.
+      network: what it was made for (`describe_network`, docs/plan-format.md): process, prediction
+        and time of the network, guidance, checkpoint, data, and the numbers of every call; empty
+        if that is not known.
     """
 
     tableau: Tableau
@@ -57,6 +63,51 @@ class Plan:
     settings: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     seed: list[int] = dataclasses.field(default_factory=list)
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+    network: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        tableau: Tableau,
+        score_fn: Network,
+        *,
+        x_T: PyTree = None,
+        data_range: float | None = None,
+        checkpoint: str = "",
+    ) -> Plan:
+        """A plan of a sampler that nobody searched for, to run it on this network elsewhere.
+
+        Args:
+          tableau: the sampler.
+          score_fn: the network it is for, or a transform of one.
+          x_T: (batch, ...) starts, or what has their shape, for the shape of a sample.
+          data_range: largest minus smallest value of the data.
+          checkpoint: the name of the weights, for people.
+
+        Raises:
+          TypeError: not a network.
+          ValueError: a tableau built for another process.
+        """
+        expect_score_fn(score_fn)
+        expect_fit(score_fn, tableau)
+        facts = describe_network(
+            score_fn, tableau, x_T=x_T, data_range=data_range, checkpoint=checkpoint
+        )
+        return cls(tableau, "fixed", tableau.name, {}, network=facts)
+
+    def for_network(
+        self,
+        score_fn: Network,
+        *,
+        x_T: PyTree = None,
+        data_range: float | None = None,
+        checkpoint: str = "",
+    ) -> Plan:
+        """The same plan, with what it says of its network written anew; arguments as for `of`."""
+        facts = Plan.of(
+            self.tableau, score_fn, x_T=x_T, data_range=data_range, checkpoint=checkpoint
+        )
+        return dataclasses.replace(self, network=facts.network)
 
     @property
     def nfe(self) -> int:
@@ -96,11 +147,13 @@ class Plan:
         """
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f'{where} is not a diffsamp plan: it must say "format": "{_FORMAT}".')
-        if data.get("version") != _VERSION:
+        if data.get("version") not in (*_OLDER, _VERSION):
             raise ValueError(
-                f"{where} has version {data.get('version')!r}; this diffsamp reads version "
-                f"{_VERSION}. Install the diffsamp that wrote it, or a newer one."
+                f"{where} has version {data.get('version')!r}; this diffsamp reads versions "
+                f"1 to {_VERSION}. Install the diffsamp that wrote it, or a newer one."
             )
+        if data["version"] == 1:
+            data = {"network": {}, **data}
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in data]
         if missing:
@@ -112,6 +165,10 @@ class Plan:
                 f"{tableau.nfe} times."
             )
         values = decoded({name: data[name] for name in names if name != "tableau"})
+        if not isinstance(values["network"], dict):
+            raise ValueError(f"{where} is corrupt: its `network` must be an object.")
+        if "calls" in values["network"]:
+            expect_calls(values["network"]["calls"], tableau.rows, where)
         scores = values["scores"]
         numbers = [
             number

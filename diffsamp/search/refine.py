@@ -24,6 +24,7 @@ from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
+from diffsamp.search._network import describe_network
 from diffsamp.search.explicit import Explicit, from_largest_level, label_offsets, told_times
 from diffsamp.search.objective import Progress, cost_of_reference, run_many, slice_batch
 from diffsamp.search.plan import Plan
@@ -167,6 +168,7 @@ def refine(
         time.perf_counter() - began,
         settings,
         seed_of(key),
+        network=describe_network(score_fn, found, x_T=x_T, data_range=data_range),
     )
 
 

@@ -25,6 +25,7 @@ from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.predictions import level_at
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import Estimate, ask_data, at_row, expect_limit
+from diffsamp.search._network import describe_network
 from diffsamp.search.explicit import Explicit
 from diffsamp.search.fine import Recorded, fine_times, start_grids
 from diffsamp.search.objective import Progress, cost_of_reference, slice_batch, teacher
@@ -230,7 +231,18 @@ class Regression:
         history = tuple((i, w.error, decided[i]) for i, w in enumerate(found))
         seconds = self.began - began
         start = f"least squares on {name}"
-        return Plan(best, "regress", start, scores, history, seconds, settings, self.seed)
+        network = describe_network(starts.score_fn, best, x_T=starts.x_T, data_range=data_range)
+        return Plan(
+            best,
+            "regress",
+            start,
+            scores,
+            history,
+            seconds,
+            settings,
+            self.seed,
+            network=network,
+        )
 
 
 def _table(record: Recorded, walk: _Walk) -> Explicit:
