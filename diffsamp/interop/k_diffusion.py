@@ -116,6 +116,11 @@ def _read(plan: Any) -> Mapping[str, Any]:
     table, _ = reader.read(plan)
     if any(np.ndim(table[key]) != 2 for key in ("a", "b")):
         raise ValueError("only a table of plain numbers runs here; this one has fields.")
+    if table.get("asked") is not None:
+        raise ValueError(
+            "the plan tells its network other times than the states' (conditioning times), which "
+            'k-diffusion\'s models derive from sigma: search with numbers=("times", "weights").'
+        )
     if not _is_flow(table) and not np.all(np.asarray(table["alpha"]) > 0):
         raise ValueError(
             "the plan has a level of noise alone (alpha = 0), where sigma / alpha is infinite and "

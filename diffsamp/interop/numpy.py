@@ -84,10 +84,16 @@ def calls(
         that ask different conditions.
     """
     prediction = _ALIASES.get(str(prediction), prediction)
-    if any(around["name"] == "Selected" for around in network.get("guidance", ())):
+    around = {str(one["name"]) for one in network.get("guidance", ())}
+    if "Selected" in around:
         raise ValueError(
             "the plan asks another condition at some rows (unfolded guidance); this reader does "
             "not. Search the guided network instead, such as guidance.cfg's."
+        )
+    if "FirstAnswer" in around:
+        raise ValueError(
+            "the plan's first answer is known without the network, and not in its table: write it "
+            "there with solvers.cached_first_answer or analytic_first_step."
         )
     if "calls" in network and prediction in (None, network["prediction"]):
         return {key: [float(v) for v in network["calls"][key]] for key in _KEYS}
@@ -96,6 +102,13 @@ def calls(
     rows: list[tuple[float, ...]] = []
     for n, asked in enumerate(table["evaluates"]):
         t, alpha, sigma = (float(table[key][n]) for key in ("times", "alpha", "sigma"))
+        if table.get("asked") is not None:  # conditioning times
+            t = float(table["asked"][n])
+            if prediction == "edm_f":
+                raise ValueError(
+                    "the plan tells its network other times than the states', and not in the form "
+                    'that "edm_f" takes; use the prediction that it was made for.'
+                )
         scale, size = 1.0, network.get("sigma_data", 0.5)
         if prediction == "edm_f" and asked:
             scale = 1 / np.hypot(sigma, size * alpha)

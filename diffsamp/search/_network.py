@@ -19,8 +19,8 @@ from diffsamp._core.digest import digest
 from diffsamp._core.numeric import is_concrete, silence
 from diffsamp._core.types import Network, PyTree, Value
 from diffsamp.guidance.transform import Transform
-from diffsamp.predictions import Level
 from diffsamp.processes import Process
+from diffsamp.sampling import row_levels
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
@@ -85,7 +85,7 @@ def expect_fit(score_fn: Network, tableau: Tableau) -> None:
     Raises:
       ValueError: a tableau built for another process, or a prediction that is not determined.
     """
-    level = _levels(tableau)
+    level = row_levels(tableau)
     bound = score_fn.bind(level, (tableau.target[:, 0], tableau.target[:, 1]))
     score_fn.check_bound(bound, level, tableau.evaluates)
 
@@ -102,10 +102,6 @@ def expect_calls(calls: Value, rows: int, where: str) -> None:
             raise ValueError(
                 f"{where} is corrupt: `network.calls.{name}` must hold {rows} numbers, one per row."
             )
-
-
-def _levels(tableau: Tableau) -> Level:
-    return Level(*(np.asarray(v)[:-1] for v in (tableau.times, tableau.alpha, tableau.sigma)))
 
 
 def _inside(transform: PyTree) -> Network:
@@ -180,7 +176,7 @@ def _shape(x_T: PyTree, batched: bool) -> Value:
 @silence
 def _calls(score_fn: ScoreFn, tableau: Tableau) -> dict[str, Value]:
     """Per row: the network's time, what its input is multiplied by, the weights of u and F."""
-    level = _levels(tableau)
+    level = row_levels(tableau)
     asked = np.asarray(tableau.evaluates, bool)
     bound = score_fn.bind(level, (tableau.target[:, 0], tableau.target[:, 1]))
 

@@ -20,6 +20,7 @@ from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import Estimate, announce, expect_limit
+from diffsamp.search._halving import first_round, price, rounds_of
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.explicit import from_largest_level
 from diffsamp.search.objective import (
@@ -309,9 +310,9 @@ def compare(
     prices = {n: [c for c, t in zip(costs, tableaux, strict=True) if t.nfe == n] for n in budgets}
     if evaluations is not None:
         spare = expect_limit(evaluations) - first - 2 * width * costs[0]
-        halving = _affordable(prices, size, min(halving, size), spare)
-    plan = _rounds(size, min(halving, size))
-    likely = first + _price(prices, plan)
+        halving = first_round(prices, size, min(halving, size), spare)
+    plan = rounds_of(size, min(halving, size))
+    likely = first + price(prices, plan)
     estimate, spent = announce(
         f"compare, {len(todo)} samplers",
         score_fn,
@@ -368,37 +369,6 @@ def compare(
         tuple(left_out),
         spent + first,
         estimate,
-    )
-
-
-def _rounds(size: int, first: int) -> list[int]:
-    """How many starts each round of successive halving uses."""
-    counts = [first]
-    while counts[-1] < size:
-        counts.append(min(2 * counts[-1], size))
-    return counts
-
-
-def _price(prices: Mapping[int, Sequence[float]], plan: Sequence[int]) -> float:
-    """Evaluations of a plan: of each budget the better half goes on, at its mean cost."""
-    total = 0.0
-    for costs in prices.values():
-        left = len(costs)
-        for count in plan:
-            total += count * left * float(np.mean(costs)) if costs else 0.0
-            left = -(-left // 2)
-    return total
-
-
-def _affordable(prices: Mapping[int, Sequence[float]], size: int, most: int, limit: float) -> int:
-    """On how many starts all may be measured first."""
-    for first in range(most, 0, -1):
-        if _price(prices, _rounds(size, first)) <= limit:
-            return first
-    least = _price(prices, _rounds(size, 1)) - limit
-    raise ValueError(
-        f"`evaluations` is too low by {least:.0f} for these samplers and {size} starts: name fewer "
-        "solvers, schedules or budgets, give fewer starts, or pass the reference."
     )
 
 

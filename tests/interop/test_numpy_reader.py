@@ -1,5 +1,6 @@
 """The reference reader agrees with `ds.sample`, and runs without JAX."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -44,6 +45,39 @@ def test_every_registered_solver_agrees_with_sample(x64):
 @pytest.mark.parametrize("prediction", ["v", "velocity", "edm_f", "data", "score"])
 def test_every_prediction_agrees_with_sample(x64, prediction):
     check(prediction, ["ddim", "unipc3", "heun", "bdia", "dpmpp_2m_sde", "seeds3"])
+
+
+def told_later(prediction):
+    """A sampler whose network is told other times than the states' own."""
+    table = tableau("dpmpp_2m", prediction)
+    asked = np.maximum(table.times[:-1] * 0.97, table.times[-2])
+    return dataclasses.replace(table, asked=asked)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "edm_f"])
+def test_conditioning_times(x64, prediction):
+    score_fn, table = network(prediction, "float64"), told_later(prediction)
+    x_T = start(score_fn.process, dtype=np.float64)
+    plan = json.loads(json.dumps(ds.search.Plan.of(table, score_fn, x_T=x_T).to_dict()))
+    want = ds.sample(score_fn, table, x_T)
+    assert relative(reader.run(plan, model_of(score_fn), x_T), want) < 1e-10
+    assert relative(ds.sample(score_fn, tableau("dpmpp_2m", prediction), x_T), want) > 1e-4
+    del plan["network"]["calls"]
+    if prediction == "edm_f":
+        with pytest.raises(ValueError, match="other times than the states'"):
+            reader.calls(*reader.read(plan), prediction)
+    elif prediction == "noise":
+        np.testing.assert_allclose(
+            reader.calls(*reader.read(plan), prediction)["time"], table.asked
+        )
+
+
+def test_a_first_answer_that_is_not_in_the_table_is_refused():
+    score_fn = network("noise", "float32")
+    free = ds.guidance.first_answer(score_fn, 0.0)
+    plan = ds.search.Plan.of(tableau("dpmpp_2m", "noise"), free).to_dict()
+    with pytest.raises(ValueError, match=r"solvers\.cached_first_answer"):
+        reader.calls(*reader.read(plan))
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from diffsamp.interop import numpy as reader
 
 __all__ = ["scheduler_class", "scheduler_config"]
 
-_TABLE = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates", "d")
+_TABLE = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates", "d", "asked")
 _THEIRS = {"noise": "epsilon", "data": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
 _FLOW_LABELS = ("t", "label", None)
 
@@ -53,7 +53,7 @@ def scheduler_config(
     if timesteps is None:
         own, flow = calls["time"], np.allclose(np.add(table["alpha"], table["sigma"]), 1.0)
         if flow and network.get("time") in _FLOW_LABELS:
-            own = [1000 * sigma for sigma in table["sigma"]]
+            own = [1000 * t for t in table.get("asked") or table["sigma"]]
         timesteps = [own[n] for n in rows]
     elif len(timesteps) != len(rows):
         raise ValueError(

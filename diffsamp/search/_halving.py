@@ -1,0 +1,60 @@
+"""Successive halving: how many starts each round may use under a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+__all__ = ["first_round", "price", "rounds_of"]
+
+
+def rounds_of(size: int, first: int) -> list[int]:
+    """How many starts each round of successive halving uses.
+
+    Args:
+      size: all starts.
+      first: those of the first round.
+    """
+    counts = [first]
+    while counts[-1] < size:
+        counts.append(min(2 * counts[-1], size))
+    return counts
+
+
+def price(prices: Mapping[int, Sequence[float]], plan: Sequence[int]) -> float:
+    """Evaluations of a plan: of each budget the better half goes on, at its mean cost.
+
+    Args:
+      prices: what a run of each sampler costs, by budget.
+      plan: starts of each round.
+    """
+    total = 0.0
+    for costs in prices.values():
+        left = len(costs)
+        for count in plan:
+            total += count * left * float(np.mean(costs)) if costs else 0.0
+            left = -(-left // 2)
+    return total
+
+
+def first_round(prices: Mapping[int, Sequence[float]], size: int, most: int, limit: float) -> int:
+    """On how many starts all may be measured first.
+
+    Args:
+      prices: as for `price`.
+      size: all starts.
+      most: no more than these.
+      limit: evaluations.
+
+    Raises:
+      ValueError: not even one.
+    """
+    for first in range(most, 0, -1):
+        if price(prices, rounds_of(size, first)) <= limit:
+            return first
+    least = price(prices, rounds_of(size, 1)) - limit
+    raise ValueError(
+        f"`evaluations` is too low by {least:.0f} for these samplers and {size} starts: name fewer "
+        "solvers, schedules or budgets, give fewer starts, or pass the reference."
+    )
