@@ -362,6 +362,27 @@ def test_errors_say_what_is_wrong(torch, scheduler_class, tmp_path):
         noisy.step(x, noisy.timesteps[0], x, variance_noise=[])
 
 
+def test_a_plan_for_another_process_is_refused(torch, scheduler_class):
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    plan = ds.search.Plan.of(tableau("ddim", "noise"), network("noise")).to_dict()
+    own = {"beta_schedule": "scaled_linear"}
+    for kind in (DDIMScheduler, EulerDiscreteScheduler):
+        scheduler_class.from_plan(plan, like=kind(**own))
+    for other, match in (
+        (FlowMatchEulerDiscreteScheduler(), "is for the other kind"),
+        (DDIMScheduler(**own, prediction_type="v_prediction"), "scheduler says 'v_prediction'"),
+        (DDIMScheduler(), "another process: at timestep"),
+        (DDIMScheduler(**SD), "another process: at timestep"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            scheduler_class.from_plan(plan, like=other)
+    flow = ds.search.Plan.of(tableau("ddim", "velocity"), network("velocity")).to_dict()
+    scheduler_class.from_plan(flow, like=FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="the plan is for a flow model"):
+        scheduler_class.from_plan(flow, like=DDIMScheduler())
+
+
 def test_neither_reader_needs_jax(torch, tmp_path):
     ds.search.Plan.of(tableau("unipc2", "noise"), network("noise")).save(tmp_path / "plan.json")
     code = f"""

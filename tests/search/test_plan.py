@@ -31,11 +31,12 @@ def found(name, score_fn):
     x_T, key = start(24), jax.random.key(1)
     ddim = ds.solvers.ddim(PROCESS, ds.schedules.logsnr(PROCESS, 3))
     if name == "refine":
-        return ds.search.refine(score_fn, ddim, x_T, key=key, iterations=1, data_range=4.0)
+        own = {"iterations": 1, "numbers": ("times", "weights"), "data_range": 4.0}
+        return ds.search.refine(score_fn, ddim, x_T, key=key, **own)
     if name == "regress":
         return ds.search.regress(score_fn, x_T, nfe=3, key=key, points=20, data_range=4.0)
     if name == "distill":
-        options = {"steps": 2, "batch": 8, "key": key, "data_range": 4.0}
+        options = {"steps": 2, "batch": 8, "key": key, "data_range": 4.0, "learn": "weights"}
         return ds.search.distill(score_fn, x_T, start=ddim, **options)
     few = {"solver": ("ddim", "ipndm2"), "schedule": ("logsnr",)}
     if name == "best":

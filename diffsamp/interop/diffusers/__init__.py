@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffsamp._core.types import Value
+    from diffsamp.interop.diffusers._plans import scheduler_config
     from diffsamp.interop.diffusers._read import DiffusersSampler, from_diffusers
-    from diffsamp.interop.diffusers._scheduler import scheduler_config
 
     TableauScheduler: Value
 
@@ -21,11 +21,14 @@ __all__ = ["DiffusersSampler", "from_diffusers", "scheduler_config"]
 
 def __getattr__(name: str) -> object:
     """The readers, or the scheduler's class."""
-    if name in ("TableauScheduler", "scheduler_config"):
-        from diffsamp.interop.diffusers import _scheduler
+    if name == "TableauScheduler":
+        from diffsamp.interop.diffusers._scheduler import scheduler_class
 
-        own = name == "scheduler_config"
-        return _scheduler.scheduler_config if own else _scheduler.scheduler_class()
+        return scheduler_class()
+    if name == "scheduler_config":
+        from diffsamp.interop.diffusers._plans import scheduler_config
+
+        return scheduler_config
     if name == "SchedulerMixin":  # by which a pipeline's folder knows what kind of part it loads
         from diffusers import SchedulerMixin
 

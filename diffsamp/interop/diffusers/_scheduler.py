@@ -15,60 +15,9 @@ from typing import Any
 import numpy as np
 
 from diffsamp.interop import numpy as reader
+from diffsamp.interop.diffusers._plans import TABLE, expect_like, scheduler_config, start_std
 
-__all__ = ["scheduler_class", "scheduler_config"]
-
-_TABLE = ("times", "alpha", "sigma", "target", "a", "b", "c", "evaluates", "d", "asked")
-_THEIRS = {"noise": "epsilon", "data": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
-_FLOW_LABELS = ("t", "label", None)
-
-
-def scheduler_config(
-    plan: Any,
-    prediction: str | None = None,
-    *,
-    timesteps: list[float] | None = None,
-    num_train_timesteps: int = 1000,
-) -> dict[str, Any]:
-    """What the `scheduler_config.json` of a `TableauScheduler` holds; diffusers is not needed.
-
-    Args:
-      plan: a plan or tableau, its file, or what the file holds.
-      prediction: what the pipeline's network predicts: "noise", "data", "v", "velocity", "edm_f" or
-        diffusers' `prediction_type`. None: what the plan says.
-      timesteps: what the network is told at each evaluation. None: 1000 sigma for flow models, else
-        what the plan says, or the tableau's times.
-      num_train_timesteps: how many levels the network was trained on.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: no plan; coefficients that are no plain numbers; a prediction that is not known or
-        does not determine what a row wants.
-    """
-    table, network = reader.read(plan)
-    if any(np.ndim(table[key]) != 2 for key in ("a", "b")):
-        raise ValueError("only a table of plain numbers runs here; this one has fields.")
-    calls = reader.calls(table, network, prediction)
-    rows = [n for n, asked in enumerate(table["evaluates"]) if asked]
-    if timesteps is None:
-        own, flow = calls["time"], np.allclose(np.add(table["alpha"], table["sigma"]), 1.0)
-        if flow and network.get("time") in _FLOW_LABELS:
-            own = [1000 * t for t in table.get("asked") or table["sigma"]]
-        timesteps = [own[n] for n in rows]
-    elif len(timesteps) != len(rows):
-        raise ValueError(
-            f"`timesteps` must hold {len(rows)} numbers, one per evaluation; got {len(timesteps)}."
-        )
-    said = str(prediction or network.get("prediction"))
-    return {
-        "_class_name": "TableauScheduler",
-        "table": {key: table[key] for key in _TABLE if table.get(key) is not None},
-        "calls": calls,
-        "timesteps": [float(t) for t in timesteps],
-        "prediction_type": _THEIRS.get(said, said),
-        "num_train_timesteps": num_train_timesteps,
-        "name": str(table.get("name", "")),
-    }
+__all__ = ["scheduler_class"]
 
 
 @functools.cache
@@ -126,9 +75,9 @@ def scheduler_class() -> Any:
                     "prediction=..), or from the folder of one; a config of another scheduler "
                     "holds no plan."
                 )
-            self._table: dict[str, Any] = {key: table.get(key) for key in _TABLE}
+            self._table: dict[str, Any] = {key: table.get(key) for key in TABLE}
             self._rows = [n for n, asked in enumerate(table["evaluates"]) if asked]
-            self.init_noise_sigma = _start_std(self._table, self._rows[0])
+            self.init_noise_sigma = start_std(self._table, self._rows[0])
             self.num_inference_steps = len(self._rows)
             self._begin_index: int | None = None
             self.set_timesteps()
@@ -161,7 +110,7 @@ def scheduler_class() -> Any:
 
         @classmethod
         def from_plan(
-            cls, path: Any, *, prediction: str | None = None, **options: Any
+            cls, path: Any, *, prediction: str | None = None, like: Any = None, **options: Any
         ) -> TableauScheduler:
             """From the file of a `diffsamp.search.Plan`.
 
@@ -169,12 +118,17 @@ def scheduler_class() -> Any:
               path: the file, the object, or what the file holds.
               prediction: as for `from_tableau`, for plans that do not say it (of version 1) or a
                 network of another prediction.
+              like: the scheduler that is replaced, `pipe.scheduler`, to check that the plan is for
+                its process and prediction; None: that is not checked.
               **options: of `from_tableau`.
 
             Raises:
-              FileNotFoundError, ValueError: as `from_tableau`.
+              FileNotFoundError, ValueError: as `from_tableau`; a plan for another process.
             """
-            return cls.from_tableau(path, prediction, **options)
+            made = cls.from_tableau(path, prediction, **options)
+            if like is not None:
+                expect_like(made.config, like)
+            return made
 
         # -- what pipelines use -------------------------------------------------------------------
 
@@ -370,22 +324,3 @@ def scheduler_class() -> Any:
     TableauScheduler.__module__ = "diffsamp.interop.diffusers"
     TableauScheduler.__qualname__ = "TableauScheduler"
     return TableauScheduler
-
-
-def _start_std(table: Mapping[str, Any], first: int) -> float:
-    """Standard deviation of the state at the first evaluation, row `first`.
-
-    Rows before it move the start alone: a searched plan begins at t_max and is scaled to its own
-    first level, accelerated DDPM adds noise first. The sum is Gaussian, so it is drawn at once.
-
-    Raises:
-      ValueError: rows before it that do something else, or a noise of theirs that is used later.
-    """
-    alpha, sigma = table["alpha"][0], table["sigma"][0]
-    std = 1.0 if abs(alpha**2 + sigma**2 - 1) < 1e-6 else sigma
-    for n in range(first):
-        later = [w for k, a in enumerate(table["a"][first:]) for w in a[k + 1 :]]
-        if np.any(table["a"][n][1:]) or table.get("d") is not None or np.any(later):
-            raise ValueError(f"row {n}, before the first evaluation, does more than scale.")
-        std = np.hypot(table["a"][n][0] * std, table["c"][n])
-    return float(std)
