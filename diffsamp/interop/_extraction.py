@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 
-from diffsamp._core.types import Value
+from diffsamp._core.types import DType, Value
 from diffsamp.interop._torchax import torchax_of_torch
 
-__all__ = ["Extracted", "extract", "to_jax"]
+__all__ = ["Extracted", "common_dtype", "extract", "to_jax"]
 
 
 def extract(module: Value, method: str = "forward") -> tuple[Extracted, dict[str, jax.Array]]:
@@ -91,6 +91,12 @@ class Extracted:
                 f"got {type(output).__name__}."
             )
         return output
+
+
+def common_dtype(weights: Mapping[str, jax.Array]) -> DType:
+    """The floating dtype of most weights, or None; a few may be kept in another."""
+    found = [w.dtype for w in weights.values() if jnp.issubdtype(w.dtype, jnp.floating)]
+    return max(found, key=found.count) if found else None
 
 
 def to_jax(tensor: Value, name: str = "a tensor") -> jax.Array:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from diffsamp._core.checks import expect_choice
 from diffsamp._core.types import Array, Conditions, DType, PyTree, Value
-from diffsamp.interop._extraction import Extracted, extract, to_jax
+from diffsamp.interop._extraction import Extracted, common_dtype, extract, to_jax
 from diffsamp.predictions import Level
 from diffsamp.processes import Process, expect_process
 from diffsamp.score import ScoreFn
 
-__all__ = ["extract", "from_torch", "to_jax"]
+__all__ = ["common_dtype", "extract", "from_torch", "to_jax"]
 
 _LAYOUTS = ("NCHW", "NHWC")
 _SECOND_HEAD = ("drop", "keep")
@@ -96,9 +96,7 @@ def from_torch(
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     function, params = extract(module)
     names = _Names(module, arguments, fixed or {})
-    own = [value.dtype for value in params.values() if jnp.issubdtype(value.dtype, jnp.floating)]
-    if dtype is None and own:
-        dtype = max(own, key=own.count)
+    dtype = dtype or common_dtype(params)
     static: dict[str, Value] = {}
     for name, value in (fixed or {}).items():
         if hasattr(value, "is_meta"):  # a tensor

@@ -161,7 +161,8 @@ def from_pretrained(
       scheduler: fields that replace the config's, such as {"_class_name":
         "DPMSolverMultistepScheduler"}.
       ignore: fields of the config to leave out knowingly, as for `from_diffusers`.
-      dtype: of the weights, such as jnp.bfloat16. None: float32.
+      dtype: of the network's and text encoders' weights, such as jnp.bfloat16; the VAE's are
+        float32. None: float32.
       variant: of the files, such as "fp16".
 
     Returns:
@@ -190,7 +191,8 @@ def from_pretrained(
     vae: Value = None
     vae_config: Mapping[str, Value] = {}
     if index.get("vae") and index["vae"][1]:
-        vae, vae_config = load_component(path / "vae", str(index["vae"][1]), dtype, variant)
+        # in float32 whatever the network has: pictures show half precision
+        vae, vae_config = load_component(path / "vae", str(index["vae"][1]), None, variant)
     geometry = families.geometry(family, config, vae_config, size)
     network = _network(module, family, config, schedule)
     grid = geometry.grid if family.packed else None
@@ -265,8 +267,7 @@ def _decoder(
         if grid is not None:
             z = families.unpacked(z, grid)
         z = families.denormalised(z, config)
-        dtype = next(w.dtype for w in weights.values() if jnp.issubdtype(w.dtype, jnp.floating))
-        image = function(weights, {"z": z.astype(dtype), "return_dict": False})
+        image = function(weights, {"z": z, "return_dict": False})
         return image.astype(jnp.float32)
 
     return jax.tree_util.Partial(jax.jit(decode), weights)

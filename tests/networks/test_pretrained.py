@@ -194,6 +194,21 @@ def test_a_film(tmp_path):
     assert apart(jnp.moveaxis(frames, 1, 2), want) < CLOSE
 
 
+def test_half_precision(tmp_path):
+    """The network and the text encoders; the decoder stays in float32."""
+    saved("stable3", tmp_path / "sd3")
+    ends = []
+    for dtype in (None, jnp.bfloat16):
+        model = ds.from_pretrained(tmp_path / "sd3", dtype=dtype)
+        assert model.score_fn.dtype == (dtype or jnp.float32)
+        cond = model.conditions(PROMPTS)
+        assert cond["encoder_hidden_states"].dtype == model.score_fn.dtype
+        x = model.sampler(2)(jax.random.key(0), arrays(start(2, model.shape)), cond=cond)
+        ends.append(model.decode(x))
+        assert ends[-1].dtype == jnp.float32
+    assert 0 < float(jnp.abs(ends[1] - ends[0]).max() / jnp.abs(ends[0]).max()) < 0.03
+
+
 def test_flux_with_its_embedded_guidance(tmp_path):
     pipeline = saved("flux1", tmp_path / "flux")
     model = ds.from_pretrained(tmp_path / "flux", size=(32, 16))
