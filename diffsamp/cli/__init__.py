@@ -68,6 +68,9 @@ def list_solvers(arguments: argparse.Namespace) -> int:
             f"{solver.name:16s} order {solver.order}, {solver.stages} evaluation"
             f"{'s' if solver.stages > 1 else ' '} a step{start}, {kind}; {solver.source}{aliases}"
         )
+    for name, sampler in ds.discrete.SAMPLERS.items():
+        words = (sampler.__doc__ or "").partition("\n")[0].rstrip(".")
+        print(f"{name:16s} discrete (masked models and uniform noise): {words}")
     return 0
 
 
