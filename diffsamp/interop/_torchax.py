@@ -1,7 +1,7 @@
 """torchax, imported with the operations that newer versions of torch no longer have.
 
 torchax 0.0.13 lists, while it is imported, overloads of torch's operations for named tensors,
-which torch 2.13 removed (and `aten.qr`, which 2.14 removed). Nobody can call what does not exist:
+which torch 2.13 removed. Nobody can call what does not exist:
 while torchax is imported, such a name is a placeholder. tests/networks/test_torch.py fails once
 torchax imports by itself; then this file is one line.
 """
@@ -19,7 +19,7 @@ from diffsamp._core.types import Value
 
 __all__ = ["torchax_of_torch"]
 
-_FIX = 'pip install "diffsamp[torch]" (torch 2.12 to 2.14, torchax 0.0.13)'
+_FIX = 'pip install "diffsamp[torch]" (torch 2.13, torchax 0.0.13)'
 _importing = threading.Lock()
 
 
