@@ -45,7 +45,8 @@ def test_a_bar_is_a_line_every_ten_percent_where_there_is_no_terminal(capsys):
 def test_list_names_every_solver(capsys):
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(ds.solvers.SOLVERS)
+    names = [*ds.solvers.SOLVERS, *ds.discrete.SAMPLERS]
+    assert [line.split()[0] for line in lines] == names
 
 
 def test_errors_are_one_line(tmp_path, capsys):

@@ -326,7 +326,7 @@ class _Measure:
         ends = sorted((process.t_min, process.t_max))
         level = predictions.level_at(process, np.clip(t, ends[0], ends[1]))
         inside = (log_snr >= low - 1e-6) & (log_snr <= high + 1e-6)
-        return Level(*(np.asarray(to_host(v), np.float64) for v in level)), inside
+        return jax.tree.map(lambda v: np.asarray(to_host(v), np.float64), level), inside
 
     def _raw(self, score_fn: ScoreFn, inputs: np.ndarray, label: float) -> np.ndarray:
         """The network's answer, in float64."""

@@ -26,7 +26,7 @@ class LoadedTime:
         shape = jnp.shape(level.t)
         numbers = [
             jnp.broadcast_to(jnp.asarray(v, aval.dtype), shape).ravel()
-            for v, aval in zip(level, self.program.in_avals, strict=True)
+            for v, aval in zip(level[:3], self.program.in_avals, strict=True)
         ]
         return self.program.call(*numbers).reshape(shape)
 

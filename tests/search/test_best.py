@@ -139,7 +139,7 @@ def test_files_that_are_no_plans(front, tmp_path):
     good = front.plans[2].to_dict()
     for change, message in (
         ({"format": "x"}, "is not a diffsamp plan"),
-        ({"version": 99}, "has version 99; this diffsamp reads version 1"),
+        ({"version": 99}, "has version 99; this diffsamp reads versions 1 to 2"),
         ({"nfe": 7}, 'it says "nfe": 7, its tableau evaluates 2 times'),
         ({"scores": {"psnr": {"fit": {"found": "high"}}}}, "its scores must be numbers"),
         ({"scores": []}, "its scores must be numbers"),
