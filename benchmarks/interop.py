@@ -108,8 +108,8 @@ def main() -> None:
     text = [
         heading("A PyTorch UNet in a sampler", "torch", "diffusers", "torchax"),
         f"Milliseconds per evaluation of {arguments.batch} images of 32x32, {NFE} steps of DDIM. "
-        "Eager and compiled: diffusers' own loop around the module, and around `torch.compile` of it. "
-        "Jitted calls: as many calls of the network under XLA, in a Python loop.\n",
+        "Eager and compiled: diffusers' own loop around the module and around `torch.compile` of "
+        "it. Jitted calls: as many calls of the network under XLA, in a Python loop.\n",
         table(head, rows),
     ]
     if not arguments.no_search:
