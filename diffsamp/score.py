@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import diffsamp._core.convolution  # noqa: F401 - fast ones, wherever a network is wrapped
 from diffsamp import predictions
 from diffsamp._core.checks import expect_choice, expect_state
 from diffsamp._core.numeric import (

@@ -1,6 +1,8 @@
 """Convolutions on CPU: the rule changes nothing but speed, and reaches into every loop."""
 
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -301,3 +303,13 @@ def test_jax_that_moved(monkeypatch):
     with monkeypatch.context() as changed:
         changed.setattr(mlir, "_platform_specific_lowerings", {})
         assert not ds.fast_convolutions(True)
+
+
+@pytest.mark.parametrize("module", ["sampling", "search", "discrete", "guidance"])
+def test_they_are_on_whichever_module_is_imported(module):
+    code = (
+        f"import diffsamp.{module}; from jax.interpreters import mlir; from jax import lax;"
+        "rule = mlir._platform_specific_lowerings['cpu'][lax.conv_general_dilated_p].rule;"
+        "assert rule.func.__module__ == 'diffsamp._core.convolution'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -282,6 +282,23 @@ def test_a_sample_depends_on_its_own_key_only():
     np.testing.assert_array_equal(whole[4:5], discrete.sample(network, rows, x[:1], key=keys[4:5]))
 
 
+def test_a_prompt_of_a_neighbour_changes_no_time():
+    """First hitting in blocks: a sample that rests keeps its own time."""
+
+    def apply(params, x, t):
+        return jnp.stack([0 * t, 40 * (t - 0.4)], axis=1)[:, None] * jnp.ones((1, x.shape[1], 1))
+
+    network = discrete.TokenFn(apply, None, 2)
+    rows = discrete.blocks(discrete.first_hitting(4), 4, 8)
+    keys = jax.random.split(KEY, 64)
+    free, known = jnp.full((64, 8), 2), jnp.full((64, 8), 2).at[:, :4].set(0)
+    alone = discrete.sample(network, rows, known, key=keys)
+    both = discrete.sample(
+        network, rows, jnp.concatenate([known, free]), key=jnp.concatenate([keys, keys])
+    )
+    np.testing.assert_array_equal(both[:64], alone)
+
+
 def test_times_of_first_hitting_follow_their_law():
     seen = []
 

@@ -64,7 +64,8 @@ Rule = Callable[..., Array]
 def fast_convolutions(enabled: bool) -> bool:
     """Switch the rule for convolutions on CPU on or off, for what is compiled from now on.
 
-    It is on after `import diffsamp`, unless the environment has `DIFFSAMP_FAST_CONVOLUTIONS=0`.
+    It is on wherever `ScoreFn` is imported, by whatever module, unless the environment has
+    `DIFFSAMP_FAST_CONVOLUTIONS=0`.
     Programs that are compiled already stay as they are (`jax.clear_caches()` drops them). The
     rule changes the speed of convolutions in loops and branches on CPU, and nothing else:
     docs/performance.md.

@@ -152,6 +152,10 @@ def _run(network, rows, x, keys, order, temperature, cond, *, top_k):
             return _row(network, rows, n, state, (prompt, inside), keys, settings, cond)
 
         new = lax.cond(jnp.any(wants), go, lambda: state)
+        # a sample that asks nothing stays as it is, whatever others of its batch do
+        new = jax.tree.map(
+            lambda a, b: jnp.where(wants.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, state
+        )
         evaluations = state.evaluations + wants.astype(jnp.int32)
         return new._replace(evaluations=evaluations), None
 

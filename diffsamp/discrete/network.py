@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+import diffsamp._core.convolution  # noqa: F401 - fast ones, wherever a network is wrapped
 from diffsamp._core.checks import expect_int
 from diffsamp._core.types import Conditions, PyTree
 

@@ -69,12 +69,9 @@ def tau_leaping(schedule: str | Schedule = "linear", n: int = 16) -> Rows:
     Reference: Lou et al. 2023 (SEDD), arXiv:2310.16834, section 4.1.
     """
     times, alpha = levels(schedule, n)
-    e = 1e-6
-    function = schedule if callable(schedule) else None
-    _, high = levels(function or schedule, 10_000)
-    grid = np.linspace(1, 0, 10_001)
-    slope = np.interp(times[:-1], grid[::-1], np.gradient(high, grid)[::-1])
-    unmask = np.clip(-slope / n / np.maximum(1 - alpha[:-1], e), 0, 1)
+    grid, fine = levels(schedule, 10_000)
+    slope = np.interp(times[:-1], grid[::-1], np.gradient(fine, grid)[::-1])
+    unmask = np.clip(-slope / n / np.maximum(1 - alpha[:-1], 1e-6), 0, 1)
     unmask[-1] = 1.0
     share = [0.0]
     for u in unmask:

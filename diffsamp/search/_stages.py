@@ -34,8 +34,8 @@ from diffsamp.tableau import Tableau
 __all__ = ["RUN", "Search"]
 
 _WEIGHTS = (1.0, 1.2, 1.4)  # of the later steps, in the dynamic programs
-# without the stage "compare" the start of a plan is the best of these
 _KEPT = 16  # samplers a budget that go on from "compare"
+# without the stage "compare" the start of a plan is the best of these
 _USUAL = {
     "solver": ("ddim", "dpmpp_2m", "unipc2", "ipndm3"),
     "schedule": ("logsnr", "uniform", "karras", "quadratic", "trailing"),

@@ -13,7 +13,7 @@ from diffsamp._core.numeric import as_float
 from diffsamp._core.types import Array, Conditions, Key, PyTree, Times
 from diffsamp.processes import Process, Trig
 from diffsamp.score import ScoreFn, scale_rows
-from diffsamp.students.target import Target, ddim_step, drawn, noised, uniform
+from diffsamp.students.target import Target, ddim_step, drawn, noised, uniform, window
 
 __all__ = ["consistency_distillation", "ect", "ict", "lognormal_times", "scm"]
 
@@ -177,9 +177,7 @@ def consistency_distillation(
         raise ValueError("fresh noise needs heun=False.")
     keys, noise = drawn(network, key, x_0)
     process = network.process
-    levels = jnp.asarray(expect_times(times), jnp.float32)
-    index = jnp.minimum((uniform(keys, 1) * (len(levels) - 1)).astype(jnp.int32), len(levels) - 2)
-    t, r = levels[index], levels[index + 1]
+    _, t, r = window(times, keys)
     x = noised(process, t, x_0, noise)
     data = teacher(x, t, prediction="data", cond=cond)
     if heun:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from diffsamp._core import random
-from diffsamp._core.checks import expect_state
+from diffsamp._core.checks import expect_state, expect_times
 from diffsamp._core.numeric import as_float
-from diffsamp._core.types import Array, Conditions, Key, Network, PyTree
+from diffsamp._core.types import Array, Conditions, Key, Network, PyTree, Times
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn, expect_score_fn, scale_rows
 
@@ -24,10 +24,10 @@ __all__ = [
     "drawn",
     "loss",
     "noised",
-    "per_sample",
     "pseudo_huber",
     "squared_error",
     "uniform",
+    "window",
 ]
 
 # (difference, (batch, ...)) -> (batch,)
@@ -123,17 +123,17 @@ def uniform(keys: Key, number: int) -> jax.Array:
     )
 
 
-def per_sample(
-    number: Array, x: PyTree, apply: Callable[[jax.Array, jax.Array], jax.Array]
-) -> PyTree:
-    """`apply(number, leaf)` for every leaf, the numbers shaped to multiply it.
+def window(times: Times, keys: Key) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(number, start, end) of each sample's step of a grid, drawn uniformly; (batch,) each.
 
     Args:
-      number: (batch,) or ().
-      x: the state.
-      apply: of the shaped number and a leaf.
+      times: (N + 1,) falling.
+      keys: one per sample; their first draw.
     """
-    return jax.tree.map(lambda v: apply(scale_rows(number, v), v).astype(v.dtype), x)
+    levels = jnp.asarray(expect_times(times), jnp.float32)
+    count = len(levels) - 1
+    index = jnp.minimum((uniform(keys, 1) * count).astype(jnp.int32), count - 1)
+    return index, levels[index], levels[index + 1]
 
 
 def noised(process: Process, t: Array, x_0: PyTree, noise: PyTree) -> PyTree:

@@ -14,18 +14,10 @@ from diffsamp._core.types import Array, Conditions, Key, PyTree, Times
 from diffsamp.processes import Flow, Process
 from diffsamp.sampling import sample
 from diffsamp.score import ScoreFn, scale_rows
-from diffsamp.students.target import Target, ddim_step, drawn, noised, uniform
+from diffsamp.students.target import Target, ddim_step, drawn, noised, uniform, window
 from diffsamp.tableau import Tableau
 
 __all__ = ["boss", "perflow", "progressive_distillation", "reflow", "sfd"]
-
-
-def _window(times: Array, keys: Key) -> tuple[Array, Array]:
-    """Each sample's window (start, end), drawn uniformly."""
-    levels = jnp.asarray(expect_times(times), jnp.float32)
-    count = len(levels) - 1
-    index = jnp.minimum((uniform(keys, 1) * count).astype(jnp.int32), count - 1)
-    return levels[index], levels[index + 1]
 
 
 def _solve(
@@ -82,7 +74,7 @@ def progressive_distillation(
     substeps = expect_int(substeps, "substeps", at_least=1)
     process = network.process
     keys, noise = drawn(network, key, x_0)
-    t, s = _window(times, keys)
+    _, t, s = window(times, keys)
     x = noised(process, t, x_0, noise)
     end = _solve(network, x, (t, s), substeps, cond)
     target = _data_that_leads(process, x, end, t, s)
@@ -126,8 +118,7 @@ def sfd(
     process = network.process
     levels = expect_times(times)
     keys, noise = drawn(network, key, x_0)
-    count = len(levels) - 1
-    index = jnp.minimum((uniform(keys, 1) * count).astype(jnp.int32), count - 1)
+    index, t, s = window(levels, keys)
     spread = as_float(process.sigma(jnp.float32(levels[0])))
     x = jax.tree.map(lambda e: scale_rows(spread, e) * e, noise)
     states, ends = [], []
@@ -146,7 +137,6 @@ def sfd(
         return jax.tree.map(pick, *path)
 
     own, reached = chosen(states), chosen(ends)
-    t, s = (jnp.asarray(v, jnp.float32)[index] for v in (levels[:-1], levels[1:]))
     target = _data_that_leads(process, own, reached, t, s)
     return jax.lax.stop_gradient(
         Target(own, t, dict(cond or {}), target, jnp.ones(t.shape), "data")
@@ -184,7 +174,7 @@ def perflow(
         count = expect_int(windows, "windows", at_least=1)
         windows = np.linspace(float(process.t_max), float(process.t_clean), count + 1)
     keys, noise = drawn(network, key, x_0)
-    start, end = _window(windows, keys)
+    _, start, end = window(windows, keys)
     high = noised(process, start, x_0, noise)
     low = _solve(network, high, (start, end), steps, cond)
     share = uniform(keys, 2)  # of the way down
