@@ -345,6 +345,34 @@ MUTATIONS = [
         "batch // groups, *space, channels), 1, -2)",
         ("tests/test_convolution.py",),
     ),
+    Mutation(
+        "discrete: coins x 1.05",
+        "diffsamp/discrete/executor.py",
+        "coin[:, 0] < row.unmask",
+        "coin[:, 0] < 1.05 * row.unmask",
+        ("tests/test_discrete.py",),
+    ),
+    Mutation(
+        "discrete: a prompt is masked again",
+        "diffsamp/discrete/executor.py",
+        "earlier = ~masked & ~prompt & inside",
+        "earlier = ~masked & inside",
+        ("tests/test_discrete.py",),
+    ),
+    Mutation(
+        "students: MeanFlow's slope x 1.02",
+        "diffsamp/students/flow_maps.py",
+        "w - scale_rows(t - r, w) * d",
+        "w - 1.02 * scale_rows(t - r, w) * d",
+        ("tests/test_students.py",),
+    ),
+    Mutation(
+        "students: the weight of iCT inverted",
+        "diffsamp/students/consistency.py",
+        "weight = 1 / (_rho(process, t) - _rho(process, r))",
+        "weight = _rho(process, t) - _rho(process, r)",
+        ("tests/test_students.py",),
+    ),
 ]
 
 

@@ -144,6 +144,18 @@ def test_remasking_keeps_the_share_of_unmasked_tokens():
         discrete.remdm(discrete.first_hitting(3))
 
 
+@pytest.mark.parametrize("kind", ["rescale", "conf"])
+def test_a_prompt_is_never_masked_again(kind):
+    """A prompt that the network finds unlikely, under the largest remasking there is."""
+    joint = np.zeros((2, 2, 2)) + 1e-3
+    joint[0, 0, 0] = 1.0
+    rows = discrete.remdm(discrete.ancestral("linear", 8), 1.0, kind=kind)
+    x = jnp.full((500, 3), 2).at[:, 1].set(1)
+    y = np.asarray(discrete.sample(exact(joint / joint.sum()), rows, x, key=KEY))
+    assert np.all(y[:, 1] == 1)
+    assert np.all(y < 2)
+
+
 def test_confident_remasking_prefers_unlikely_tokens():
     joint = np.array([0.9, 0.1])
     rows = discrete.remdm(discrete.ancestral("linear", 2), 1.0, kind="conf")
