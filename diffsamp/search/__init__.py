@@ -32,6 +32,7 @@ from diffsamp.search.objective import Objective, reference_tableau, run, run_man
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
+from diffsamp.search.transfer import interpolate, transfer
 
 __all__ = [
     "STAGES",
@@ -61,6 +62,7 @@ __all__ = [
     "fit_dc_cascade",
     "fit_iia",
     "from_canonical",
+    "interpolate",
     "model_statistics",
     "objective",
     "reference_tableau",
@@ -70,4 +72,5 @@ __all__ = [
     "run_many",
     "shortest_path",
     "step_costs",
+    "transfer",
 ]
