@@ -28,10 +28,12 @@ from diffsamp.search.fit import (
     model_statistics,
 )
 from diffsamp.search.genome import Genome
-from diffsamp.search.objective import Objective, reference_tableau, run, run_many
+from diffsamp.search.objective import Objective, reference_tableau
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
+from diffsamp.search.running import run, run_many
+from diffsamp.search.strategy import evolution_strategy
 from diffsamp.search.transfer import interpolate, transfer
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "canonical",
     "compare",
     "distill",
+    "evolution_strategy",
     "evolve",
     "fine_times",
     "first_answers",

@@ -37,7 +37,7 @@ def transfer(
     """The sampler with another number of evaluations, or with its levels moved.
 
     Args:
-      found: a plan, or any deterministic sampler of one evaluation a row.
+      found: a plan, or any sampler of one evaluation a row.
       process: its noise process.
       nfe: evaluations wanted; None: as many as it has.
       log_snr_shift: added to the log-SNR of every time but those at the ends, in nats. An image of
@@ -123,6 +123,7 @@ class _Curves:
       lags: (N, N) what row n gives to the answer of j rows before, in units of its step.
       offsets: (N,) conditioning times from the states', in log-SNR.
       state: (N,) change of the state's own coefficient.
+      noise: (N,) angles of the noise that rows add; 0 for deterministic samplers.
       end: (3,) time, alpha and sigma of the sample.
       process: the noise process.
     """
@@ -132,6 +133,7 @@ class _Curves:
     lags: np.ndarray
     offsets: np.ndarray
     state: np.ndarray
+    noise: np.ndarray
     end: np.ndarray
     process: Process
 
@@ -155,6 +157,7 @@ class _Curves:
             lags,
             numbers.get("labels", np.zeros(count)),
             numbers["state"],
+            numbers.get("noise", np.zeros(count)),
             np.asarray(end, np.float64),
             process,
         )
@@ -173,6 +176,8 @@ class _Curves:
             "log_snr": self._levels(own, place)[1:],
             "labels": np.interp(place, own, self.offsets) * ratio,
             "state": np.interp(place, own, self.state) * ratio,
+            # a step renews its noise in proportion to its length: sin(phi)^2, for short steps
+            "noise": np.arctan(np.tan(np.interp(place, own, self.noise)) * np.sqrt(ratio)),
             **self._weights(own, place),
         }
 
@@ -249,8 +254,9 @@ def _built(
         "alpha": np.array([float(process.alpha(first)), end[1]]),
         "sigma": np.array([float(process.sigma(first)), end[2]]),
     }
-    if not np.any(numbers["labels"]):
-        del numbers["labels"]
+    for name in ("labels", "noise"):
+        if not np.any(numbers[name]):
+            del numbers[name]
     arrays = from_canonical({**numbers, "log_snr": log_snr}, ends, process)
     consistent = np.allclose(numbers["sums"], 0, atol=1e-10) and np.allclose(
         numbers["state"], 0, atol=1e-10

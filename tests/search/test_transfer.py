@@ -28,7 +28,7 @@ def same(one, two, atol=1e-10):
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_3m", "ipndm3"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_3m", "ipndm3", "dpmpp_2m_sde", "ddpm"])
 def test_at_its_own_budget_it_is_itself(process, name):
     tableau = ds.solvers.get(name)(process, ds.schedules.uniform(process, 6))
     same(search.transfer(tableau, process), tableau)
