@@ -33,6 +33,7 @@ from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
 from diffsamp.search.running import run, run_many
+from diffsamp.search.skipping import skip_rows
 from diffsamp.search.strategy import evolution_strategy
 from diffsamp.search.transfer import interpolate, transfer
 
@@ -74,6 +75,7 @@ __all__ = [
     "run",
     "run_many",
     "shortest_path",
+    "skip_rows",
     "step_costs",
     "transfer",
 ]
