@@ -42,8 +42,8 @@ test: lint types  ## lint, types and the tests, in ten minutes
 test-all: test test-interop  ## and the long matrices, and those with PyTorch
 	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop'
 
-test-pages: $(VENV)/dev.stamp  ## the notebooks, and the snippets of docs/
-	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop' tests/test_notebooks.py tests/test_readme.py
+test-pages: $(VENV)/dev.stamp  ## the notebooks, the snippets of docs/, and the demo
+	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop' tests/test_notebooks.py tests/test_readme.py tests/test_cli.py
 
 test-x64: $(VENV)/dev.stamp  ## tests of most modules with 64-bit arrays
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=tests/%)
