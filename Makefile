@@ -11,6 +11,9 @@ INTEROP := .venv-interop
 INDEX   ?=
 PEERS_ALONE := k-diffusion==0.1.1.post1
 
+# the site's builder, apart from what it documents
+DOCS := .venv-docs
+
 # the leg with 64-bit arrays: modules that touch every part but the gradient searches
 X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py test_calls.py \
           test_few_step.py test_starts.py test_targets.py test_phase_space.py \
@@ -18,7 +21,7 @@ X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py tes
           search/test_compare.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-pages test-x64 test-peers test-interop mutations lint format types bench bench-peers train-digits clean
+.PHONY: help demo test test-all test-pages test-x64 test-peers test-interop mutations docs notebooks release lint format types bench bench-peers train-digits clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +82,19 @@ $(INTEROP)/stamp: pyproject.toml
 test-interop: $(INTEROP)/stamp  ## PyTorch, diffusers and Keras networks, installed for it
 	$(INTEROP)/bin/python -m pytest -q -n 2 -m interop tests/networks
 
+$(DOCS)/stamp: pyproject.toml
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip --disable-pip-version-check -q install -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS)/stamp  ## the site, in build/site, and whether its links lead somewhere
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(DOCS)/bin/python docs/site/check.py build/site
+
+notebooks: $(VENV)/dev.stamp  ## run them, with their pictures, for the site (in build/notebooks)
+	mkdir -p build/notebooks
+	$(BIN)/jupyter-execute --kernel_name=python3 --output=../build/notebooks/{notebook_name} notebooks/*.ipynb
+
 bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/compilation.py
@@ -96,4 +112,4 @@ train-digits: $(VENV)/demo.stamp  ## train the bundled network again (minutes on
 	$(BIN)/python benchmarks/train_digits.py
 
 clean:  ## remove the environment and results
-	rm -rf $(VENV) $(INTEROP) out build dist *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(DOCS) out build dist *.egg-info .mypy_cache .ruff_cache
