@@ -141,14 +141,18 @@ def test_links_to_the_repository_become_pages():
 
 def test_names_and_papers_become_links():
     known = hooks.entries()
-    text = "# `ds.sample`\n`ds.sample(..)`, `ds.nothing`, [`ds.sample`](x.md), "
-    text += "arXiv:2302.04867, 1234.5\n"
+    text = "# `ds.sample`\n`ds.sample(..)`, `ds.nothing`, [`ds.sample`](x.md)\n"
     text += "```python\nds.sample  # `ds.sample`\n```\n"
     linked = hooks.with_references(text, "search.md", known)
     assert linked.startswith("# `ds.sample`\n[`ds.sample(..)`](api/ds.md#diffsamp.sampling.sample)")
     assert "`ds.nothing`, [`ds.sample`](x.md)" in linked
-    assert "[arXiv:2302.04867](https://arxiv.org/abs/2302.04867), 1234.5" in linked
     assert linked.endswith("```python\nds.sample  # `ds.sample`\n```\n")
+    html = "<p>arXiv:2302.04867, 2302.04868, 1234.56789 <code>arXiv:2302.04867</code></p>"
+    assert hooks.with_papers(html) == (
+        '<p><a href="https://arxiv.org/abs/2302.04867">arXiv:2302.04867</a>, '
+        '<a href="https://arxiv.org/abs/2302.04868">2302.04868</a>, 1234.56789 '
+        "<code>arXiv:2302.04867</code></p>"
+    )
     assert known["search.best"] == "api/search.md#diffsamp.search.best.best"
 
 

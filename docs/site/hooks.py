@@ -15,7 +15,7 @@ import base64
 import json
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -122,17 +122,17 @@ def with_headings(text: str) -> str:
     return _ENTRY.sub(option, text)
 
 
-def prose(text: str, change: re.Pattern[str], by: object) -> str:
-    """`change` replaced everywhere but in fenced code."""
+def prose(text: str, change: Callable[[str], str]) -> str:
+    """`change` of everything but fenced code."""
     parts, end = [], 0
     for fence in _FENCE.finditer(text):
-        parts += [change.sub(by, text[end : fence.start()]), fence[0]]  # type: ignore[call-overload]
+        parts += [change(text[end : fence.start()]), fence[0]]
         end = fence.end()
-    return "".join([*parts, change.sub(by, text[end:])])  # type: ignore[call-overload]
+    return "".join([*parts, change(text[end:])])
 
 
 def with_references(text: str, source: str, known: dict[str, str]) -> str:
-    """Code such as `ds.sample(..)` in text leads to the API, numbers of papers to the papers."""
+    """Code such as `ds.sample(..)` in text leads to the API."""
     here = posixpath.dirname(source) or "."
 
     def entry(match: re.Match[str]) -> str:
@@ -140,15 +140,21 @@ def with_references(text: str, source: str, known: dict[str, str]) -> str:
             return match[0]
         return f"[{match[0]}]({posixpath.relpath(known[match[1]], here)})"
 
-    def paper(match: re.Match[str]) -> str:
-        return f"[{match[0]}](https://arxiv.org/abs/{match[1]})"
-
     # headings stay plain: a link there would be a link in the table of contents
     lines = re.compile(r"^(?!#).*$", re.MULTILINE)
-    text = prose(text, lines, lambda line: _CODE.sub(entry, line[0]))
-    if source.startswith("benchmarks/"):
-        return text  # full of numbers
-    return prose(text, lines, lambda line: _PAPER.sub(paper, line[0]))
+    return prose(text, lambda part: lines.sub(lambda line: _CODE.sub(entry, line[0]), part))
+
+
+def with_papers(html: str) -> str:
+    """HTML whose arXiv numbers lead to the papers, but in code and in links."""
+    parts, inside = [], 0
+    for part in re.split(r"(<[^>]*>)", html):
+        tag = re.match(r"<(/?)(a|code|pre)\b", part)
+        inside += 0 if tag is None else -1 if tag[1] else 1
+        if not inside and not part.startswith("<"):
+            part = _PAPER.sub(r'<a href="https://arxiv.org/abs/\1">\g<0></a>', part)
+        parts.append(part)
+    return "".join(parts)
 
 
 # -- pages that are made
@@ -169,7 +175,8 @@ def notebook(name: str) -> tuple[str, dict[str, bytes]]:
     path = executed if executed.exists() else ROOT / name
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     stem = PurePosixPath(name).stem
-    parts, pictures = [], {}
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -253,3 +260,8 @@ def on_page_markdown(markdown, page, config, files):  # type: ignore[no-untyped-
     if source != "gallery.md":
         markdown = with_links(markdown, source)
     return with_references(markdown, source, entries())
+
+
+def on_page_content(html, page, config, files):  # type: ignore[no-untyped-def]
+    """Links the papers."""
+    return html if page.file.src_uri.startswith("benchmarks/") else with_papers(html)
