@@ -97,8 +97,8 @@ docs: $(DOCS)/stamp  ## the site, in build/site, and whether its links lead some
 	$(DOCS)/bin/python docs/site/check.py build/site
 
 notebooks: $(VENV)/dev.stamp  ## run them, with their pictures, for the site (in build/notebooks)
-	mkdir -p build/notebooks
-	$(BIN)/jupyter-execute --kernel_name=python3 --output=../build/notebooks/{notebook_name} notebooks/*.ipynb
+	rm -rf build/notebooks && mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks
+	$(BIN)/jupyter-execute --kernel_name=python3 --inplace build/notebooks/*.ipynb
 
 $(RELEASE)/stamp: Makefile
 	@test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)

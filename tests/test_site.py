@@ -4,8 +4,10 @@ mkdocs is not needed here; `make docs` builds the site and checks its links.
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
+import json
 import pkgutil
 import re
 import types
@@ -37,14 +39,16 @@ def entries():
             yield page.name, path
 
 
+@functools.cache
 def names_of(path):
     """What the module of a file binds at its top level."""
+    found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name
-        for target in getattr(node, "targets", [getattr(node, "target", None)]):
-            if isinstance(target, ast.Name):
-                yield target.id
+            found.add(node.name)
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def source_of(module):
@@ -123,10 +127,10 @@ def test_every_page_has_a_place():
 
 def test_links_to_the_repository_become_pages():
     text = (
-        "[a](../benchmarks/README.md#x) [b](ddim.md) [c](../benchmarks/draw.py) ![d](plots/e.png)"
+        "[a](../benchmarks/README.md#x) [b](ddim.md) [c](../benchmarks/draw.py) ![d](plots/edm.png)"
     )
     assert hooks.with_links(text, "search.md") == (
-        "[a](benchmarks/README.md#x) [b](ddim.md) [c](benchmarks/draw.py.md) ![d](plots/e.png)"
+        "[a](benchmarks/README.md#x) [b](ddim.md) [c](benchmarks/draw.py.md) ![d](plots/edm.png)"
     )
     result = "[up](../../docs/search.md) [same](peers.md)"
     assert hooks.with_links(result, "benchmarks/results/accuracy.md") == (
@@ -170,6 +174,29 @@ def test_notebooks_and_pictures_have_pages():
     gallery = hooks.gallery()
     for picture in (DOCS / "plots").glob("*.png"):
         assert picture.name == "front.png" or f"(plots/{picture.name})" in gallery
+
+
+def test_what_a_notebook_printed_and_drew_is_on_its_page(tmp_path, monkeypatch):
+    """The executed copy is taken, what it wrote to standard error is not."""
+    printed = {"output_type": "stream", "name": "stdout", "text": ["1 dB\n"]}
+    warned = {"output_type": "stream", "name": "stderr", "text": ["a warning"]}
+    drawn = {"output_type": "display_data", "data": {"image/png": "YWJj", "text/plain": "<Fig>"}}
+    code = {"cell_type": "code", "source": ["print(1)\n", "2"], "outputs": [warned, printed, drawn]}
+    title = {"cell_type": "markdown", "source": ["# A title\n", "\n", "Words."]}
+    for folder, cells in (("notebooks", [title]), (hooks.EXECUTED, [title, code])):
+        (tmp_path / folder).mkdir(parents=True)
+        path = tmp_path / folder / "a.ipynb"
+        path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    text, pictures = hooks.notebook("notebooks/a.ipynb")
+    assert pictures == {"notebooks/a-0.png": b"abc"}
+    assert text.startswith("# A title\n")
+    assert "```python\nprint(1)\n2\n```\n\n```text { .output }\n1 dB\n```\n\n![" in text
+    assert "](a-0.png)" in text
+    assert "warning" not in text
+    assert "<Fig>" not in text
+    assert hooks.with_links(text, "notebooks/a.ipynb.md") == text
+    assert "(notebooks/a-0.png)](notebooks/a.ipynb.md)" in hooks.gallery()
 
 
 def test_the_checker_finds_what_is_broken(tmp_path):

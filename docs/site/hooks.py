@@ -78,10 +78,10 @@ def with_links(text: str, source: str) -> str:
     here = posixpath.dirname(source)
     for written, target in dict(links(text, name)).items():
         anchor = written[len(written.split("#")[0]) :]
-        made = target.startswith(DOCS + "/") and (ROOT / target).suffix != ".md"
-        there = target.removeprefix(DOCS + "/") if made else site_path(target)
-        if (ROOT / target).is_dir():
-            continue
+        if not (ROOT / target).is_file():
+            continue  # a folder, or made for the site
+        own = target.startswith(DOCS + "/") and not target.endswith(".md")
+        there = target.removeprefix(DOCS + "/") if own else site_path(target)
         text = text.replace(f"]({written})", f"]({posixpath.relpath(there, here or '.')}{anchor})")
     return text
 
@@ -212,6 +212,12 @@ def gallery() -> str:
                 name = title[1] if title else page.stem
                 lines += [f"-   [![{words}]({picture})]({page.name})", ""]
                 lines += [f"    [{name}]({page.name}): {words}", ""]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        source = site_path(f"notebooks/{path.name}")
+        text, pictures = notebook(f"notebooks/{path.name}")
+        for picture in pictures:
+            name = text.splitlines()[0].lstrip("# ")
+            lines += [f"-   [![]({picture})]({source})", "", f"    [{name}]({source})", ""]
     return "\n".join([*lines, "</div>", ""])
 
 
@@ -235,7 +241,7 @@ def on_files(files, config):  # type: ignore[no-untyped-def]
         files.append(File.generated(config, source, content=content))
 
     pages = [f"{DOCS}/{f.src_uri}" for f in files if f.src_uri.endswith(".md")]
-    for name in {*PROJECT, *outside([*pages, *PROJECT])}:
+    for name in sorted({*PROJECT, *outside([*pages, *PROJECT])}):
         if name.endswith(".md"):
             add(site_path(name), (ROOT / name).read_text(encoding="utf-8"))
         elif name.endswith(".ipynb"):
