@@ -56,6 +56,7 @@ SOLVERS = (
     "mixed",
     "analytic_first_step",
     "cached_first_answer",
+    "skip",
     "bdia",
     "belm",
     "ddpm",
@@ -87,6 +88,9 @@ def composed(name: str, process: Any) -> ds.Tableau | None:
         if name == "cached_first_answer":
             return solvers.cached_first_answer(longer, 0.1)
         return solvers.analytic_first_step(longer)
+    if name == "skip":
+        longer = solvers.dpmpp(process, ds.schedules.logsnr(process, NFE + 5), order=2)
+        return solvers.skip(longer, range(3, 18, 3))
     if name == "mixed":
         return solvers.mixed(process, times, steps=[solvers.MixedStep()] * NFE)
     if name == "dc_solver":

@@ -28,10 +28,14 @@ from diffsamp.search.fit import (
     model_statistics,
 )
 from diffsamp.search.genome import Genome
-from diffsamp.search.objective import Objective, reference_tableau, run, run_many
+from diffsamp.search.objective import Objective, reference_tableau
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
+from diffsamp.search.running import run, run_many
+from diffsamp.search.skipping import skip_rows
+from diffsamp.search.strategy import evolution_strategy
+from diffsamp.search.transfer import interpolate, transfer
 
 __all__ = [
     "STAGES",
@@ -54,6 +58,7 @@ __all__ = [
     "canonical",
     "compare",
     "distill",
+    "evolution_strategy",
     "evolve",
     "fine_times",
     "first_answers",
@@ -61,6 +66,7 @@ __all__ = [
     "fit_dc_cascade",
     "fit_iia",
     "from_canonical",
+    "interpolate",
     "model_statistics",
     "objective",
     "reference_tableau",
@@ -69,5 +75,7 @@ __all__ = [
     "run",
     "run_many",
     "shortest_path",
+    "skip_rows",
     "step_costs",
+    "transfer",
 ]

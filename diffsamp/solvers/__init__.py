@@ -30,6 +30,7 @@ from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
 from diffsamp.solvers.restart import RestartInterval, restart
 from diffsamp.solvers.sde import er_sde, sa_solver
 from diffsamp.solvers.sde_stages import dpm2_ancestral, dpmpp_sde, seeds
+from diffsamp.solvers.skip import skip
 from diffsamp.solvers.unipc import dc_solver, unipc
 from diffsamp.solvers.v3 import ModelStatistics, dpm_solver_v3
 from diffsamp.tableau import Tableau
@@ -84,12 +85,13 @@ __all__ = [
     "runge_kutta",
     "sa_solver",
     "seeds",
+    "skip",
     "ula",
     "unipc",
 ]
 
 # functions without a row in the registry: they make a sampler from other samplers or steps,
-COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed", "restart")
+COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed", "restart", "skip")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
 # that stay at a noise level, or go back to one,
