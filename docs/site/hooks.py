@@ -260,6 +260,8 @@ def on_files(files, config):  # type: ignore[no-untyped-def]
 def on_page_markdown(markdown, page, config, files):  # type: ignore[no-untyped-def]
     """Writes a page for the site."""
     source = page.file.src_uri
+    if source.startswith(("benchmarks/", "CHANGELOG")):
+        page.meta.setdefault("search", {"boost": 0.3})  # after what explains and documents
     markdown = re.sub(r"^```(\w+) [\w-]+$", r"```\1", markdown, flags=re.MULTILINE)
     if source.startswith(f"{API}/"):
         markdown = with_headings(markdown)
