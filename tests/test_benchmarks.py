@@ -220,6 +220,12 @@ def test_the_plots_are_drawn_from_the_committed_tables(tmp_path):
     }
 
 
+@pytest.mark.long
+def test_the_picture_of_the_readme_is_drawn_from_what_is_committed(tmp_path):
+    run("front.py", "--plots", str(tmp_path))
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_plans_that_the_search_found_load():
     plans = sorted((ROOT / "benchmarks" / "results" / "plans").glob("*.json"))
     assert plans

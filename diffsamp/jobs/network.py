@@ -56,7 +56,7 @@ def export_network(
 ) -> None:
     """Write a network as a folder of programs and weights that `load_network` reads.
 
-    Example:
+    Examples:
       >>> import diffsamp as ds
       >>> ds.export_network(score_fn, "unet", shape=(3, 32, 32))  # doctest: +SKIP
       >>> again = ds.load_network("unet")  # where the network's code is not  # doctest: +SKIP

@@ -145,7 +145,7 @@ def from_pretrained(
     UNet2DConditionModel, DiT, PixArt, SD3, Flux, Wan and Sana transformers; the scheduler is any
     that `from_diffusers` reads.
 
-    Example:
+    Examples:
       >>> import jax, diffsamp as ds
       >>> model = ds.from_pretrained("stable-diffusion")  # doctest: +SKIP
       >>> cond = model.conditions(["a cat", "a dog"])  # doctest: +SKIP

@@ -62,7 +62,7 @@ def sample(
     The law that is tilted is that of the chain of these rows, not of the data; with enough rows
     they agree. One call of the network a row, on batch * particles states.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> network = ds.targets.gaussian([0.0], 1.0).score_fn(process)

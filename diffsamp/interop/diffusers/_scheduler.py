@@ -46,7 +46,7 @@ def scheduler_class() -> Any:
         pipeline (`pipe.scheduler = ..`) and call that with as many steps as the plan makes
         evaluations. `save_pretrained` writes one `scheduler_config.json` that holds the table.
 
-        Example:
+        Examples:
           >>> pipe.scheduler = TableauScheduler.from_plan("plan-6.json")  # doctest: +SKIP
           >>> pipe("a prompt", num_inference_steps=6)  # doctest: +SKIP
 
