@@ -16,7 +16,17 @@ from diffsamp._core.files import write_atomically
 from diffsamp._core.types import PyTree, Value
 from diffsamp.cli._problem import Problem, load_plan, tableau_of
 
-__all__ = ["check", "compare", "convert", "export", "generate", "sample", "search", "show"]
+__all__ = [
+    "check",
+    "compare",
+    "convert",
+    "export",
+    "generate",
+    "sample",
+    "search",
+    "show",
+    "suggest",
+]
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -71,6 +81,24 @@ def generate(arguments: argparse.Namespace) -> int:
         format=arguments.format,
     )
     print(f"{done.n} samples in {len(done.shards)} files of {arguments.out}.")
+    return 0
+
+
+def suggest(arguments: argparse.Namespace) -> int:
+    """Say which solver and schedule suit a network, and the measured reason."""
+    problem = Problem.of(arguments)
+    found = ds.suggest(
+        problem.score_fn,
+        problem.starts(arguments.seed, arguments.starts),
+        arguments.nfe,
+        cond=problem.conditions(arguments.starts),
+        starts=arguments.starts,
+        evaluations=arguments.evaluations,
+    )
+    print(found)
+    if arguments.out is not None:
+        _named(found.plan(problem.score_fn), problem.name).save(arguments.out)
+        print(f"wrote {arguments.out}")
     return 0
 
 

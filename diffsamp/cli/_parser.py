@@ -29,6 +29,10 @@ _EXAMPLES = {
     --n 50000 --batch 500 --out samples
   diffsamp generate --pretrained FOLDER --label 0 1 2 --plan plan-6.json --n 3000 --out samples
 """,
+    "suggest": """
+  diffsamp suggest --model my_module:score_fn --shape 32,32,3 --nfe 8
+  diffsamp suggest --pretrained FOLDER --prompt "a cat" --guidance 5 --nfe 8 --out plan-8.json
+""",
     "compare": """
   diffsamp compare --model my_module:score_fn --shape 32,32,3 --nfe 4,6,8
   diffsamp compare --pretrained FOLDER --prompt "a cat" --solver ddim,unipc3 --starts 16
@@ -157,6 +161,11 @@ def build_parser() -> argparse.ArgumentParser:
     three.add_argument("--batch", type=int, default=256, help="samples of one file (default: 256)")
     three.add_argument("--format", default="npz", choices=("npz", "safetensors"))
 
+    ten = command("suggest", commands.suggest, "which solver and schedule to take, and why")
+    ten.add_argument("--nfe", type=int, default=8, help="evaluations of the solver (default: 8)")
+    ten.add_argument("--starts", type=int, default=4, help="noises (default: 4)")
+    ten.add_argument("--evaluations", type=int, help="spend at most so many network evaluations")
+    ten.add_argument("--out", metavar="FILE", help="also write it there, as a plan")
     four = command("compare", commands.compare, "measure solvers x schedules on a network")
     _search_options(four)
     four.add_argument("--rows", type=int, default=20, help="lines of the table (default: 20)")

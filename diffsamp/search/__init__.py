@@ -1,9 +1,9 @@
 """Search: find the best sampler for a given network under an NFE budget.
 
 `regress` fits times and weights by least squares and `refine` by Gauss-Newton steps, from forward
-evaluations alone; `compare` measures fixed solvers on fixed schedules; `step_costs` and
-`align_steps` optimise the schedule; `evolve` mixes solvers step by step; `distill` learns times and
-coefficients by gradient;
+evaluations alone; `compare` measures fixed solvers on fixed schedules, and `suggest` the few among
+which the best is; `step_costs` and `align_steps` optimise the schedule; `evolve` mixes solvers step
+by step; `distill` learns times and coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
 `Objective`, by default its distance to a fine solution from the same noise.
 """
@@ -32,6 +32,7 @@ from diffsamp.search.objective import Objective, reference_tableau, run, run_man
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
+from diffsamp.search.suggest import Suggestion, suggest
 
 __all__ = [
     "STAGES",
@@ -46,6 +47,7 @@ __all__ = [
     "Objective",
     "Plan",
     "RatioPolynomial",
+    "Suggestion",
     "align_costs",
     "align_steps",
     "best",
@@ -70,4 +72,5 @@ __all__ = [
     "run_many",
     "shortest_path",
     "step_costs",
+    "suggest",
 ]
