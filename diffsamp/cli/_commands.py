@@ -40,8 +40,8 @@ def sample(arguments: argparse.Namespace) -> int:
     key, n = jax.random.key(arguments.seed), arguments.n
     x = problem.finish(run(key, (n, *problem.shape), cond=problem.conditions(n)))
     if kind == ".png":
-        images = [np.asarray(image, np.float32) for image in _channels_last(np.asarray(x))]
-        rows = [("", np.stack(images[i : i + 8])) for i in range(0, n, 8) if i + 8 <= n or n < 8]
+        images = np.asarray(x, np.float32)
+        rows = [("", images[i : i + 8]) for i in range(0, n, 8)]
         ds.plot.save(ds.plot.image_grid(rows), out)
     elif kind == ".npy":
         np.save(out, np.asarray(x))
@@ -51,13 +51,6 @@ def sample(arguments: argparse.Namespace) -> int:
     if not np.all(np.isfinite(np.asarray(x, np.float32))):
         print("Some are not finite.")
     return 0
-
-
-def _channels_last(x: np.ndarray) -> np.ndarray:
-    if x.ndim != 4:
-        raise ValueError(f"a .png needs pictures, (n, height, width, channels); got {x.shape}.")
-    first = x.shape[1] in (1, 3) and x.shape[-1] not in (1, 3)
-    return np.moveaxis(x, 1, -1) if first else x
 
 
 def generate(arguments: argparse.Namespace) -> int:
