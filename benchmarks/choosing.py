@@ -130,7 +130,7 @@ def measure(name: str, count: int, budgets: tuple[int, ...]) -> list[list[str]]:
             plan = search.regress(score_fn, many, nfe=nfe, key=jax.random.key(14), cond=own)
             x = search.run(score_fn, plan.tableau, x_T, cond=cond)
             gain = float(ds.metrics.psnr(x, whole.reference)) - best.psnr
-            found = f"{gain:+.1f} ({plan.settings['evaluations'] / 1000:.0f} thousand)"
+            found = f"{_over(gain)} ({plan.settings['evaluations'] / 1000:.0f} thousand)"
         rows.append(
             [
                 KINDS[kind],
@@ -138,15 +138,20 @@ def measure(name: str, count: int, budgets: tuple[int, ...]) -> list[list[str]]:
                 str(nfe),
                 f"`{best.solver}` {best.schedule}, {best.psnr:.1f}",
                 f"`{ruled[0]}` {ruled[1]}",
-                f"{psnr[ruled] - best.psnr:.1f}",
+                _over(psnr[ruled] - best.psnr),
                 f"`{chosen[0]}` {chosen[1]}",
-                f"{psnr[chosen] - best.psnr:.1f} ({told.evaluations:.0f})",
+                f"{_over(psnr[chosen] - best.psnr)} ({told.evaluations:.0f})",
                 found,
-                f"{psnr['dpmpp_2m', 'karras'] - best.psnr:.1f}",
+                _over(psnr["dpmpp_2m", "karras"] - best.psnr),
             ]
         )
         print(*rows[-1], flush=True)
     return rows
+
+
+def _over(value: float) -> str:
+    """With its sign, unless it rounds to nothing."""
+    return f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
 
 
 def summary(rows: list[list[str]]) -> list[list[str]]:
@@ -154,7 +159,7 @@ def summary(rows: list[list[str]]) -> list[list[str]]:
 
     def mean(own: list[list[str]], column: int) -> str:
         values = [float(row[column].split()[0]) for row in own if row[column]]
-        return f"{np.mean(values):+.1f}" if values else ""
+        return _over(float(np.mean(values))) if values else ""
 
     lines = []
     for kind in dict.fromkeys(row[0] for row in rows):
