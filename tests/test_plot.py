@@ -87,6 +87,7 @@ def test_all_are_as_wide_as_a_column_and_can_be_read(tmp_path):
         path = tmp_path / f"{name}.png"
         plot.save(figure, path)
         assert path.read_bytes().startswith(b"\x89PNG")
+        assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
         assert figure.get_figwidth() <= WIDTH + 1e-6
         sizes = [t.get_fontsize() for t in figure.findobj(matplotlib.text.Text) if t.get_text()]
         assert min(sizes) >= 6, name

@@ -46,7 +46,6 @@ _STYLE = {
     "grid.alpha": 0.3,
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
-    "savefig.dpi": 150,
     "figure.dpi": 110,
 }
 
@@ -72,19 +71,33 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
     return drawing
 
 
-def figure(height: float, width: float = WIDTH) -> Value:
-    """An empty figure that lays itself out; inches."""
+@functools.cache
+def _class() -> Value:
+    """Figures that a notebook shows, whether or not pyplot was imported in it."""
     _matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            return _png(self)
+
+    return Picture
+
+
+def figure(height: float, width: float = WIDTH) -> Value:
+    """An empty figure that lays itself out; inches."""
+    return _class()(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: Value) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def save(figure: Value, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, atomically."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, _png(figure))
 
 
 def color_of(i: int) -> tuple[str, str]:

@@ -48,7 +48,9 @@ def error_against_nfe(
     columns = min(len(panels), columns)
     rows = -(-len(panels) // columns)
     names = list(dict.fromkeys(name for panel in panels for name in panel[2] if name != strong))
-    drawn = figure(2.7 * rows + 0.17 * -(-len(names) // 5))
+    across = 5 if columns > 1 else 3
+    width = WIDTH if columns > 1 else 0.62 * WIDTH
+    drawn = figure(2.7 * rows + 0.17 * -(-len(names) // across), width)
     axes = drawn.subplots(rows, columns, squeeze=False).reshape(-1)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -69,7 +71,7 @@ def error_against_nfe(
         axis.set(title=title, ylabel=label, yscale="log" if log else "linear")
         evaluations_axis(axis, counts)
         axis.grid()
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across)
     return drawn
 
 

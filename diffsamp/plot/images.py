@@ -13,7 +13,7 @@ from diffsamp.sampling import Trajectory
 
 __all__ = ["channels_last", "image_grid", "inverse", "trajectory"]
 
-_LABELS = 1.15  # inches for the names of rows
+_LETTER = 0.068  # inches that a letter of a row's name takes
 _CAPTION = 0.13  # inches for a line under a picture
 
 
@@ -52,14 +52,17 @@ def _cells(
       title: over the figure.
     """
     columns = max(len(images) for _, images, _ in rows)
-    width = min(0.68 * columns, WIDTH - _LABELS)
-    unit = width / columns
+    labels = 0.15 + _LETTER * max(len(label) for label, _, _ in rows)
+    unit = min(0.68, (WIDTH - labels) / columns)
+    width = unit * columns
     gap, caption = 0.05, _CAPTION / unit
     heights = [images.shape[1] / images.shape[2] for _, images, _ in rows]
     total = sum(heights) + gap * len(rows) + caption * sum(r[2] is not None for r in rows)
-    drawn = figure(total * unit + 0.25 * bool(title) + 0.2 * bool(heads), width + _LABELS)
-    drawn.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-    axis = drawn.subplots()
+    above = 0.04 + 0.22 * bool(title) + 0.18 * bool(heads)
+    tall, wide = total * unit + above, width + labels
+    drawn = figure(tall, wide)
+    drawn.set_layout_engine("none")  # all sizes are known
+    axis = drawn.add_axes((labels / wide, 0.0, width / wide, 1 - above / tall))
     top = 0.0
     for (label, images, captions), height in zip(rows, heights, strict=True):
         for i, image in enumerate(images):
@@ -76,14 +79,14 @@ def _cells(
             if captions is not None:
                 middle = top + height + caption / 2
                 axis.text(i + 0.5, middle, captions[i], ha="center", va="center", fontsize=6.5)
-        axis.text(-0.12, top + height / 2, label, ha="right", va="center")
+        axis.text(-0.06 / unit, top + height / 2, label, ha="right", va="center")
         top += height + gap + (caption if captions is not None else 0.0)
     for i, head in enumerate(heads):
         axis.text(i + 0.5, -0.08, head, ha="center", va="bottom", fontsize=6.5)
-    axis.set(xlim=(0, columns), ylim=(top - gap, 0), aspect="equal")
+    axis.set(xlim=(0, columns), ylim=(total, 0), aspect="auto")
     axis.set_axis_off()
     if title:
-        drawn.suptitle(title, fontsize=9)
+        drawn.text(0.5, 1 - 0.03 / tall, title, ha="center", va="top", fontsize=9)
     return drawn
 
 

@@ -84,7 +84,7 @@ class Suggestion:
             f"{self.solver} on {self.schedule}, {self.nfe} evaluations: {self.psnr:.1f} dB to the "
             f"ODE's solution from the same noise ({count} start{'s' if count > 1 else ''})."
         ]
-        others = self.finalists[1:]
+        others = self.finalists[1:5]
         if others:
             found = [f"{e.solver} on {e.schedule} {e.psnr - self.psnr:+.1f} dB" for e in others]
             lines.append(f"Next best: {', '.join(found)}.")
@@ -152,7 +152,7 @@ def suggest(
         starts; None: no limit.
       batch: samples at a time; None: all.
       data_range: largest minus smallest value of the data, for the PSNR.
-      sharding: over the batch axis.
+      sharding: over the batch axis; all samplers are then measured on all starts.
       progress: called with (what, done, total).
 
     Returns:
@@ -172,11 +172,14 @@ def suggest(
     of_reference = score_fn.nfe(reference) if isinstance(reference, Tableau) else 0
     many = len(tuple(solver)) * len(tuple(schedule))
     each = nfe * score_fn.nfe_factor
+    # a round of fewer samples than a mesh has devices saves nothing
+    first = 1 if sharding is None else size
 
     def whole(count: int) -> float:
         """What `count` starts take, with the timed runs."""
         prices = {nfe: [each] * many}
-        return count * of_reference + 2 * each + price(prices, rounds_of(count, 1))
+        begun = min(first, count)
+        return count * of_reference + 2 * each * begun + price(prices, rounds_of(count, begun))
 
     while size > 1 and whole(size) > limit:
         size -= 1
@@ -195,7 +198,7 @@ def suggest(
         reference=reference,
         data_range=data_range,
         batch=batch,
-        halving=1,
+        halving=min(first, size),
         sharding=sharding,
         progress=progress,
     )

@@ -117,6 +117,19 @@ def test_guided_networks_cost_twice(score_fn):
     assert found.nfe == alone.nfe == 5
 
 
+def test_on_a_mesh():
+    """Every sampler on all starts, since fewer than the devices would save nothing."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    counted = Counted()
+    found = ds.suggest(counted.network, start(4), 4, sharding=spread, solver=("ddim", "ipndm3"))
+    assert counted.count == found.evaluations
+    assert len(found.finalists) == 10
+    alone = ds.suggest(Counted().network, start(4), 4, solver=("ddim", "ipndm3"))
+    assert (alone.solver, alone.schedule) == (found.solver, found.schedule)
+    assert alone.psnr == pytest.approx(found.psnr, abs=1e-3)
+
+
 def test_what_is_wrong_is_said(score_fn):
     with pytest.raises(TypeError, match=r"must be a diffsamp\.ScoreFn"):
         ds.suggest(lambda x, t: x, start(2), 4)
