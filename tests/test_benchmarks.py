@@ -248,6 +248,13 @@ def test_the_plots_are_drawn_from_the_committed_tables(tmp_path):
     }
 
 
+@pytest.mark.long
+def test_the_gallery_is_drawn(tmp_path):
+    run("gallery.py", "--plots", str(tmp_path))
+    committed = (ROOT / "docs" / "plots").glob("gallery_*.png")
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in committed}
+
+
 def test_the_plans_that_the_search_found_load():
     plans = sorted((ROOT / "benchmarks" / "results" / "plans").glob("*.json"))
     assert plans

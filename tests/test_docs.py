@@ -21,6 +21,7 @@ GUIDES = (
     "inverse.md",
     "langevin.md",
     "performance.md",
+    "pictures.md",
     "plan-format.md",
     "plans_elsewhere.md",
     "policies.md",
