@@ -122,6 +122,7 @@ bench: $(VENV)/dev.stamp  ## run the benchmarks (results in benchmarks/results/)
 	$(BIN)/python benchmarks/compilation.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/choosing.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/search.py --network mixture
 	$(BIN)/python benchmarks/search.py --network digits

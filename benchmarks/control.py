@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import unet
 from _report import RESULTS, heading, table
 from classifier import Classifier
 
 import diffsamp as ds
-from diffsamp import guidance, inverse, steering
+from diffsamp import guidance, inverse, plot, steering
 from diffsamp.models import digits
 
 COUNT, ROWS = 64, 30
@@ -253,14 +252,8 @@ def main() -> None:
         table(["method", "distance within a class", "of the class"], diversity()),
     ]
     (RESULTS / "control.md").write_text("\n".join(parts), encoding="utf-8")
-    figure, axes = plt.subplots(len(pictures), 1, figsize=(7, 0.75 * len(pictures)))
-    for axis, (label, x) in zip(axes, pictures, strict=True):
-        strip = np.concatenate(list(np.asarray(x)[:12, ..., 0]), axis=1)
-        axis.imshow(strip, cmap="gray_r", vmin=-1, vmax=1)
-        axis.set_title(label, fontsize=7, loc="left", pad=2)
-        axis.axis("off")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(RESULTS.parent.parent / "docs" / "plots" / "control.png", dpi=110)
+    rows = [(label, np.asarray(x)[:10]) for label, x in pictures]
+    plot.save(plot.image_grid(rows), RESULTS.parent.parent / "docs" / "plots" / "control.png")
 
 
 if __name__ == "__main__":

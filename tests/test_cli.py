@@ -104,11 +104,6 @@ def test_bundled_model_samples_have_the_data_statistics():
     assert np.mean(nearest == wanted) > 0.9
 
 
-def test_image_grid_has_one_row_per_label():
-    figure = plot.image_grid([("a", np.zeros((3, 8, 8, 1))), ("b", np.ones((3, 8, 8, 1)))])
-    assert len(figure.axes) == 6
-
-
 # -- on a network of one's own --------------------------------------------------------------------
 
 MODEL = """

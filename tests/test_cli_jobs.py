@@ -229,7 +229,8 @@ def test_errors_are_one_line(folder, network, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["sample", "generate", "compare", "search", "show", "check", "export", "convert"]
+    "command",
+    ["sample", "generate", "suggest", "compare", "search", "show", "check", "export", "convert"],
 )
 def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as stopped:

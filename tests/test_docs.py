@@ -25,6 +25,7 @@ GUIDES = (
     "mathematics.md",
     "migration.md",
     "performance.md",
+    "pictures.md",
     "plan-format.md",
     "plans_elsewhere.md",
     "policies.md",

@@ -1,9 +1,9 @@
 """Search: find the best sampler for a given network under an NFE budget.
 
 `regress` fits times and weights by least squares and `refine` by Gauss-Newton steps, from forward
-evaluations alone; `compare` measures fixed solvers on fixed schedules; `step_costs` and
-`align_steps` optimise the schedule; `evolve` mixes solvers step by step; `distill` learns times and
-coefficients by gradient;
+evaluations alone; `compare` measures fixed solvers on fixed schedules, and `suggest` the few among
+which the best is; `step_costs` and `align_steps` optimise the schedule; `evolve` mixes solvers step
+by step; `distill` learns times and coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
 `Objective`, by default its distance to a fine solution from the same noise.
 """
@@ -35,6 +35,7 @@ from diffsamp.search.regress import regress
 from diffsamp.search.running import run, run_many
 from diffsamp.search.skipping import skip_rows
 from diffsamp.search.strategy import evolution_strategy
+from diffsamp.search.suggest import Suggestion, suggest
 from diffsamp.search.transfer import interpolate, transfer
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Objective",
     "Plan",
     "RatioPolynomial",
+    "Suggestion",
     "align_costs",
     "align_steps",
     "best",
@@ -77,5 +79,6 @@ __all__ = [
     "shortest_path",
     "skip_rows",
     "step_costs",
+    "suggest",
     "transfer",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.types import Array, Times, Value
 from diffsamp.processes import Process
+from diffsamp.solvers._builder import Builder
 from diffsamp.solvers.adams import accelerated_ddim, deis, ipndm
 from diffsamp.solvers.afs import analytic_first_step, cached_first_answer
 from diffsamp.solvers.consistency import CONSISTENCY_INDICES, consistency
@@ -43,6 +44,7 @@ __all__ = [
     "FITTED",
     "RESTART_CONFIGURATIONS",
     "SOLVERS",
+    "Builder",
     "MixedStep",
     "ModelStatistics",
     "RestartInterval",
