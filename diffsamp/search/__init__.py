@@ -5,7 +5,8 @@ evaluations alone; `compare` measures fixed solvers on fixed schedules; `step_co
 `align_steps` optimise the schedule; `evolve` mixes solvers step by step; `distill` learns times and
 coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
-`Objective`, by default its distance to a fine solution from the same noise.
+`Objective`, by default its distance to a fine solution from the same noise. `tfg` looks for the
+strengths of training-free guidance.
 """
 
 from diffsamp.search import objective
@@ -32,6 +33,7 @@ from diffsamp.search.objective import Objective, reference_tableau, run, run_man
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
+from diffsamp.search.strength import Strength, TrainingFree, tfg
 
 __all__ = [
     "STAGES",
@@ -46,6 +48,8 @@ __all__ = [
     "Objective",
     "Plan",
     "RatioPolynomial",
+    "Strength",
+    "TrainingFree",
     "align_costs",
     "align_steps",
     "best",
@@ -70,4 +74,5 @@ __all__ = [
     "run_many",
     "shortest_path",
     "step_costs",
+    "tfg",
 ]
