@@ -77,7 +77,7 @@ def test_measurements_take_them(x64):
 def test_daps_is_exact_with_the_exact_moments():
     """N(0, 1), y = x + .5 z = 1: the posterior N(.8, .2); the paper's r gives (.894, .221).
 
-    The loop itself is replayed exactly in test_replay.py.
+    The loop itself is replayed exactly in test_loops.py.
     """
     process = ds.processes.edm()
     network = ds.targets.gaussian([0.0], 1.0).score_fn(process, "data")
@@ -100,7 +100,7 @@ def test_daps_is_exact_with_the_exact_moments():
 def test_red_diff_has_its_fixed_point():
     """(y + K m) / (1 + K), K = weight mean_t sigma^2 / S^2, for N(m, 1) and A = 1.
 
-    Adam's own bias is .015, its steps' sizes following the draws; test_replay.py is exact.
+    Adam's own bias is .015, its steps' sizes following the draws; test_loops.py is exact.
     """
     network = ds.targets.gaussian([-0.5], 1.0).score_fn(PROCESS, "noise")
     # shuffled, so that Adam's memory sees all levels

@@ -1,5 +1,7 @@
 """DAPS, RED-diff and RePaint, replayed in NumPy with the same draws; RePaint's exact law."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def test_daps(x64):
 
     def loop(noise=NOISE, spread=0.7, step=0.3):
         x = x_T
-        for n, (s, t) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for n, (s, t) in enumerate(itertools.pairwise(times)):
             alpha, sigma = PROCESS.alpha(s), PROCESS.sigma(s)
             guess, _ = answer(x, alpha, sigma)
             r = spread * sigma / alpha
@@ -110,7 +112,7 @@ def test_repaint(x64):
     def loop(value=1.0, back=1.0):
         x, row = x_T, 0
         own = jax.vmap(jax.random.fold_in, (0, None))(KEYS, 0x9A17)
-        for s, t in zip(times[:-1], times[1:], strict=True):
+        for s, t in itertools.pairwise(times):
             (alpha, after), (sigma, small) = (
                 PROCESS.alpha(np.array([s, t])),
                 PROCESS.sigma(np.array([s, t])),
