@@ -38,7 +38,7 @@ def posterior_std(level: Level, std: PyTree = 1.0) -> PyTree:
       std: of the data, a number.
     """
     std = as_float(std, level.alpha)
-    return level.sigma * std / namespace(level.alpha).hypot(level.sigma, std * level.alpha)
+    return level.sigma * std / namespace(level.alpha, std).hypot(level.sigma, std * level.alpha)
 
 
 class _LossBound(NamedTuple):

@@ -82,7 +82,7 @@ def diffpir(
 
 
 def _diffpir_spread(weight: PyTree, level: Level) -> PyTree:
-    xp = namespace(level.alpha, level.sigma)
+    xp = namespace(level.alpha, level.sigma, weight)
     # at alpha = 0 the network says nothing yet; a large number stands for none
     return level.sigma / (xp.maximum(level.alpha, 1e-3) * xp.sqrt(xp.asarray(weight * 1.0)))
 
