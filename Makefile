@@ -23,7 +23,9 @@ FRESH   ?= $(PYTHON)
 X64    := test_tableau.py test_sampler.py test_schedules.py test_guidance.py test_calls.py \
           test_few_step.py test_starts.py test_targets.py test_phase_space.py \
           test_bridges.py test_brownian.py solvers/test_clean_end.py solvers/test_large_rho.py \
-          search/test_compare.py
+          search/test_compare.py guidance/test_combine.py guidance/test_on_data.py guidance/test_rules.py \
+          guidance/test_tfg.py guidance/test_as_arguments.py guidance/test_mesh.py steering/test_replay.py \
+          inverse/test_loops.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-pages test-x64 test-peers test-interop mutations docs notebooks release lint format types bench bench-peers train-digits clean

@@ -5,7 +5,8 @@ evaluations alone; `compare` measures fixed solvers on fixed schedules, and `sug
 which the best is; `step_costs` and `align_steps` optimise the schedule; `evolve` mixes solvers step
 by step; `distill` learns times and coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
-`Objective`, by default its distance to a fine solution from the same noise.
+`Objective`, by default its distance to a fine solution from the same noise. `tfg` looks for the
+strengths of training-free guidance.
 """
 
 from diffsamp.search import objective
@@ -35,6 +36,7 @@ from diffsamp.search.regress import regress
 from diffsamp.search.running import run, run_many
 from diffsamp.search.skipping import skip_rows
 from diffsamp.search.strategy import evolution_strategy
+from diffsamp.search.strength import Strength, TrainingFree, tfg
 from diffsamp.search.suggest import Suggestion, suggest
 from diffsamp.search.transfer import interpolate, transfer
 
@@ -51,7 +53,9 @@ __all__ = [
     "Objective",
     "Plan",
     "RatioPolynomial",
+    "Strength",
     "Suggestion",
+    "TrainingFree",
     "align_costs",
     "align_steps",
     "best",
@@ -80,5 +84,6 @@ __all__ = [
     "skip_rows",
     "step_costs",
     "suggest",
+    "tfg",
     "transfer",
 ]

@@ -28,7 +28,7 @@ from diffsamp.solvers.mixed import MixedStep, mixed
 from diffsamp.solvers.momentum import ghvb, heavy_ball
 from diffsamp.solvers.pndm import pndm
 from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
-from diffsamp.solvers.restart import RestartInterval, restart
+from diffsamp.solvers.restart import RestartInterval, restart, travel
 from diffsamp.solvers.sde import er_sde, sa_solver
 from diffsamp.solvers.sde_stages import dpm2_ancestral, dpmpp_sde, seeds
 from diffsamp.solvers.skip import skip
@@ -88,6 +88,7 @@ __all__ = [
     "sa_solver",
     "seeds",
     "skip",
+    "travel",
     "ula",
     "unipc",
 ]
@@ -97,7 +98,7 @@ COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed",
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
 # that stay at a noise level, or go back to one,
-AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "ula")
+AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "travel", "ula")
 # or for a network that is no diffusion model
 FEW_STEP = ("consistency",)
 
