@@ -1,5 +1,6 @@
 """Plans inside diffusers: every registered solver, tiny pipelines, files. `make test-peers`."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -392,6 +393,14 @@ def test_a_plan_for_another_process_is_refused(torch, scheduler_class):
     own = {"beta_schedule": "scaled_linear"}
     for kind in (DDIMScheduler, EulerDiscreteScheduler):
         scheduler_class.from_plan(plan, like=kind(**own))
+    # one of `refine`, whose network is told other times than the states'
+    own_table = tableau("ddim", "noise")
+    told = np.where(own_table.evaluates, own_table.times[:-1] + 20.0, 0.0)
+    told = dataclasses.replace(own_table, asked=told)
+    moved = ds.search.Plan.of(told, network("noise")).to_dict()
+    scheduler_class.from_plan(moved, like=DDIMScheduler(**own))
+    with pytest.raises(ValueError, match="another process: at timestep"):
+        scheduler_class.from_plan(moved, like=DDIMScheduler())
     for other, match in (
         (FlowMatchEulerDiscreteScheduler(), "is for the other kind"),
         (DDIMScheduler(**own, prediction_type="v_prediction"), "scheduler says 'v_prediction'"),
