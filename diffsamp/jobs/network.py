@@ -116,12 +116,12 @@ def export_network(
     about: dict[str, Value] = {"process": _process_said(score_fn.process)}
 
     leaves = {name: jnp.asarray(leaf) for name, leaf in named(_weights(score_fn)).items()}
-    for size, forward in ways:
+    for size, way in ways:
         arguments = _arguments(score_fn, leaves, shape, cond, dtype, size)
         try:
-            programs = {_FORWARD: exported(forward, targets, *arguments)}
+            programs = {_FORWARD: exported(way, targets, *arguments)}
             if with_gradient:
-                gradient = functools.partial(_backward, forward)
+                gradient = functools.partial(_backward, way)
                 kind = programs[_FORWARD].out_avals[0].dtype
                 output = jax.ShapeDtypeStruct(arguments[1].shape, kind)
                 programs[_BACKWARD] = exported(gradient, targets, *arguments, output)
