@@ -406,6 +406,12 @@ class VPDiscrete(_VariancePreserving):
 
     log_snrs: Array  # (T,), falling
 
+    def __repr__(self) -> str:  # a thousand numbers say less
+        levels = f"{np.shape(self.log_snrs)[-1]} levels"
+        if isinstance(self.log_snrs, np.ndarray) and self.log_snrs.ndim == 1:
+            levels += f", log-SNR {self.log_snrs[0]:.4g} to {self.log_snrs[-1]:.4g}"
+        return f"VPDiscrete({levels})"
+
     def _table(self, like: Array) -> Array:
         return as_float(self.log_snrs, like)
 

@@ -43,6 +43,12 @@ def test_vp_cosine_is_the_improved_ddpm_formula():
     assert process.log_snr(process.t_max) == pytest.approx(-4.76, abs=0.4)
 
 
+def test_a_table_is_printed_in_one_line():
+    table = ds.processes.vp_discrete("linear")
+    assert repr(table) == "VPDiscrete(1000 levels, log-SNR 4.605 to -5.059)"
+    assert jax.eval_shape(lambda p: jnp.zeros(len(repr(p))), table).shape == (23,)  # traced
+
+
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_vp_discrete_is_its_table_at_integers(name):
     betas = processes.beta_table(name)
