@@ -249,6 +249,12 @@ def test_the_plots_are_drawn_from_the_committed_tables(tmp_path):
 
 
 @pytest.mark.long
+def test_the_picture_of_the_readme_is_drawn_from_what_is_committed(tmp_path):
+    run("front.py", "--plots", str(tmp_path))
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
 def test_the_gallery_is_drawn(tmp_path):
     run("gallery.py", "--plots", str(tmp_path))
     committed = (ROOT / "docs" / "plots").glob("gallery_*.png")

@@ -13,6 +13,7 @@ from diffsamp import cli, plot
 from diffsamp.models import digits
 
 
+@pytest.mark.long
 def test_demo_writes_what_it_says(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["demo", "--out", str(out), "--samples", "96", "--steps", "20", "--nfe", "4"]

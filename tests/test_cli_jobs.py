@@ -121,6 +121,8 @@ def test_show_says_what_it_was_made_for(folder, network, capsys):
 class Folder:
     """Stands for `ds.from_pretrained(folder)`."""
 
+    has_guidance_inside = False
+
     shape = (2, 4, 4)
 
     def __init__(self, folder):
@@ -190,7 +192,7 @@ def test_check_reads_data_and_says_the_verdict(folder, monkeypatch, capsys):
     assert run(*arguments) == 1
     np.save("wrong.npy", np.ones((5, 3)))
     assert run("check", *NETWORK, "--data", "wrong.npy") == 1
-    assert "--data must be (n, *(2,)); got (5, 3)" in capsys.readouterr().err
+    assert "--data must be (n, 2); got (5, 3)" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folder, network, capsys, monkeypatch):

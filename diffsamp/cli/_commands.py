@@ -198,7 +198,8 @@ def check(arguments: argparse.Namespace) -> int:
     """Measure whether what was said of a network fits it; 1 if not."""
     problem, x_0 = Problem.of(arguments), _array(arguments.data)
     if x_0.shape[1:] != tuple(problem.shape):
-        raise ValueError(f"--data must be (n, *{tuple(problem.shape)}); got {x_0.shape}.")
+        want = ", ".join(map(str, ("n", *problem.shape)))
+        raise ValueError(f"--data must be ({want}); got {x_0.shape}.")
     api: Value = ds
     result = api.check(problem.score_fn, x_0, cond=problem.conditions(len(x_0)))
     print(result)

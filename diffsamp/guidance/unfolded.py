@@ -110,7 +110,7 @@ def unfold(tableau: Tableau, scale: Array) -> tuple[Tableau, np.ndarray]:
     coefficient, and nothing branches. `cfg` asks both in one call of a doubled batch instead, which
     is faster where the batch is small.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> def apply(params, x, t, label):

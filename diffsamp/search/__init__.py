@@ -5,7 +5,8 @@ evaluations alone; `compare` measures fixed solvers on fixed schedules, and `sug
 which the best is; `step_costs` and `align_steps` optimise the schedule; `evolve` mixes solvers step
 by step; `distill` learns times and coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
-`Objective`, by default its distance to a fine solution from the same noise.
+`Objective`, by default its distance to a fine solution from the same noise. `tfg` looks for the
+strengths of training-free guidance.
 """
 
 from diffsamp.search import objective
@@ -28,11 +29,16 @@ from diffsamp.search.fit import (
     model_statistics,
 )
 from diffsamp.search.genome import Genome
-from diffsamp.search.objective import Objective, reference_tableau, run, run_many
+from diffsamp.search.objective import Objective, reference_tableau
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
+from diffsamp.search.running import run, run_many
+from diffsamp.search.skipping import skip_rows
+from diffsamp.search.strategy import evolution_strategy
+from diffsamp.search.strength import Strength, TrainingFree, tfg
 from diffsamp.search.suggest import Suggestion, suggest
+from diffsamp.search.transfer import interpolate, transfer
 
 __all__ = [
     "STAGES",
@@ -47,7 +53,9 @@ __all__ = [
     "Objective",
     "Plan",
     "RatioPolynomial",
+    "Strength",
     "Suggestion",
+    "TrainingFree",
     "align_costs",
     "align_steps",
     "best",
@@ -56,6 +64,7 @@ __all__ = [
     "canonical",
     "compare",
     "distill",
+    "evolution_strategy",
     "evolve",
     "fine_times",
     "first_answers",
@@ -63,6 +72,7 @@ __all__ = [
     "fit_dc_cascade",
     "fit_iia",
     "from_canonical",
+    "interpolate",
     "model_statistics",
     "objective",
     "reference_tableau",
@@ -71,6 +81,9 @@ __all__ = [
     "run",
     "run_many",
     "shortest_path",
+    "skip_rows",
     "step_costs",
     "suggest",
+    "tfg",
+    "transfer",
 ]

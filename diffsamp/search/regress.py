@@ -28,8 +28,9 @@ from diffsamp.search._cost import Estimate, ask_data, at_row, expect_limit
 from diffsamp.search._network import describe_network
 from diffsamp.search.explicit import Explicit
 from diffsamp.search.fine import Recorded, fine_times, start_grids
-from diffsamp.search.objective import Progress, cost_of_reference, slice_batch, teacher
+from diffsamp.search.objective import cost_of_reference, teacher
 from diffsamp.search.plan import Plan
+from diffsamp.search.running import Progress, slice_batch
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 

@@ -16,9 +16,10 @@ from diffsamp.score import ScoreFn, expect_score_fn
 from diffsamp.search._cost import expect_limit
 from diffsamp.search._halving import price, rounds_of
 from diffsamp.search.compare import Comparison, Entry, compare
-from diffsamp.search.objective import Progress, expect_batch, reference_tableau, slice_batch
+from diffsamp.search.objective import reference_tableau
 from diffsamp.search.plan import Plan
 from diffsamp.search.regress import likely
+from diffsamp.search.running import Progress, expect_batch, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["SCHEDULES", "SOLVERS", "Suggestion", "suggest"]

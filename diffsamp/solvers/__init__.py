@@ -28,9 +28,10 @@ from diffsamp.solvers.mixed import MixedStep, mixed
 from diffsamp.solvers.momentum import ghvb, heavy_ball
 from diffsamp.solvers.pndm import pndm
 from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
-from diffsamp.solvers.restart import RestartInterval, restart
+from diffsamp.solvers.restart import RestartInterval, restart, travel
 from diffsamp.solvers.sde import er_sde, sa_solver
 from diffsamp.solvers.sde_stages import dpm2_ancestral, dpmpp_sde, seeds
+from diffsamp.solvers.skip import skip
 from diffsamp.solvers.unipc import dc_solver, unipc
 from diffsamp.solvers.v3 import ModelStatistics, dpm_solver_v3
 from diffsamp.tableau import Tableau
@@ -86,16 +87,18 @@ __all__ = [
     "runge_kutta",
     "sa_solver",
     "seeds",
+    "skip",
+    "travel",
     "ula",
     "unipc",
 ]
 
 # functions without a row in the registry: they make a sampler from other samplers or steps,
-COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed", "restart")
+COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed", "restart", "skip")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia")
 # that stay at a noise level, or go back to one,
-AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "ula")
+AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "travel", "ula")
 # or for a network that is no diffusion model
 FEW_STEP = ("consistency",)
 
