@@ -208,7 +208,7 @@ def test_errors_are_one_line(folder, network, capsys, monkeypatch):
         ([*sample, "--solver", "nosuch"], "nosuch"),
         ([*sample, "--solver", "heun", "--nfe", 6], "cannot make exactly 6 evaluations"),
         ([*sample, "--out", "x.jpg"], "must end in .npy, .npz or .png"),
-        ([*sample, "--out", "x.png"], "a .png needs pictures"),
+        ([*sample, "--out", "x.png"], "pictures must be (n, height, width"),
         ([*sample, "--prompt", "a"], "--prompt belongs to --pretrained"),
         (["sample", "--model", "mine_for_jobs:score_fn"], "--model needs --shape"),
         (["check", *NETWORK, "--data", "none.npy"], "there is no file none.npy"),
