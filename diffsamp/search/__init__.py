@@ -28,6 +28,7 @@ from diffsamp.search.fit import (
     fit_iia,
     model_statistics,
 )
+from diffsamp.search.fit_null import fit_null
 from diffsamp.search.genome import Genome
 from diffsamp.search.objective import Objective, reference_tableau, run, run_many
 from diffsamp.search.plan import Front, Plan
@@ -64,6 +65,7 @@ __all__ = [
     "fit_dc",
     "fit_dc_cascade",
     "fit_iia",
+    "fit_null",
     "from_canonical",
     "model_statistics",
     "objective",
