@@ -28,6 +28,7 @@ from diffsamp.search.fit import (
     fit_iia,
     model_statistics,
 )
+from diffsamp.search.fit_null import fit_null
 from diffsamp.search.genome import Genome
 from diffsamp.search.objective import Objective, reference_tableau
 from diffsamp.search.plan import Front, Plan
@@ -71,6 +72,7 @@ __all__ = [
     "fit_dc",
     "fit_dc_cascade",
     "fit_iia",
+    "fit_null",
     "from_canonical",
     "interpolate",
     "model_statistics",
