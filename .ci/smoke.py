@@ -40,6 +40,7 @@ def main(readme: str) -> None:
     assert installed in run("diffsamp", "--version")
     assert "unipc3" in run("diffsamp", "list")
     assert "4" in run("diffsamp", "show", "plan-4.json")
+    assert installed in run("diffsamp", "doctor")
 
     # a plan is read where there is no JAX
     without_jax = (
