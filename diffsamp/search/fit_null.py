@@ -15,7 +15,7 @@ from diffsamp.predictions import Level
 from diffsamp.sampling import trajectory
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import ask_data, at_row
-from diffsamp.search.objective import expect_batch
+from diffsamp.search.running import expect_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["fit_null"]
