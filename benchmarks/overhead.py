@@ -40,8 +40,11 @@ SOLVERS = (
     "dpmpp_2m",
     "dpmpp_3m",
     "res_2s",
+    "etdrk4",
     "dpm_solver_v3",
     "iia",
+    "rx_ddim",
+    "stork4",
     "deis_tab3",
     "ipndm4",
     "pndm",
@@ -49,7 +52,9 @@ SOLVERS = (
     "dpm2",
     "rho_rk4",
     "unipc3",
+    "dual_solver",
     "dc_solver",
+    "rbf_solver",
     "ghvb2.8",
     "heavy_ball",
     "mixed",
@@ -94,6 +99,8 @@ def composed(name: str, process: Any) -> ds.Tableau | None:
         return solvers.mixed(process, times, steps=[solvers.MixedStep()] * NFE)
     if name == "dc_solver":
         return solvers.dc_solver(process, times, ratios=np.full(NFE, 1.01))
+    if name == "rbf_solver":
+        return solvers.rbf_solver(process, times, shapes=1.0)
     if name == "iia":
         return solvers.iia(process, times, coefficients=np.full((NFE, 2), 0.01))
     if name == "dpm_solver_v3":

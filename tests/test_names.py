@@ -7,6 +7,7 @@ from cases import skewed_mixture, twin
 
 import diffsamp as ds
 from diffsamp import schedules, solvers
+from diffsamp.solvers._registry import ALIASES
 
 PROCESSES = {
     "vp_discrete": ds.processes.vp_discrete(),
@@ -46,7 +47,7 @@ def test_schedules_in_sampler(name):
             assert sampler.tableau.times[-1] == end, (schedule, final)
 
 
-@pytest.mark.parametrize("solver", [*solvers.names(), *solvers._ALIASES])
+@pytest.mark.parametrize("solver", [*solvers.names(), *ALIASES])
 def test_solvers_in_sampler(solver):
     """Also those that other libraries use."""
     network = NETWORKS["vp_linear"]
@@ -63,7 +64,7 @@ def test_all_names_in_compare():
     had = {e.schedule for e in table.entries} | {one.schedule for one in table.left_out}
     assert had == set(names)
     assert {one.schedule for one in table.left_out} <= set(schedules.PUBLISHED)
-    some = [*solvers._ALIASES][::4]
+    some = [*ALIASES][::4]
     table = ds.search.compare(
         network, x_T, nfe=(5, 6, 7, 14), solver=some, schedule=("ays_sd15",), key=jax.random.key(1)
     )

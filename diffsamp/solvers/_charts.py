@@ -31,10 +31,11 @@ from diffsamp.solvers._builder import (
     total,
 )
 
-__all__ = ["BUTCHER", "Chart", "runge_kutta_step"]
+__all__ = ["BUTCHER", "Butcher", "Chart", "runge_kutta_step"]
 
-# name: (stage fractions, rows of the lower triangle, weights); Butcher's tableaux
-BUTCHER: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
+# stage fractions, rows of the lower triangle, weights
+Butcher = tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
+BUTCHER: dict[str, Butcher] = {
     "heun2": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
     "midpoint2": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
     "ralston2": ((0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4)),
@@ -116,10 +117,10 @@ class Chart:
 
 
 def runge_kutta_step(
-    builder: Builder, chart: Chart, first: Answer, t: Point, method: str
+    builder: Builder, chart: Chart, first: Answer, t: Point, method: str | Butcher
 ) -> Combination:
     """The state at t by one step of a Runge-Kutta method from the answer `first`."""
-    fractions, lower, weights = BUTCHER[method]
+    fractions, lower, weights = BUTCHER[method] if isinstance(method, str) else method
     s, slopes = first.point, [chart.slope(first)]
     for fraction, row in zip(fractions[1:], lower[1:], strict=True):
         stage = chart.between(s, t, fraction)

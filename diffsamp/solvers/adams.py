@@ -1,4 +1,4 @@
-"""Adams-Bashforth methods on dx/drho = E: DEIS in four variables, and iPNDM.
+"""Adams-Bashforth methods on dx/drho = E: DEIS, iPNDM, accelerated DDIM, gradient estimation.
 
 In coordinates x / alpha and rho = sigma / alpha the ODE has no linear part:
 
@@ -27,7 +27,7 @@ from diffsamp.solvers._builder import (
 from diffsamp.solvers._weights import adams_weights, diffusion_time
 from diffsamp.tableau import Tableau
 
-__all__ = ["accelerated_ddim", "deis", "ipndm"]
+__all__ = ["accelerated_ddim", "deis", "gradient_estimation", "ipndm"]
 
 FIXED = {
     1: (1.0,),
@@ -163,6 +163,38 @@ def accelerated_ddim(process: Process, times: Times) -> Tableau:
         return np.array([step - slope, slope])
 
     return _adams(process, times, 2, weights, "accelerated_ddim", "arXiv:2403.03852", False)
+
+
+def gradient_estimation(process: Process, times: Times, *, gamma: float = 2.0) -> Tableau:
+    """Gradient estimation: DDIM along gamma E_n + (1 - gamma) E_{n-1}. One evaluation a step.
+
+    The noise prediction is read as the direction to the data, estimated with a delay that is taken
+    back. gamma = 1 is DDIM, 3/2 iPNDM of order 2; any other converges at order 1. The first step is
+    DDIM's, and so is one to sigma = 0.
+
+    Args:
+      process: the noise process.
+      times: (n + 1,) decreasing times, used verbatim.
+      gamma: weight of the newest answer, finite; the authors take 2.
+
+    Returns:
+      A deterministic tableau of n evaluations, in noise prediction.
+
+    Raises:
+      ValueError: times not sorted, gamma not finite.
+
+    Reference: Permenter & Yuan 2024, arXiv:2306.04848.
+    """
+    if not np.isfinite(gamma):
+        raise ValueError(f"`gamma` must be finite; got {gamma}.")
+
+    def weights(history: list[Answer], to: Point) -> np.ndarray:
+        plain = to.sigma == 0 or len(history) == 1
+        shares = [1.0] if plain else [gamma, 1 - gamma]
+        return (to.rho - history[0].point.rho) * np.array(shares)
+
+    name = f"gradient_estimation({gamma:g})"
+    return _adams(process, times, 2, weights, name, "arXiv:2306.04848", False)
 
 
 def _adams(
