@@ -191,11 +191,11 @@ _TOKENS = "it samples discrete tokens, not numbers, and so is no row of a tablea
 _STAGES = "it changes the size of the state between its stages"
 # class: (why it cannot be read, what to use)
 REFUSED: dict[str, tuple[str, str]] = {
-    "Amused": (_TOKENS, "nothing here samples tokens yet"),
-    "BlockRefinement": (_TOKENS, "nothing here samples tokens yet"),
-    "DiscreteDDIM": (_TOKENS, "nothing here samples tokens yet"),
-    "EntropyBound": (_TOKENS, "nothing here samples tokens yet"),
-    "VQDiffusion": (_TOKENS, "nothing here samples tokens yet"),
+    "Amused": (_TOKENS, "as a `ds.discrete.TokenFn`: `ds.discrete.maskgit`"),
+    "BlockRefinement": (_TOKENS, "as a `ds.discrete.TokenFn`: `ds.discrete.blocks`, `threshold`"),
+    "DiscreteDDIM": (_TOKENS, "`ds.discrete` has masked and uniform noise, by other rows"),
+    "EntropyBound": (_TOKENS, "as a `ds.discrete.TokenFn`: `ds.discrete.entropy_bounded`"),
+    "VQDiffusion": (_TOKENS, "`ds.discrete` has masked and uniform noise, not both mixed"),
     "ConsistencyDecoder": ("it is the decoder of a VAE with two fixed steps of its own scalings",
                            "call the decoder itself, or ds.solvers.consistency on "
                            'ds.processes.vp_discrete("squaredcos_cap_v2", num_levels=1024)'),
