@@ -23,7 +23,16 @@ from diffsamp.guidance.learned_range import LearnedRange, learned_range
 from diffsamp.guidance.linear import Combined, cfg, cfg_pp, combine
 from diffsamp.guidance.losses import Loss, dps, freedom, loss, posterior_std, step_units
 from diffsamp.guidance.measurements import Measurement, measurement
-from diffsamp.guidance.methods import bias_table, calibrate, ddnm, inpaint, mpgd, omegance
+from diffsamp.guidance.methods import (
+    bias_table,
+    calibrate,
+    ddnm,
+    free_share,
+    inpaint,
+    mpgd,
+    omegance,
+    recfg,
+)
 from diffsamp.guidance.rules import apg, cfg_zero_star, rescale, tcfg, zero_first
 from diffsamp.guidance.training_free import tfg
 from diffsamp.guidance.transform import Transform, per_row
@@ -51,6 +60,7 @@ __all__ = [
     "dps",
     "dynamic_thresholding",
     "first_answer",
+    "free_share",
     "freedom",
     "inpaint",
     "keep_noise",
@@ -64,6 +74,7 @@ __all__ = [
     "on_noise",
     "per_row",
     "posterior_std",
+    "recfg",
     "rescale",
     "rule",
     "select",
