@@ -19,6 +19,7 @@ from diffsamp.guidance.data import (
     static_thresholding,
 )
 from diffsamp.guidance.first_answer import FirstAnswer, first_answer
+from diffsamp.guidance.fresh import Fresh, Redrawn, dsg, redraw
 from diffsamp.guidance.learned_range import LearnedRange, learned_range
 from diffsamp.guidance.linear import Combined, cfg, cfg_pp, combine
 from diffsamp.guidance.losses import Loss, dps, freedom, loss, posterior_std, step_units
@@ -42,9 +43,11 @@ __all__ = [
     "Annealed",
     "Combined",
     "FirstAnswer",
+    "Fresh",
     "LearnedRange",
     "Loss",
     "Measurement",
+    "Redrawn",
     "Rule",
     "Selected",
     "Transform",
@@ -58,6 +61,7 @@ __all__ = [
     "combine",
     "ddnm",
     "dps",
+    "dsg",
     "dynamic_thresholding",
     "first_answer",
     "free_share",
@@ -75,6 +79,7 @@ __all__ = [
     "per_row",
     "posterior_std",
     "recfg",
+    "redraw",
     "rescale",
     "rule",
     "select",
