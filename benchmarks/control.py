@@ -86,7 +86,7 @@ def inverse_problems(truth: Any) -> tuple[list[list[str]], list[tuple[str, Any]]
         ]
         found = strengths(operator)
         best = f"tfg, rho {found.best.rho:g}, mu {found.best.mu:g}, N {found.best.repeats}"
-        made.append((best, found.transform, found.tableau))
+        made.insert(-1, (best, found.transform, found.tableau))  # the last one is drawn
         for label, transform, tableau in made:
             own = {"y": y} if label.startswith("tfg") else None
             x = ds.sample(transform, tableau, X_T, key=KEY, cond=own)

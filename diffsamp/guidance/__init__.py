@@ -19,11 +19,21 @@ from diffsamp.guidance.data import (
     static_thresholding,
 )
 from diffsamp.guidance.first_answer import FirstAnswer, first_answer
+from diffsamp.guidance.fresh import Fresh, Redrawn, dsg, redraw
 from diffsamp.guidance.learned_range import LearnedRange, learned_range
 from diffsamp.guidance.linear import Combined, cfg, cfg_pp, combine
 from diffsamp.guidance.losses import Loss, dps, freedom, loss, posterior_std, step_units
 from diffsamp.guidance.measurements import Measurement, measurement
-from diffsamp.guidance.methods import bias_table, calibrate, ddnm, inpaint, mpgd, omegance
+from diffsamp.guidance.methods import (
+    bias_table,
+    calibrate,
+    ddnm,
+    free_share,
+    inpaint,
+    mpgd,
+    omegance,
+    recfg,
+)
 from diffsamp.guidance.rules import apg, cfg_zero_star, rescale, tcfg, zero_first
 from diffsamp.guidance.training_free import tfg
 from diffsamp.guidance.transform import Transform, per_row
@@ -33,9 +43,11 @@ __all__ = [
     "Annealed",
     "Combined",
     "FirstAnswer",
+    "Fresh",
     "LearnedRange",
     "Loss",
     "Measurement",
+    "Redrawn",
     "Rule",
     "Selected",
     "Transform",
@@ -49,8 +61,10 @@ __all__ = [
     "combine",
     "ddnm",
     "dps",
+    "dsg",
     "dynamic_thresholding",
     "first_answer",
+    "free_share",
     "freedom",
     "inpaint",
     "keep_noise",
@@ -64,6 +78,8 @@ __all__ = [
     "on_noise",
     "per_row",
     "posterior_std",
+    "recfg",
+    "redraw",
     "rescale",
     "rule",
     "select",

@@ -15,12 +15,22 @@ from diffsamp._core.numeric import namespace
 from diffsamp._core.types import Array, Conditions, Network, PyTree, Times, Value
 from diffsamp.guidance._numbers import as_partial
 from diffsamp.guidance.data import Rule, keep_noise, on_data, on_noise
+from diffsamp.guidance.linear import Combined, combine, null_terms
 from diffsamp.guidance.transform import Transform
-from diffsamp.predictions import Level
+from diffsamp.predictions import Level, level_at
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
 
-__all__ = ["bias_table", "calibrate", "ddnm", "inpaint", "mpgd", "omegance"]
+__all__ = [
+    "bias_table",
+    "calibrate",
+    "ddnm",
+    "free_share",
+    "inpaint",
+    "mpgd",
+    "omegance",
+    "recfg",
+]
 
 
 def inpaint(
@@ -242,3 +252,76 @@ def bias_table(
     rows = [mean(score_fn, i, jnp.asarray(t, dtype), cond) for i, t in enumerate(times)]
     xp = namespace(times)
     return xp.asarray(process.log_snr(times)), jax.tree.map(lambda *v: jnp.stack(v), *rows)
+
+
+def recfg(
+    score_fn: ScoreFn | Transform, scale: float, null: Mapping[str, PyTree], share: Array
+) -> Combined:
+    """ReCFG: E = w E_c + (1 - w) k E_0, a noise prediction of the mean it should have.
+
+    With k = E[E_c E_0] / E[E_0^2] the free term no longer shifts what guidance expects; its weights
+    do not sum to 1, and are meant in the noise.
+
+    Args:
+      score_fn: a conditional network, with a batch axis.
+      scale: w.
+      null: as for `cfg`.
+      share: k, (rows,), one per row of the tableau, from `free_share(.., tableau.times[:-1], ..)`.
+
+    Raises:
+      ValueError: a share of another shape, or an empty `null`.
+
+    Reference: Xia et al. 2024, arXiv:2410.18737; one number per level here, not per pixel.
+    """
+    null_terms(score_fn, null)
+    share = np.asarray(share, np.float64)
+    if share.ndim != 1:
+        raise ValueError(f"`share` must hold one number per row, shape (rows,); got {share.shape}.")
+    weights = np.stack([np.full_like(share, float(scale)), (1 - float(scale)) * share], axis=1)
+    return combine([(score_fn, {}), (score_fn, null)], weights)
+
+
+def free_share(
+    score_fn: ScoreFn | Transform,
+    null: Mapping[str, PyTree],
+    x_0: PyTree,
+    times: Array,
+    key: jax.Array,
+    *,
+    cond: Conditions | None = None,
+) -> np.ndarray:
+    """E[E_c E_0] / E[E_0^2] over noised data, at every time: what `recfg` takes.
+
+    Args:
+      score_fn: a conditional network, with a batch axis.
+      null: as for `cfg`.
+      x_0: data, (batch, ...), of the conditions in `cond`.
+      times: (n,) times with sigma > 0.
+      key: one key, or one per sample.
+      cond: keyword arguments for the network.
+
+    Returns:
+      (n,), in the order of `times`. It costs 2 n evaluations per sample.
+    """
+    terms = null_terms(score_fn, null)
+    process = score_fn.process
+    keys = random.sample_keys(key, jax.tree.leaves(x_0)[0].shape[0])
+
+    @jax.jit
+    def at(terms: Network, row: Array, t: Array, cond: Conditions | None) -> tuple[PyTree, PyTree]:
+        z = random.normal_like(keys, row, x_0)
+        level = level_at(process, t)
+        x = jax.tree.map(
+            lambda v, e: scale_rows(level.alpha, v) * v + scale_rows(level.sigma, v) * e, x_0, z
+        )
+        one = jnp.ones_like(level.alpha)
+        bound = terms.bind(level, (0 * one, one))
+        given, free = (jax.tree.leaves(part) for part in terms.predict(x, bound, cond))
+        pairs = list(zip(given, free, strict=True))
+        return sum(jnp.mean(c * f) * c.size for c, f in pairs), sum(
+            jnp.mean(f * f) * f.size for _, f in pairs
+        )
+
+    dtype = jax.dtypes.canonicalize_dtype(np.float64)
+    found = [at(terms, i, jnp.asarray(t, dtype), cond) for i, t in enumerate(np.asarray(times))]
+    return np.array([float(both) / float(own) for both, own in found])

@@ -5,6 +5,7 @@
 
 from diffsamp.inverse.distillation import ddcm, dmd, sds, vsd
 from diffsamp.inverse.loops import daps, ddnm, diffpir, red_diff, repaint
+from diffsamp.inverse.noisy import ddnm_plus
 from diffsamp.inverse.operators import Operator, blur, downsample, linear, mask, nonlinear
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "daps",
     "ddcm",
     "ddnm",
+    "ddnm_plus",
     "diffpir",
     "dmd",
     "downsample",

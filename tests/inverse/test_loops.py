@@ -157,3 +157,40 @@ def test_repaint_tends_to_the_conditional(repeats, want):
 
     assert mean_of(1.0) == pytest.approx(want, abs=4e-3)  # on another grid
     assert abs(mean_of(1.02) - want) > 8e-3
+
+
+@pytest.mark.parametrize(
+    ("operator", "singular"), [(inverse.mask(np.array([1.0, 0.0])), 1.0), (None, np.sqrt(1.25))]
+)
+def test_noisy_ddnm(operator, singular, x64):
+    """Rows replayed in the basis of A; a measured element ends as the noised truth would."""
+    matrix = np.array([[1.0, 0.0], [0.0, 0.0]]) if operator else MATRIX
+    operator = operator or inverse.linear(MATRIX)
+    times, x_T = ds.schedules.logsnr(PROCESS, 6), starts()
+    truth = np.array([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.1]])
+    y = truth @ matrix.T
+    pinv = np.linalg.pinv(matrix)
+    seen = pinv @ matrix
+
+    def loop(noise=NOISE):
+        x = x_T
+        for n, (s, t) in enumerate(itertools.pairwise(times)):
+            data, _ = answer(x, PROCESS.alpha(s), PROCESS.sigma(s))
+            alpha, sigma = PROCESS.alpha(t), PROCESS.sigma(t)
+            own = alpha * noise / singular
+            share = 1.0 if sigma >= own else sigma / own
+            data = data - share * (data @ matrix.T - y) @ pinv.T
+            inside = np.sqrt(sigma**2 - (share * own) ** 2) if sigma > own else 0.0
+            z = normal(KEYS, n)
+            x = alpha * data + sigma * (z - z @ seen.T) + inside * (z @ seen.T)
+            # truth, measured with this noise: as far as it is taken, a draw of its own marginal
+            assert share < 1 or inside**2 + own**2 == pytest.approx(sigma**2)
+        return x
+
+    transform, rows = inverse.ddnm_plus(
+        NETWORK, operator, jnp.asarray(y), NOISE, times, KEYS, singular=singular
+    )
+    agree(ds.sample(transform, rows, jnp.asarray(x_T)), loop, {"noise": 0.51})
+    assert rows.nfe == 6
+    with pytest.raises(ValueError, match="`noise` must be positive"):
+        inverse.ddnm_plus(NETWORK, operator, jnp.asarray(y), 0.0, times, KEYS)
