@@ -13,7 +13,7 @@ PROCESSES = all_processes()
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-@pytest.mark.parametrize("name", [*schedules.GRIDS, "exponential"])
+@pytest.mark.parametrize("name", [*schedules.GRIDS, "exponential", "beta57", "bong_tangent"])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 100])
 def test_laws(process, name, n):
     clean = schedules.get(name)(process, n)
@@ -126,6 +126,57 @@ def test_kl_optimal_is_comfyuis_formula():
     vp = ds.processes.vp_cosine()
     steps = np.diff(schedules.kl_optimal(vp, 9)[:-1])
     np.testing.assert_allclose(steps[:-1], steps[0], rtol=2e-3)
+
+
+def published_bong_tangent(steps, pivot=0.6, slope=0.2):
+    """RES4LYF's loops, as Python integers and floats."""
+    from math import atan, pi
+
+    def heights(size, slope, pivot, start, end):
+        top, bottom = (((2 / pi) * atan(-slope * (x - pivot)) + 1) / 2 for x in (0, size - 1))
+        return [
+            ((((2 / pi) * atan(-slope * (x - pivot)) + 1) / 2) - bottom)
+            * (1 / (top - bottom))
+            * (start - end)
+            + end
+            for x in range(size)
+        ]
+
+    steps += 2
+    midpoint = int((steps * pivot + steps * pivot) / 2)
+    at, slope = int(steps * pivot), slope / (steps / 40)
+    lower = heights(steps - midpoint, slope, at - midpoint, 0.5, 0.0)
+    return heights(midpoint, slope, at, 1.0, 0.5)[:-1] + lower
+
+
+def test_bong_tangent_is_the_published_one():
+    flow, table = ds.processes.flow(), ds.processes.vp_discrete()
+    for n in (2, 3, 4, 8, 10, 20, 37, 50):
+        want = published_bong_tangent(n)
+        assert len(want) == n + 1
+        got = schedules.bong_tangent(flow, n)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
+        assert 0.5 in got.round(12)
+        np.testing.assert_allclose(schedules.bong_tangent(table, n), 1000 * got - 1, atol=1e-10)
+    other = schedules.bong_tangent(flow, 20, slopes=(0.204, 0.204))  # it can fail: 2 % off
+    assert np.abs(other - published_bong_tangent(20)).max() > 1e-3
+    np.testing.assert_array_equal(schedules.bong_tangent(flow, 1), [1.0, 0.0])
+    for options, message in (
+        ({"middle": 1.0}, "`start`, `middle` and `end` must fall"),
+        ({"pivots": (0.6, 1.0)}, "`pivots` must lie between 0 and 1"),
+        ({"pivots": (0.1, 0.1)}, "leave one of the curves of 5 steps no points"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            schedules.bong_tangent(flow, 5, **options)
+
+
+def test_beta57_is_a_beta():
+    from scipy.special import betainc
+
+    process = ds.processes.flow()
+    times = schedules.get("beta57")(process, 9)
+    np.testing.assert_array_equal(times, schedules.beta(process, 9, a=0.5, b=0.7))
+    np.testing.assert_allclose(betainc(0.5, 0.7, times), 1 - np.arange(10) / 9, atol=1e-12)
 
 
 def test_beta_is_quantiles_of_time():
@@ -279,6 +330,9 @@ def test_user_times_are_used_verbatim(case, name):
             assert np.isin(exact, got).all()
             assert got[0] == exact[0]
             assert got[-1] == exact[-1]
+        elif case.levels == "between":  # the steps are these, and the network is asked within
+            np.testing.assert_array_equal(got[[0, -1]], exact[[0, -1]])
+            assert np.all((exact[1:-1] > got[1:-1]) & (got[1:-1] > exact[2:]))
         else:
             np.testing.assert_array_equal(got, exact)
 

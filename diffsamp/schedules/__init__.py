@@ -48,6 +48,7 @@ from diffsamp.schedules.published import PUBLISHED, published, resample
 from diffsamp.schedules.stages import dpm_fast
 from diffsamp.schedules.warped import (
     beta,
+    bong_tangent,
     cosine,
     flow_shift,
     linear_quadratic,
@@ -61,6 +62,7 @@ __all__ = [
     "NAMES",
     "PUBLISHED",
     "beta",
+    "bong_tangent",
     "cosine",
     "ddim_uniform",
     "dpm_fast",
@@ -110,6 +112,8 @@ _LABELS: dict[str, Callable[..., np.ndarray]] = {
 _SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     **_GRIDS,
     "exponential": exponential,
+    "beta57": functools.partial(beta, a=0.5, b=0.7),
+    "bong_tangent": bong_tangent,
     "dpm_fast": dpm_fast,
     "dpm_fast_2s": functools.partial(dpm_fast, order=2),
     **_LABELS,
@@ -117,8 +121,9 @@ _SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
 }
 
 GRIDS = tuple(_GRIDS)
-"""Laws, for any process. ("exponential" is another name of "logsnr"; "dpm_fast" and "dpm_fast_2s",
-the grids of DPM-Solver's single-step methods, are for them alone.)"""
+"""Laws, for any process. ("exponential" is another name of "logsnr" and "beta57" of a "beta";
+"bong_tangent" is asked for by name; "dpm_fast" and "dpm_fast_2s", the grids of DPM-Solver's
+single-step methods, are for them alone.)"""
 LABELS = tuple(_LABELS)
 """Integer grids, for discrete processes."""
 NAMES = tuple(_SCHEDULES)
