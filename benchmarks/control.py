@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import unet
 from _report import RESULTS, heading, table
 from classifier import Classifier
 
 import diffsamp as ds
-from diffsamp import guidance, inverse, steering
+from diffsamp import guidance, inverse, plot, steering
 from diffsamp.models import digits
 
 COUNT, ROWS = 64, 30
@@ -30,6 +29,7 @@ NETWORK = digits.load_digits_model()
 PROCESS = NETWORK.process
 TIMES = ds.schedules.logsnr(PROCESS, ROWS)
 DDPM = ds.solvers.ddpm(PROCESS, TIMES)
+DDIM = ds.solvers.ddim(PROCESS, TIMES)
 ODE = ds.solvers.unipc(PROCESS, ds.schedules.logsnr(PROCESS, 12), order=2)
 X_T = PROCESS.prior_sample(jax.random.key(0), (COUNT, *digits.IMAGE_SHAPE))
 KEY = jax.random.key(1)
@@ -84,8 +84,12 @@ def inverse_problems(truth: Any) -> tuple[list[list[str]], list[tuple[str, Any]]
             ),
             ("measurement, jacobian", guidance.measurement(NETWORK, operator, y, 0.05), DDPM),
         ]
+        found = strengths(operator)
+        best = f"tfg, rho {found.best.rho:g}, mu {found.best.mu:g}, N {found.best.repeats}"
+        made.append((best, found.transform, found.tableau))
         for label, transform, tableau in made:
-            x = ds.sample(transform, tableau, X_T, key=KEY)
+            own = {"y": y} if label.startswith("tfg") else None
+            x = ds.sample(transform, tableau, X_T, key=KEY, cond=own)
             counts = [str(transform.nfe(tableau)), str(transform.gradients(tableau))]
             rows.append([name, label, *counts, f"{psnr(x, truth):.1f}"])
         pictures.append((f"{name}: sample", x))
@@ -104,6 +108,29 @@ def inverse_problems(truth: Any) -> tuple[list[list[str]], list[tuple[str, Any]]
         )
         rows.append([name, "daps", str(2 * (len(levels) - 1)), "0", f"{psnr(x, truth):.1f}"])
     return rows, pictures
+
+
+def strengths(operator: Any) -> ds.search.TrainingFree:
+    """Training-free guidance whose strengths were searched on other images than the table's."""
+    other = jnp.asarray(IMAGES[np.linspace(7, len(IMAGES) - 9, 32).astype(int)])
+
+    def misfit(data: Any, level: Any, cond: Any) -> Any:
+        away = operator(data) - cond["y"]
+        return 0.5 * jnp.sum(away.reshape(len(away), -1) ** 2, axis=1)
+
+    return ds.search.tfg(
+        NETWORK,
+        misfit,
+        DDIM,
+        PROCESS.prior_sample(jax.random.key(5), other.shape),
+        objective=lambda x, truth: float(np.mean((np.asarray(x) - np.asarray(truth)) ** 2)),
+        key=jax.random.key(6),
+        reference=other,
+        cond={"y": operator(other)},
+        names=["y"],
+        steps=2,
+        rounds=4,
+    )
 
 
 def class_guidance() -> tuple[list[list[str]], list[tuple[str, Any]]]:
@@ -187,7 +214,7 @@ def embedded(params: Any, x: Any, t: Any, embedding: Any) -> Any:
     return jax.vmap(one)(x, t, embedding)
 
 
-def diversity() -> list[list[str]]:
+def diversity() -> tuple[list[list[str]], list[tuple[str, Any]]]:
     """CADS: how far apart samples of one class are, and whether they still are of the class."""
     weights = NETWORK.params["label_embedding"]
     network = ds.ScoreFn(
@@ -195,7 +222,7 @@ def diversity() -> list[list[str]]:
     )
     guided = guidance.cfg(network, 4.0, {"embedding": weights[10]})
     cond = {"embedding": weights[CLASSES]}
-    rows = []
+    rows, pictures = [], []
     made = [("cfg, scale 4", guided)]
     for scale in (0.1, 0.5, 1.0):
         annealed = guidance.anneal_condition(
@@ -203,7 +230,10 @@ def diversity() -> list[list[str]]:
         )
         made.append((f"with anneal_condition, scale {scale}", annealed))
     for label, transform in made:
-        x = np.asarray(ds.sample(transform, ODE, X_T, cond=cond)).reshape(COUNT, -1)
+        images = np.asarray(ds.sample(transform, ODE, X_T, cond=cond))
+        order = np.argsort(np.asarray(CLASSES), kind="stable")
+        pictures.append((f"of the classes 0 and 1: {label}", images[order]))
+        x = images.reshape(COUNT, -1)
         apart = [
             np.linalg.norm(x[i] - x[j])
             for i in range(COUNT)
@@ -212,7 +242,7 @@ def diversity() -> list[list[str]]:
         ]
         share = np.mean(classes(x) == np.asarray(CLASSES))
         rows.append([label, f"{np.mean(apart):.2f}", f"{share:.0%}"])
-    return rows
+    return rows, [pictures[0], pictures[-1]]
 
 
 def composition() -> tuple[list[list[str]], list[tuple[str, Any]]]:
@@ -248,19 +278,15 @@ def main() -> None:
     rows, more = rewards()
     pictures += more
     parts += ["## A reward: mean ink\n", table(["method", "evaluations", "ink"], rows)]
+    rows, more = diversity()
+    pictures += more
     parts += [
         "## Diversity\n",
-        table(["method", "distance within a class", "of the class"], diversity()),
+        table(["method", "distance within a class", "of the class"], rows),
     ]
     (RESULTS / "control.md").write_text("\n".join(parts), encoding="utf-8")
-    figure, axes = plt.subplots(len(pictures), 1, figsize=(7, 0.75 * len(pictures)))
-    for axis, (label, x) in zip(axes, pictures, strict=True):
-        strip = np.concatenate(list(np.asarray(x)[:12, ..., 0]), axis=1)
-        axis.imshow(strip, cmap="gray_r", vmin=-1, vmax=1)
-        axis.set_title(label, fontsize=7, loc="left", pad=2)
-        axis.axis("off")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(RESULTS.parent.parent / "docs" / "plots" / "control.png", dpi=110)
+    rows = [(label, np.asarray(x)[:10]) for label, x in pictures]
+    plot.save(plot.image_grid(rows), RESULTS.parent.parent / "docs" / "plots" / "control.png")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from _report import RESULTS, heading, table
 
-from diffsamp import discrete
+from diffsamp import discrete, plot
 from diffsamp.models import masked_digits
 
 COUNT, LENGTH = 128, masked_digits.LENGTH
@@ -118,27 +117,17 @@ def main() -> None:
         table(["sampler", "accuracy, nats"], others),
     ]
     (RESULTS / "discrete.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name in (row[0] for row in body):
-        for axis, k in zip(axes, (0, 1), strict=True):
-            axis.plot(BUDGETS, [found[name, n][k] for n in BUDGETS], marker="o", ms=3, label=name)
-    axes[1].axhline(data, color="0.5", ls="--", lw=1)
-    axes[1].text(BUDGETS[0], data, " the data", va="bottom", color="0.4", fontsize=8)
-    for axis, label in zip(axes, ("class accuracy", "nats per token"), strict=True):
-        axis.set(xscale="log", xlabel="evaluations", ylabel=label)
-        axis.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
-        axis.minorticks_off()
-    axes[0].legend(fontsize=7)
-    figure.savefig(PLOTS / "discrete.png", dpi=130)
-    figure, axes = plt.subplots(len(pictures), 1, figsize=(6, 0.72 * len(pictures)))
-    for axis, (name, x) in zip(axes, pictures.items(), strict=True):
-        strip = x.reshape(10, 8, 8).transpose(1, 0, 2).reshape(8, 80)
-        axis.imshow(strip, cmap="gray_r", vmin=0, vmax=3)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(PLOTS / "discrete_samples.png", dpi=130)
+    names = [row[0] for row in body]
+    panels = [
+        (title, label, {name: [(n, found[name, n][k]) for n in BUDGETS] for name in names}, level)
+        for k, title, label, level in (
+            (0, "images of the class asked for", "class accuracy", None),
+            (1, "under the model (dashed: the data)", "nats per token", data),
+        )
+    ]
+    plot.save(plot.error_against_nfe(panels, log=False), PLOTS / "discrete.png")
+    rows = [(name, x.reshape(10, 8, 8, 1)) for name, x in pictures.items()]
+    plot.save(plot.image_grid(rows, limits=(0, 3)), PLOTS / "discrete_samples.png")
 
 
 if __name__ == "__main__":

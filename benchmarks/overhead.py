@@ -23,16 +23,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _around import NFE, around, score_fn_of
 from _report import RESULTS, heading, table
 from _timing import fastest
 from networks import CONVOLUTIONS, COUNT, Network, convolutional, network
 
 import diffsamp as ds
 
-NFE = 20
 COPIES = 4  # of the calls, compiled apart: their median counts, and their spread is noise
 ROUNDS = 5  # at least
-WINDOW = 4  # rows of `sample_parallel` that are evaluated together
 # one or more of every family; those of the last lines add noise
 SOLVERS = (
     "ddim",
@@ -61,6 +60,7 @@ SOLVERS = (
     "mixed",
     "analytic_first_step",
     "cached_first_answer",
+    "skip",
     "bdia",
     "belm",
     "ddpm",
@@ -92,6 +92,9 @@ def composed(name: str, process: Any) -> ds.Tableau | None:
         if name == "cached_first_answer":
             return solvers.cached_first_answer(longer, 0.1)
         return solvers.analytic_first_step(longer)
+    if name == "skip":
+        longer = solvers.dpmpp(process, ds.schedules.logsnr(process, NFE + 5), order=2)
+        return solvers.skip(longer, range(3, 18, 3))
     if name == "mixed":
         return solvers.mixed(process, times, steps=[solvers.MixedStep()] * NFE)
     if name == "dc_solver":
@@ -151,9 +154,24 @@ def called(net: Network, params: Any, x: jax.Array, t: jax.Array, key: Any = Non
     return out + 0.01 * jax.random.normal(own, x.shape, x.dtype)
 
 
-def jitted_calls(net: Network, nfe: int = NFE, copies: int = 1, key: Any = None) -> Any:
-    """() -> the state after so many jitted calls of the network, one after the other."""
-    call = jax.jit(lambda params, x, t: called(net, params, x, t, key))
+def jitted_calls(
+    net: Network, nfe: int = NFE, copies: int = 1, key: Any = None, pulls: int = 0
+) -> Any:
+    """() -> the state after so many jitted calls of the network, one after the other.
+
+    With `pulls`, each call also takes as many vector-Jacobian products, of its own output first.
+    """
+
+    def call(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+        if not pulls:
+            return called(net, params, x, t, key)
+        out, back = jax.vjp(lambda v: called(net, params, v, t, key), x)
+        vector = out
+        for _ in range(pulls):
+            (vector,) = back(vector)
+        return out + 1e-3 * vector
+
+    one = jax.jit(call)
     params = jax.tree.map(jnp.asarray, net.params)
     start = jnp.concatenate([net.start()] * copies).astype(jax.tree.leaves(params)[0].dtype)
     labels = [jnp.concatenate([t] * copies) for t in labels_of(net, nfe)]
@@ -161,7 +179,7 @@ def jitted_calls(net: Network, nfe: int = NFE, copies: int = 1, key: Any = None)
     def calls() -> jax.Array:
         x = start
         for t in labels:
-            x = call(params, x, t)
+            x = one(params, x, t)
         return x
 
     return calls
@@ -231,12 +249,6 @@ def draws(tableau: ds.Tableau) -> bool:
     return int(np.count_nonzero(tableau.c)) >= tableau.rows / 2
 
 
-def score_fn_of(net: Network, process: Any) -> ds.ScoreFn:
-    """The network as one that predicts velocity."""
-    dtype = jax.tree.leaves(net.params)[0].dtype
-    return ds.ScoreFn(net.apply, net.params, process, prediction="velocity", dtype=dtype)
-
-
 def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, Any]:
     """{sampler: (time over calls, states over a bare scan, p + q)}, and the rows above them."""
     process = ds.processes.flow()
@@ -280,122 +292,18 @@ def measure(net: Network, names: tuple[str, ...], seconds: float) -> dict[str, A
     return result
 
 
-def around(net: Network) -> dict[str, tuple[Callable[..., Any], Any, int, int]]:
-    """{name: (compiled function, its argument, network calls, times the batch)}."""
-    process = ds.processes.flow()
-    score_fn, x_T = score_fn_of(net, process), net.start()
-    tableau = ds.solvers.dpmpp(process, ds.schedules.logsnr(process, NFE), order=2)
-
-    def conditional(params: Any, x: Any, t: Any, label: Any) -> Any:
-        return net.apply(params, x, t + label.astype(t.dtype))
-
-    given = dataclasses.replace(score_fn, apply=conditional)
-    label = {"label": jnp.zeros(net.batch)}
-
-    def scanned(tableau: ds.Tableau, cond: Any = None) -> Callable[..., Any]:
-        return jax.jit(lambda f: ds.sample(f, tableau, x_T, cond=cond))
-
-    half = ds.solvers.dpmpp(process, ds.schedules.logsnr(process, NFE // 2), order=2)
-    unfolded, which = ds.guidance.unfold(half, 3.0)
-
-    def positive(data: Any, level: Any, cond: Any) -> Any:
-        return jnp.maximum(data, 0)
-
-    steps = ds.few_step.uniform_tableau(process, 16)
-    found = {
-        "`guidance.cfg`": (
-            scanned(tableau, label),
-            ds.guidance.cfg(given, 3.0, {"label": 0.0}),
-            NFE,
-            2,
-        ),
-        "`guidance.static_thresholding`": (
-            scanned(tableau),
-            ds.guidance.static_thresholding(score_fn),
-            NFE,
-            1,
-        ),
-        "`guidance.dynamic_thresholding`": (
-            scanned(tableau),
-            ds.guidance.dynamic_thresholding(score_fn),
-            NFE,
-            1,
-        ),
-        "`guidance.combine`": (
-            scanned(tableau, label),
-            ds.guidance.combine(
-                [(given, {}), (given, {"label": 0.0}), (given, {"label": 1.0})], [3.0, -1.0, -1.0]
-            ),
-            NFE,
-            3,
-        ),
-        "`guidance.apg`": (
-            scanned(tableau, label),
-            ds.guidance.apg(given, 3.0, {"label": 0.0}),
-            NFE,
-            2,
-        ),
-        "`guidance.select` of `unfold`": (
-            scanned(unfolded, label),
-            ds.guidance.select(given, {"label": 0.0}, which),
-            unfolded.nfe,
-            1,
-        ),
-        "`guidance.on_data`": (
-            scanned(tableau),
-            ds.guidance.on_data(score_fn, positive),
-            NFE,
-            1,
-        ),
-        "`time_shift.time_shift`": (
-            scanned(tableau),
-            ds.time_shift.time_shift(score_fn, window=0.1, cutoff=0.2),
-            NFE,
-            1,
-        ),
-        "`few_step.shortcut`": (
-            scanned(steps),
-            ds.few_step.shortcut(given, name="label"),
-            steps.nfe,
-            1,
-        ),
-    }
-
-    def in_pairs(params: Any, z: Any, t: Any) -> Any:
-        return net.apply(params, z.reshape(-1, *net.shape), t).reshape(z.shape)
-
-    pairs = x_T.reshape(net.batch, -1, 2)  # data and momentum in place of neighbours
-    phase, rows = ds.phase_space.sampler(
-        ds.ScoreFn(in_pairs, net.params, ds.phase_space.psld(), dtype=score_fn.dtype),
-        np.linspace(1.0, 1e-3, NFE // 2 + 1),
-    )
-    found["`phase_space.sampler`"] = (jax.jit(lambda f: ds.sample(f, rows, pairs)), phase, NFE, 1)
-
-    def parallel(score_fn: Any) -> Any:
-        return ds.parallel.sample_parallel(score_fn, tableau, x_T, window=WINDOW, tolerance=0.0)
-
-    def adaptive(score_fn: Any) -> Any:
-        return ds.adaptive.ode_solution(score_fn, x_T, process.t_max, 1e-3, rtol=1e-2, atol=1e-2)
-
-    sweeps = int(jnp.max(parallel(score_fn).sweeps))
-    found["`parallel.sample_parallel`"] = (jax.jit(parallel), score_fn, sweeps, WINDOW)
-    calls = int(jnp.max(adaptive(score_fn).nfe))
-    found["`adaptive.ode_solution`"] = (adaptive, score_fn, calls, 1)  # compiled inside
-    return found
-
-
-def measure_around(net: Network, seconds: float) -> dict[str, tuple[float, int, int]]:
-    """{name: (time over jitted calls, network calls, times the batch)}."""
+def measure_around(net: Network, seconds: float, only: str = "") -> dict[str, tuple[float, str]]:
+    """{name: (time over jitted calls, what these are)}."""
     functions: dict[str, Callable[[], Any]] = {}
-    chosen = around(net)
-    for name, (function, argument, calls, copies) in chosen.items():
-        functions[name] = lambda f=function, a=argument: f(a)
-        functions[f"calls {name}"] = jitted_calls(net, calls, copies)
+    chosen = {name: one for name, one in around(net).items() if only in name}
+    key = jax.random.key(1)
+    for name, one in chosen.items():
+        functions[name] = lambda o=one: o.run(o.argument)
+        functions[f"calls {name}"] = jitted_calls(
+            net, one.calls, one.copies, key if one.noisy else None, one.pulls
+        )
     times = fastest(functions, seconds, rounds=ROUNDS)
-    return {
-        name: (times[name] / times[f"calls {name}"], calls, copies)
-        for name, (_, _, calls, copies) in chosen.items()
-    }
+    return {name: (times[name] / times[f"calls {name}"], one.cost) for name, one in chosen.items()}
 
 
 def main() -> None:
@@ -478,12 +386,10 @@ def main() -> None:
     text += table(["", "p + q", *head], rows)
     text += (
         "\nWhat is put around the network, and runs that are no scan of a tableau: time over as "
-        "many jitted calls, at the batch they make (in brackets).\n\n"
+        "many jitted calls, at the batch they make (in brackets). VJP: every call takes so many "
+        "vector-Jacobian products, too; z: it draws noise.\n\n"
     )
-    rows = [
-        [name, *(f"{r[name][0]:.3f} ({r[name][1]} x {r[name][2]})" for r in beside)]
-        for name in beside[0]
-    ]
+    rows = [[name, *(f"{r[name][0]:.3f} ({r[name][1]})" for r in beside)] for name in beside[0]]
     text += table(["", *head], rows)
     with open(arguments.out, "w", encoding="utf-8") as file:
         file.write(text)

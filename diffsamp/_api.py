@@ -36,6 +36,7 @@ from diffsamp.loops.policies import log_prob, replay, row_kl
 from diffsamp.processes import reversed_flow_apply
 from diffsamp.sampling import State, Trajectory, init, resume, sample, step, trajectory
 from diffsamp.score import ScoreFn
+from diffsamp.search.suggest import Suggestion, suggest
 from diffsamp.tableau import Tableau
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "ScoreFn",
     "Shard",
     "State",
+    "Suggestion",
     "Tableau",
     "Trajectory",
     "adaptive",
@@ -91,6 +93,7 @@ __all__ = [
     "steering",
     "step",
     "students",
+    "suggest",
     "targets",
     "time_shift",
     "trajectory",

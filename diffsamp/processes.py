@@ -21,9 +21,12 @@ numbers. Nothing here knows of networks or solvers.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import math
-from typing import TypeVar, dataclass_transform
+import weakref
+from collections.abc import Hashable
+from typing import TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -200,15 +203,24 @@ def expect_process(process: object) -> None:
     kind = type(process)
     if kind.__module__.partition(".")[0] == "diffsamp" or not is_concrete(process):
         return
-    leaves = jax.tree.leaves(process)
-    own = any(leaf is process for leaf in leaves)  # no pytree: known by itself
-    key = (kind, id(process) if own else tuple(np.asarray(leaf).tobytes() for leaf in leaves))
-    if key not in _TRIED:
-        _try(process)
-        _TRIED.add(key)
+    leaves, structure = jax.tree.flatten(process)
+    if any(leaf is process for leaf in leaves):  # no pytree: known by itself
+        known: _Known = _TRIED_OBJECTS
+        key: Hashable = process
+    else:
+        known, key = _TRIED, (structure, *(np.asarray(leaf).tobytes() for leaf in leaves))
+    with contextlib.suppress(TypeError):  # unhashable, or never weakly held: tried every time
+        if key in known:
+            return
+    _try(process)
+    with contextlib.suppress(TypeError):
+        known.add(key)
 
 
-_TRIED: set[Array] = set()
+# Objects are held weakly, not known by their addresses: an address is given again.
+_Known: TypeAlias = "set[Hashable] | weakref.WeakSet[Hashable]"
+_TRIED: set[Hashable] = set()
+_TRIED_OBJECTS: weakref.WeakSet[Hashable] = weakref.WeakSet()
 
 
 @silence
@@ -393,6 +405,12 @@ class VPDiscrete(_VariancePreserving):
     """
 
     log_snrs: Array  # (T,), falling
+
+    def __repr__(self) -> str:  # a thousand numbers say less
+        levels = f"{np.shape(self.log_snrs)[-1]} levels"
+        if isinstance(self.log_snrs, np.ndarray) and self.log_snrs.ndim == 1:
+            levels += f", log-SNR {self.log_snrs[0]:.4g} to {self.log_snrs[-1]:.4g}"
+        return f"VPDiscrete({levels})"
 
     def _table(self, like: Array) -> Array:
         return as_float(self.log_snrs, like)

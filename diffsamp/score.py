@@ -140,7 +140,7 @@ def ask(
 class ScoreFn:
     """A pretrained diffusion or flow model.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, diffsamp as ds
       >>> def apply(params, x, t):
       ...     return params["w"] * x

@@ -211,6 +211,34 @@ def test_accuracy(tmp_path):
     assert rows["`ddim`"][1].split()[1] in ds.schedules.NAMES
 
 
+@pytest.mark.long
+def test_choosing(tmp_path):
+    out = tmp_path / "choosing.md"
+    run("choosing.py", "mixture-flow", "--nfe", "5", "12", "--samples", "4", "--out", str(out))
+    rows = tables(out)
+    kinds, networks = rows[:2], rows[2:]
+    assert [row[:2] for row in kinds] == [["flow", "5"], ["flow", "12"]]
+    for row in networks:  # no pair is better than the best of all, and the search is
+        assert float(row[5]) <= 0
+        assert float(row[7].split()[0]) <= 0
+    assert float(networks[0][8].split()[0]) > 3
+    assert not networks[1][8]
+
+
+def test_the_page_of_choices_says_what_was_measured():
+    """The first table of docs/choosing.md is the summary of the results."""
+    committed = tables(ROOT / "benchmarks" / "results" / "choosing.md")
+    measured = {(row[0], row[1]): row[2:7] for row in committed if len(row) == 8}
+    assert len(measured) == 16
+    shown = [row for row in tables(ROOT / "docs" / "choosing.md") if (row[0], row[1]) in measured]
+    assert len(shown) == len(measured)
+    for row in shown:
+        pair, usual, rule, suggested, found = measured[row[0], row[1]]
+        solver, schedule = pair.split()
+        assert row[2] == f"{solver} on `{schedule}`"
+        assert row[3:7] == [rule, suggested, found, usual]
+
+
 def test_the_plots_are_drawn_from_the_committed_tables(tmp_path):
     run("draw.py", "--plots", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -218,6 +246,19 @@ def test_the_plots_are_drawn_from_the_committed_tables(tmp_path):
         "overhead.png",
         "peers.png",
     }
+
+
+@pytest.mark.long
+def test_the_picture_of_the_readme_is_drawn_from_what_is_committed(tmp_path):
+    run("front.py", "--plots", str(tmp_path))
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+def test_the_gallery_is_drawn(tmp_path):
+    run("gallery.py", "--plots", str(tmp_path))
+    committed = (ROOT / "docs" / "plots").glob("gallery_*.png")
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in committed}
 
 
 def test_the_plans_that_the_search_found_load():

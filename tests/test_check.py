@@ -165,6 +165,7 @@ def test_a_network_that_knows_nothing():
     assert str(ds.check(broken, data())).startswith("No convention fits")
 
 
+@pytest.mark.long
 def test_the_bundled_network():
     models = pytest.importorskip("diffsamp.models.digits")
     images, labels = models.load_data()

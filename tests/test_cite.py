@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,26 @@ def test_the_references_are_well_formed():
     for entry in entries:
         assert entry.count("{") == entry.count("}")
         assert re.search(r"  title = \{.*\},\n  year = \{20\d\d\},\n", entry)
+
+
+def test_the_numbers_belong_to_the_names_that_the_docstrings_have_for_them():
+    """GENIE stood under gDDIM's title: an entry's first author must be the one in the code."""
+    code = " ".join(
+        " ".join(path.read_text(encoding="utf-8").split())
+        for path in Path(ds.__file__).parent.rglob("*.py")
+    )
+    compared = 0
+    for entry in re.split(r"\n(?=@)", BIB)[1:]:
+        number, author = (re.search(rf"{f} = \{{(.*?)[,}}]", entry) for f in ("eprint", "author"))
+        # "Zhang & Chen 2023, arXiv:2308.02157", and what comes between
+        said = number and re.findall(
+            rf"([A-Z][\w-]+)(?:, [A-Z][\w-]+)*(?: & [A-Z][\w-]+| et al\.)? \d{{4}}"
+            rf"(?: \([\w -]+\))?,(?: [\w+ -]+,)? arXiv:{number.group(1)}",
+            code,
+        )
+        compared += bool(said)
+        assert not said or set(said) == {author.group(1)}, entry
+    assert compared >= 15
 
 
 def test_tableaux_plans_and_what_is_not_known():

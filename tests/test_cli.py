@@ -13,6 +13,7 @@ from diffsamp import cli, plot
 from diffsamp.models import digits
 
 
+@pytest.mark.long
 def test_demo_writes_what_it_says(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["demo", "--out", str(out), "--samples", "96", "--steps", "20", "--nfe", "4"]
@@ -101,11 +102,6 @@ def test_bundled_model_samples_have_the_data_statistics():
     distances = ((np.asarray(x)[:, None] - images[None]) ** 2).sum(axis=(2, 3, 4))
     nearest = labels[distances.argmin(axis=1)]
     assert np.mean(nearest == wanted) > 0.9
-
-
-def test_image_grid_has_one_row_per_label():
-    figure = plot.image_grid([("a", np.zeros((3, 8, 8, 1))), ("b", np.ones((3, 8, 8, 1)))])
-    assert len(figure.axes) == 6
 
 
 # -- on a network of one's own --------------------------------------------------------------------

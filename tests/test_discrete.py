@@ -34,8 +34,11 @@ def exact(joint):
     return discrete.TokenFn(apply, jnp.log(jnp.asarray(table, jnp.float32) + 1e-30), size)
 
 
-def drawn(joint, rows, order="random", seed=1, **options):
-    network = exact(joint)
+NETWORK = exact(JOINT)
+
+
+def drawn(joint, rows, order="random", seed=1, network=None, **options):
+    network = network or exact(joint)
     x = jnp.full((DRAWS, joint.ndim), network.mask)
     x = discrete.sample(network, rows, x, key=jax.random.key(seed), order=order, **options)
     return histogram(x, joint)
@@ -115,12 +118,18 @@ SAMPLERS = {
 }
 
 
+# one shape and one network: one program for all
+PADDED = dict(
+    zip(SAMPLERS, discrete.Rows.pad_together([rows for rows, _ in SAMPLERS.values()]), strict=True)
+)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_follow_the_exact_law(name):
     rows, order = SAMPLERS[name]
     law = discrete.law(JOINT, rows, order)
     assert law.sum() == pytest.approx(1, abs=1e-9)
-    found = drawn(JOINT, rows, order)
+    found = drawn(JOINT, PADDED[name], order, network=NETWORK)
     assert distance(found, law) < floor(law)
     # the power: another law, a few percent away, is not taken for it
     if distance(law, JOINT) > 0.04:
@@ -238,9 +247,9 @@ def test_rare_tokens_are_as_rare_as_they_are():
     rows = discrete.ancestral("linear", 1)
     step = jax.jit(lambda k: discrete.sample(network, rows, jnp.full((1, 2_000_000), 3), key=k))
     counts = np.zeros(3)
-    for i in range(4):
+    for i in range(2):
         counts += np.bincount(np.asarray(step(jax.random.key(i)))[0], minlength=3)
-    expected = 8_000_000 * p
+    expected = 4_000_000 * p
     assert abs(counts[1] - expected[1]) < 5 * np.sqrt(expected[1])
     assert abs(counts[2] - expected[2]) < 5 * np.sqrt(expected[2])
 

@@ -161,6 +161,25 @@ def test_errors(file, tmp_path):
         )
 
 
+def test_code_that_asks_for_the_batch_size(tmp_path):
+    """As modules of PyTorch do; noise and conditions are each sample's own."""
+
+    def looping(params, x, t, shift):
+        rows = [params * jnp.tanh(x[i]) * t[i] + shift[i] for i in range(x.shape[0])]
+        return jnp.stack(rows)
+
+    tableau = ds.solvers.ddpm(PROCESS, ds.schedules.uniform(PROCESS, 4))
+    made = ds.Sampler(ds.ScoreFn(looping, jnp.asarray(0.4), PROCESS), tableau)
+    cond = {"shift": np.linspace(-1, 1, 5, dtype=np.float32)[:, None]}
+    ds.export(made, tmp_path / "s", shape=(3,), cond=cond, platforms=("cpu",))
+    loaded = ds.load_exported(tmp_path / "s")
+    for n in (1, 5):
+        few = {"shift": cond["shift"][:n]}
+        x_T = np.asarray(jax.random.normal(jax.random.key(1), (n, 3)))
+        want = made(jax.random.key(2), x_T, cond=few)
+        np.testing.assert_allclose(loaded(jax.random.key(2), x_T, cond=few), want, rtol=1e-5)
+
+
 def test_bad_arguments_of_export(tmp_path):
     made, path = sampler(), tmp_path / "s"
     cond = {"shift": np.zeros(1, np.float32)}
@@ -178,20 +197,12 @@ def test_bad_arguments_of_export(tmp_path):
         with pytest.raises(kind, match=message):
             ds.export(**{"sampler": made, "path": path, "shape": (3,), "cond": cond, **options})
 
-    def looping(params, x, t):
-        return jnp.stack([x[i] for i in range(x.shape[0])])
-
     def calling(params, x, t):
         return jax.pure_callback(lambda x: x, x, x)
 
-    for apply_, message in (
-        (looping, "depends on the batch size"),
-        (calling, "cannot be exported"),
-    ):
-        network = ds.ScoreFn(apply_, 1.0, PROCESS)
-        closed = ds.Sampler(network, ds.solvers.ddim(PROCESS, [1.0, 0.0]))
-        with pytest.raises(ValueError, match=message):
-            ds.export(closed, path, shape=(3,))
+    closed = ds.Sampler(ds.ScoreFn(calling, 1.0, PROCESS), ds.solvers.ddim(PROCESS, [1.0, 0.0]))
+    with pytest.raises(ValueError, match="cannot be exported"):
+        ds.export(closed, path, shape=(3,))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,33 +1,22 @@
 """Notebooks run from top to bottom, and are stored without outputs."""
 
-import asyncio
-import warnings
-from pathlib import Path
-
-import nbformat
+import notebook_runs as notebooks
 import pytest
-from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+WITHOUT_TORCH = [path for path in notebooks.ALL if not notebooks.needs_torch(path)]
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS
+    assert WITHOUT_TORCH
+    assert len(WITHOUT_TORCH) == len(notebooks.ALL) - 1, "and one of tests/networks"
+
+
+@pytest.mark.parametrize("path", notebooks.ALL, ids=lambda p: p.name)
+def test_notebook_is_stored_without_outputs(path):
+    assert not any(cell.get("outputs") for cell in notebooks.cells(path))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", WITHOUT_TORCH, ids=lambda p: p.name)
 def test_notebook_runs(path, tmp_path):
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        assert not cell.get("outputs"), f"{path.name} is stored with outputs"
-    with warnings.catch_warnings():
-        # jupyter_client and asyncio warn about their own event loop policies
-        warnings.simplefilter("ignore")
-        client = NotebookClient(
-            notebook,
-            timeout=3600,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(tmp_path)}},
-        )
-        asyncio.run(client.async_execute())
+    notebooks.run(path, tmp_path)

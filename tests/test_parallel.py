@@ -57,7 +57,12 @@ def test_other_processes_in_float32(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "nfe", "most_sweeps"), [("ddim", 100, 25), ("unipc2", 50, 25), ("ddpm", 200, 45)]
+    ("name", "nfe", "most_sweeps"),
+    [
+        ("ddim", 100, 25),
+        pytest.param("unipc2", 50, 25, marks=pytest.mark.long),
+        pytest.param("ddpm", 200, 45, marks=pytest.mark.long),
+    ],
 )
 def test_sweeps_are_far_below_the_number_of_steps(network, name, nfe, most_sweeps):
     """On a trained network: the error is that of the tolerance, at a fraction of the calls."""

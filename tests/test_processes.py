@@ -43,6 +43,12 @@ def test_vp_cosine_is_the_improved_ddpm_formula():
     assert process.log_snr(process.t_max) == pytest.approx(-4.76, abs=0.4)
 
 
+def test_a_table_is_printed_in_one_line():
+    table = ds.processes.vp_discrete("linear")
+    assert repr(table) == "VPDiscrete(1000 levels, log-SNR 4.605 to -5.059)"
+    assert jax.eval_shape(lambda p: jnp.zeros(len(repr(p))), table).shape == (23,)  # traced
+
+
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_vp_discrete_is_its_table_at_integers(name):
     betas = processes.beta_table(name)
@@ -482,7 +488,7 @@ class Own(processes.Process):
         ({"last": 0.5}, "log-SNR must fall with t"),
     ],
 )
-def test_a_process_of_ones_own_is_tried_once(wrong, words):
+def test_a_process_of_ones_own_is_tried_before_use(wrong, words):
     process = Own(**wrong)
 
     def use():
@@ -496,3 +502,41 @@ def test_a_process_of_ones_own_is_tried_once(wrong, words):
         use()
     with pytest.raises(ValueError, match=words):
         ds.ScoreFn(lambda p, x, t: x, {}, process)
+
+
+def test_a_process_is_tried_once_and_never_taken_for_another():
+    """Not by its address, which Python gives to the next object; nor by its leaves alone."""
+    from diffsamp.processes import expect_process
+
+    class Counted(Own):
+        calls = 0
+
+        def time(self, log_snr):
+            Counted.calls += 1
+            return super().time(log_snr)
+
+    process = Counted()
+    for _ in range(3):
+        expect_process(process)
+    assert Counted.calls == 1
+    for _ in range(50):
+        expect_process(Own())  # freed at once: the next one may lie where it lay
+        with pytest.raises(ValueError, match="inverse of log_snr"):
+            expect_process(Own(inverse=1.01))
+
+    @jax.tree_util.register_static
+    class Static(Own):
+        def __hash__(self):
+            return hash(self.inverse)
+
+        def __eq__(self, other):
+            return self.inverse == other.inverse
+
+    expect_process(Static())
+    with pytest.raises(ValueError, match="inverse of log_snr"):
+        expect_process(Static(inverse=1.01))
+
+    class Slots(Own):  # unhashable: tried every time, and no error of its own
+        __hash__ = None
+
+    expect_process(Slots())

@@ -57,11 +57,23 @@ def test_commands_exist(page):
             assert words[1] in commands, line
 
 
+def test_it_is_read_in_two_minutes():
+    """Long tables are on pages of docs/; one picture."""
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 1
+
+
 def test_the_two_commands_come_first():
     first = blocks(ROOT / "README.md", "bash")[0]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
     runner = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "set -e" in runner
-    assert re.findall(r"^make (\S+)$", runner, re.MULTILINE) == ["test", "test-pages", "test-x64"]
+    assert re.findall(r"^make (\S+)$", runner, re.MULTILINE) == [
+        "test",
+        "test-pages",
+        "test-x64",
+        "docs",
+    ]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^test-all: test test-interop  ", makefile, re.MULTILINE)

@@ -47,7 +47,7 @@ TABLEAU = ds.solvers.dpmpp(EDM, ds.schedules.logsnr(EDM, 24), order=2)
 
 
 def test_modes_and_weights_of_its_samples():
-    x_T = EDM.prior_sample(KEY, (1000, 2))
+    x_T = EDM.prior_sample(KEY, (500, 2))
     exact = ds.targets.gaussian_mixture(WEIGHTS, MODES, np.full(2, SPREAD**2))
     right = np.asarray(ds.sample(exact.score_fn(EDM), TABLEAU, x_T))
     x = np.asarray(ds.sample(mixture(chains=128).score_fn(EDM), TABLEAU, x_T))
@@ -60,6 +60,7 @@ def test_modes_and_weights_of_its_samples():
         np.testing.assert_allclose(own.std(axis=0), SPREAD, rtol=0.15)
 
 
+@pytest.mark.long
 def test_a_banana():
     target = ds.targets.unnormalised(
         log_banana, key=KEY, mean=jnp.array([0.0, 0.5]), scale=2.0, chains=128

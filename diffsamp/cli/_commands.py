@@ -16,7 +16,17 @@ from diffsamp._core.files import write_atomically
 from diffsamp._core.types import PyTree, Value
 from diffsamp.cli._problem import Problem, load_plan, tableau_of
 
-__all__ = ["check", "compare", "convert", "export", "generate", "sample", "search", "show"]
+__all__ = [
+    "check",
+    "compare",
+    "convert",
+    "export",
+    "generate",
+    "sample",
+    "search",
+    "show",
+    "suggest",
+]
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -30,8 +40,8 @@ def sample(arguments: argparse.Namespace) -> int:
     key, n = jax.random.key(arguments.seed), arguments.n
     x = problem.finish(run(key, (n, *problem.shape), cond=problem.conditions(n)))
     if kind == ".png":
-        images = [np.asarray(image, np.float32) for image in _channels_last(np.asarray(x))]
-        rows = [("", np.stack(images[i : i + 8])) for i in range(0, n, 8) if i + 8 <= n or n < 8]
+        images = np.asarray(x, np.float32)
+        rows = [("", images[i : i + 8]) for i in range(0, n, 8)]
         ds.plot.save(ds.plot.image_grid(rows), out)
     elif kind == ".npy":
         np.save(out, np.asarray(x))
@@ -41,13 +51,6 @@ def sample(arguments: argparse.Namespace) -> int:
     if not np.all(np.isfinite(np.asarray(x, np.float32))):
         print("Some are not finite.")
     return 0
-
-
-def _channels_last(x: np.ndarray) -> np.ndarray:
-    if x.ndim != 4:
-        raise ValueError(f"a .png needs pictures, (n, height, width, channels); got {x.shape}.")
-    first = x.shape[1] in (1, 3) and x.shape[-1] not in (1, 3)
-    return np.moveaxis(x, 1, -1) if first else x
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -71,6 +74,24 @@ def generate(arguments: argparse.Namespace) -> int:
         format=arguments.format,
     )
     print(f"{done.n} samples in {len(done.shards)} files of {arguments.out}.")
+    return 0
+
+
+def suggest(arguments: argparse.Namespace) -> int:
+    """Say which solver and schedule suit a network, and the measured reason."""
+    problem = Problem.of(arguments)
+    found = ds.suggest(
+        problem.score_fn,
+        problem.starts(arguments.seed, arguments.starts),
+        arguments.nfe,
+        cond=problem.conditions(arguments.starts),
+        starts=arguments.starts,
+        evaluations=arguments.evaluations,
+    )
+    print(found)
+    if arguments.out is not None:
+        _named(found.plan(problem.score_fn), problem.name).save(arguments.out)
+        print(f"wrote {arguments.out}")
     return 0
 
 
@@ -177,7 +198,8 @@ def check(arguments: argparse.Namespace) -> int:
     """Measure whether what was said of a network fits it; 1 if not."""
     problem, x_0 = Problem.of(arguments), _array(arguments.data)
     if x_0.shape[1:] != tuple(problem.shape):
-        raise ValueError(f"--data must be (n, *{tuple(problem.shape)}); got {x_0.shape}.")
+        want = ", ".join(map(str, ("n", *problem.shape)))
+        raise ValueError(f"--data must be ({want}); got {x_0.shape}.")
     api: Value = ds
     result = api.check(problem.score_fn, x_0, cond=problem.conditions(len(x_0)))
     print(result)

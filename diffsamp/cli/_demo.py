@@ -126,11 +126,11 @@ def demo(arguments: argparse.Namespace) -> int:
         x = ds.search.run(score_fn, tableau, x_T[show], cond={"label": cond["label"][show]})
         rows.append((label, np.asarray(x)))
     plot.save(plot.image_grid(rows, title="One noise per column, class 0 to 9"), files["samples"])
-    figure = plot.quality_against_nfe(
+    figure = plot.comparison(
         table,
-        found=[(nfe, found_psnr, distance(found))],
+        marks={"distilled": [(nfe, found_psnr, distance(found))]},
         score="distance",
-        score_label="Frechet distance to real digits",
+        score_label="Frechet distance to data",
     )
     plot.save(figure, files["plot"])
     bar.close()

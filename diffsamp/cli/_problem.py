@@ -89,15 +89,22 @@ def _pretrained(arguments: argparse.Namespace) -> Problem:
     folder = api.from_pretrained(arguments.pretrained)
     score_fn, cond = folder.score_fn, None
     asked = arguments.prompt if arguments.label is None else arguments.label
+    scale, negative = arguments.guidance, arguments.negative
+    if scale is not None and asked is None:
+        raise ValueError("--guidance needs a --prompt or a --label to guide to.")
+    if negative is not None and (scale is None or folder.has_guidance_inside):
+        raise ValueError(
+            "--negative: this network has its guidance inside and takes no negative prompt."
+            if folder.has_guidance_inside
+            else "--negative needs --guidance, such as --guidance 5."
+        )
+    inside = scale is not None and folder.has_guidance_inside
     if asked is not None:
-        cond = _in_turn(folder.conditions(asked), len(asked))
-    if arguments.guidance is not None:
-        if asked is None:
-            raise ValueError("--guidance needs a --prompt or a --label to guide to.")
-        null = folder.null() if arguments.negative is None else folder.null(arguments.negative)
-        score_fn = ds.guidance.cfg(score_fn, arguments.guidance, null=null)
-    elif arguments.negative is not None:
-        raise ValueError("--negative needs --guidance, such as --guidance 5.")
+        options = {"guidance_scale": scale} if inside else {}
+        cond = _in_turn(folder.conditions(asked, **options), len(asked))
+    if scale is not None and not inside:
+        null = folder.null() if negative is None else folder.null(negative)
+        score_fn = ds.guidance.cfg(score_fn, scale, null=null)
     shape = folder.shape if arguments.shape is None else arguments.shape
     return Problem(score_fn, tuple(shape), cond, str(arguments.pretrained), folder)
 

@@ -51,7 +51,7 @@ def sample(
     Compiled once per network, shape and number of rows: samplers and budgets padded to one length
     (`Rows.pad_together`) share the program.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, diffsamp as ds
       >>> def apply(params, x, t):
       ...     return jnp.broadcast_to(params, (*x.shape, 3))

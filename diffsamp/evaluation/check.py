@@ -103,7 +103,7 @@ def check(
     levels), or the scale of the data ([0, 1], [-1, 1], [-.5, .5], 0 to 255); and in what two or
     three of these give together.
 
-    Example:
+    Examples:
       >>> import jax, numpy as np, diffsamp as ds
       >>> from diffsamp.models.digits import load_data, load_digits_model
       >>> images, labels = load_data()

@@ -18,7 +18,7 @@ _ID = re.compile(r"\d{4}\.\d{5}")
 def cite(sampler: Tableau | Value) -> str:
     """BibTeX entries of what a sampler is made of, and of this library.
 
-    Example:
+    Examples:
       >>> import diffsamp as ds
       >>> print(ds.cite("unipc2").splitlines()[0])
       @misc{zhao2023unipc,

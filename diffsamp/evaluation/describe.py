@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 
+from diffsamp._core.types import Array
 from diffsamp.tableau import Tableau
 
-__all__ = ["Description", "describe"]
+__all__ = ["Description", "describe", "gaussian_spread"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +97,39 @@ def describe(tableau: Tableau) -> Description:
         if size > 0:
             shares[n] = added / (total if abs(total) > 1e-3 * size else size)
     return Description(tableau, rho, shares, np.abs(shares).sum(axis=1))
+
+
+def gaussian_spread(tableau: Tableau, std: Array) -> np.ndarray:
+    """How wide a sampler makes Gaussian data, over how wide it is: 1 is exact, below 1 too narrow.
+
+    For data N(0, s^2) the network that knows them says D = alpha s^2 / (alpha^2 s^2 + sigma^2) u,
+    so that all states are linear in u_0 and the fresh noises. A direction of real data in which it
+    varies by s sees, locally, the same. Levels that the network is told apart from the state's
+    (`Tableau.asked`) are not followed.
+
+    Args:
+      tableau: of plain numbers; it starts from the exact distribution at its first level.
+      std: (n,) standard deviations s of the data, positive.
+
+    Returns:
+      (n,) standard deviations of u_N over those of the exact u_N, which has the last row's level.
+
+    Raises:
+      ValueError: a tableau of other coefficients.
+    """
+    on_start, on_data, on_noise = tableau.unroll(prediction="data")
+    alpha, sigma = np.asarray(tableau.alpha), np.asarray(tableau.sigma)
+    variance = np.asarray(std, np.float64)[:, None] ** 2
+    exact = alpha**2 * variance + sigma**2  # (n, N + 1)
+    answer = alpha * variance / exact
+    rows = tableau.rows
+    states = np.zeros((rows + 1, len(variance), 1 + rows))  # weights of u_0 and of every noise
+    said = np.zeros((rows, len(variance), 1 + rows))
+    for n in range(rows + 1):
+        states[n, :, 0] = on_start[n]
+        states[n, :, 1:] = on_noise[n]
+        states[n] += np.einsum("j,jsk->sk", on_data[n, :n], said[:n])
+        if n < rows:
+            said[n] = answer[:, n, None] * states[n]
+    made = states[-1, :, 0] ** 2 * exact[:, 0] + (states[-1, :, 1:] ** 2).sum(axis=1)
+    return np.sqrt(made / exact[:, -1])

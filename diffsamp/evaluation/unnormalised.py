@@ -118,7 +118,7 @@ def unnormalised(
 ) -> Unnormalised:
     """A target known by its log-density up to a constant; its network costs chains, no training.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, diffsamp as ds
       >>> def log_prob(x):  # two modes, three to one
       ...     one, two = (-8 * jnp.sum((x - m) ** 2, axis=1) for m in (1.0, -1.0))

@@ -25,6 +25,7 @@ from diffsamp.guidance.losses import Loss, dps, freedom, loss, posterior_std, st
 from diffsamp.guidance.measurements import Measurement, measurement
 from diffsamp.guidance.methods import bias_table, calibrate, ddnm, inpaint, mpgd, omegance
 from diffsamp.guidance.rules import apg, cfg_zero_star, rescale, tcfg, zero_first
+from diffsamp.guidance.training_free import tfg
 from diffsamp.guidance.transform import Transform, per_row
 from diffsamp.guidance.unfolded import Selected, select, unfold
 
@@ -69,6 +70,7 @@ __all__ = [
     "static_thresholding",
     "step_units",
     "tcfg",
+    "tfg",
     "unfold",
     "zero_first",
 ]

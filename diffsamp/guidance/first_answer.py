@@ -135,7 +135,7 @@ def first_answer(
     the sampler one row more; `score_fn.nfe(tableau)` of the result counts what a run costs, and
     every search takes it.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, diffsamp as ds
       >>> process = ds.processes.edm()
       >>> target = ds.targets.gaussian([0.3, -0.2], [0.04, 0.2])

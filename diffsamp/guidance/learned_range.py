@@ -95,7 +95,7 @@ def learned_range(score_fn: ScoreFn, tableau: Tableau, key: Key) -> LearnedRange
     network's output and so is drawn here, into the prediction, while the tableau
     (`solvers.ddpm(.., variance="learned")`) holds the mean.
 
-    Example:
+    Examples:
       >>> import jax, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> def apply(params, x, t):

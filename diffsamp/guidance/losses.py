@@ -38,7 +38,7 @@ def posterior_std(level: Level, std: PyTree = 1.0) -> PyTree:
       std: of the data, a number.
     """
     std = as_float(std, level.alpha)
-    return level.sigma * std / namespace(level.alpha).hypot(level.sigma, std * level.alpha)
+    return level.sigma * std / namespace(level.alpha, std).hypot(level.sigma, std * level.alpha)
 
 
 class _LossBound(NamedTuple):
@@ -51,12 +51,17 @@ class _LossBound(NamedTuple):
     r: Array
     s: Array
     of_noise: PyTree
+    descent: PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss(Transform):
-    """A network that descends a loss; made by `loss` and what stands on it."""
+    """A network that descends a loss; made by `loss` and what stands on it.
+
+    With `descent` and `steps` the data prediction itself also takes so many steps of that length
+    down the loss (`tfg`); through="data" then means these steps alone.
+    """
 
     score_fn: Network
     f: jax.tree_util.Partial
@@ -68,6 +73,8 @@ class Loss(Transform):
     samples: int = dataclasses.field(metadata={"static": True})
     normalise: str | None = dataclasses.field(metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    descent: Numbers | None = None
+    steps: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def gradients_per_call(self) -> float:
@@ -102,7 +109,8 @@ class Loss(Transform):
         spread = None if self.spread is None else self.spread.bind(at)
         inner = self.score_fn.bind(level, (one, zero))
         scale = self.scale.bind(level)
-        return _LossBound(inner, at, rows, scale, spread, gain, r, s, of_noise)
+        descent = None if self.descent is None else self.descent.bind(level)
+        return _LossBound(inner, at, rows, scale, spread, gain, r, s, of_noise, descent)
 
     def check_bound(self, bound: _LossBound, level: Level, evaluates: Array) -> None:
         """As `ScoreFn.check_bound`."""
@@ -131,44 +139,69 @@ class Loss(Transform):
             said = self.score_fn.predict(narrow, bound.inner, own)
             return jax.tree.map(lambda v, like: v.astype(like.dtype), said, state)
 
-        if self.through == "network":
-            data, back = jax.vjp(ask, wide)
-            value, slope = self._slope(data, bound, cond)
-            gradient = back(slope)[0]
-        else:
-            data = ask(wide)
-            value, gradient = self._slope(data if self.through == "data" else wide, bound, cond)
-        factor = self.scale.read(bound.scale, x, cond)[0]
-        level = bound.level
-        # the change of E: scale sigma grad, or for grad_D the same with sigma^2 / alpha J = r^2
-        if self.through == "data" and bound.spread is not None:
-            change = jax.tree.map(lambda g: g * scale_rows(bound.spread[0] ** 2, g), gradient)
-            weigh = bound.s  # of a change of D
-            sign = -1.0
-        else:
-            change = jax.tree.map(lambda g: g * scale_rows(level.sigma, g), gradient)
-            weigh, sign = bound.of_noise, 1.0
-        change = self._normalised(change, value, wide, data, level)
+        data, change = self._change(ask, wide, bound, cond)
+        if self.descent is not None:
+            moved = self._descended(data, bound, cond)
+            change = jax.tree.map(
+                lambda delta, new, d: delta + scale_rows(bound.s, d) * (new - d),
+                change,
+                moved,
+                data,
+            )
 
         def convert(d: jax.Array, state: jax.Array, delta: jax.Array, like: jax.Array) -> jax.Array:
-            delta = delta * (scale_rows(factor, d) * scale_rows(weigh, d)) * sign
             if bound.gain is not None:
                 delta = delta * scale_rows(bound.gain, d)
             value = scale_rows(bound.r, d) * state + scale_rows(bound.s, d) * d
             return (value + delta).astype(like.dtype)
 
-        return jax.tree.map(convert, data, wide, change, x), jax.tree.map(
-            lambda d, v, delta, like: convert(d, v, jnp.zeros_like(delta), like),
-            data,
-            wide,
-            change,
-            x,
+        none = jax.tree.map(jnp.zeros_like, change)
+        changed, plain = (jax.tree.map(convert, data, wide, v, x) for v in (change, none))
+        return changed, plain
+
+    def _change(
+        self,
+        ask: Callable[[PyTree], PyTree],
+        x: PyTree,
+        bound: _LossBound,
+        cond: Conditions | None,
+    ) -> tuple[PyTree, PyTree]:
+        """What the network says of the data, and how the row's prediction moves down the loss."""
+        if self.through == "network":
+            data, back = jax.vjp(ask, x)
+            value, slope = self._slope(data, bound, cond)
+            gradient = back(slope)[0]
+        else:
+            data = ask(x)
+            if self.through == "data" and self.descent is not None:
+                return data, jax.tree.map(jnp.zeros_like, data)
+            value, gradient = self._slope(data if self.through == "data" else x, bound, cond)
+        # the change of E: scale sigma grad, or for grad_D the same with sigma^2 / alpha J = r^2
+        by, weigh = bound.level.sigma, bound.of_noise
+        if self.through == "data" and bound.spread is not None:
+            by, weigh = bound.spread[0] ** 2, -bound.s  # of a change of D
+        change = jax.tree.map(lambda g: g * scale_rows(by, g), gradient)
+        change = self._normalised(change, value, x, data, bound.level)
+        factor = self.scale.read(bound.scale, x, cond)[0]
+        return data, jax.tree.map(
+            lambda g: g * (scale_rows(factor, g) * scale_rows(weigh, g)), change
         )
 
+    def _descended(self, data: PyTree, bound: _LossBound, cond: Conditions | None) -> PyTree:
+        """The data prediction after its own steps down the loss."""
+        assert self.descent is not None
+        length = self.descent.read(bound.descent, data, cond)[0]
+
+        def body(turn: Array, d: PyTree) -> PyTree:
+            _, gradient = self._slope(d, bound, cond, turn + 1)
+            return jax.tree.map(lambda v, g: v - scale_rows(length, g) * g, d, gradient)
+
+        return jax.lax.fori_loop(0, self.steps, body, data)
+
     def _slope(
-        self, at: PyTree, bound: _LossBound, cond: Conditions | None
+        self, at: PyTree, bound: _LossBound, cond: Conditions | None, turn: Array = 0
     ) -> tuple[PyTree, PyTree]:
-        """The loss per sample, and its gradient."""
+        """The loss per sample, and its gradient; every turn of a row has draws of its own."""
         batch = jax.tree.leaves(at)[0].shape[0] if self.score_fn.batched else None
 
         def one(d: Array) -> jax.Array:
@@ -188,7 +221,7 @@ class Loss(Transform):
                 keys, spread = random.sample_keys(self.key, batch), bound.spread
 
                 def noisy(i: PyTree) -> jax.Array:
-                    row = bound.row * self.samples + i
+                    row = (bound.row * (self.steps + 1) + turn) * self.samples + i
                     z = random.normal_like(keys, row, d)
                     return one(jax.tree.map(lambda v, e: v + scale_rows(spread[0], v) * e, d, z))
 

@@ -39,7 +39,7 @@ def apg(
     In the data prediction, with delta = (D_given - D_free) min(1, radius / |D_given - D_free|)
     split along D_given: D = D_given + (scale - 1) (delta_orthogonal + parallel delta_parallel). At
     scale 1 it is the conditional network; parallel = 1 without radius is `cfg`. The paper's
-    momentum needs an output of the row before and is not offered.
+    momentum needs an output of the row before: `unfold(.., momentum=)`, without the projection.
 
     Args:
       score_fn: a conditional network, with a batch axis.

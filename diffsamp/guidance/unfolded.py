@@ -100,7 +100,13 @@ def select(score_fn: ScoreFn | Transform, null: Mapping[str, PyTree], which: PyT
     return Selected(score_fn, dict(null), which)
 
 
-def unfold(tableau: Tableau, scale: Array) -> tuple[Tableau, np.ndarray]:
+def unfold(
+    tableau: Tableau,
+    scale: Array,
+    *,
+    momentum: float = 0.0,
+    estimates: Mapping[int, np.ndarray] | None = None,
+) -> tuple[Tableau, np.ndarray]:
     """Classifier-free guidance as rows of a tableau.
 
     Every row that evaluates becomes two, one that asks the null condition and keeps the state and
@@ -110,7 +116,7 @@ def unfold(tableau: Tableau, scale: Array) -> tuple[Tableau, np.ndarray]:
     coefficient, and nothing branches. `cfg` asks both in one call of a doubled batch instead, which
     is faster where the batch is small.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> def apply(params, x, t, label):
@@ -129,6 +135,12 @@ def unfold(tableau: Tableau, scale: Array) -> tuple[Tableau, np.ndarray]:
       tableau: any sampler; of one sample's own (not stacked).
       scale: a number, one per row (rows,), one per row and sample (rows, batch), or a function of
         the `Level` (arrays over the rows).
+      momentum: beta of a running difference, m = m_given + (w - 1) d_n with d_n = m_given - m_free
+        + beta d_{n-1}, which begins anew after rows of scale 0 or 1: APG's momentum (negative in
+        its paper, on data predictions), without its projection, which is not linear.
+      estimates: by row number (2, lags), for rows that do not ask the null condition: its answer is
+        sum_j e[0, j] given_{n-j} + e[1, j] free_{n-j} over the evaluations up to this row (e[1, 0]
+        is 0). LinearAG (Castillo et al. 2023, arXiv:2312.12487); from `search.fit_null`.
 
     Returns:
       (unfolded, which): the tableau, and which of its rows ask the null condition, (rows,) or
@@ -144,7 +156,8 @@ def unfold(tableau: Tableau, scale: Array) -> tuple[Tableau, np.ndarray]:
     if np.ndim(tableau.times) != 1:
         raise ValueError("unfold the tableaux before stacking them.")
     if np.ndim(scale) == 2 and not callable(scale):
-        pairs = [unfold(tableau, column) for column in np.asarray(scale).T]
+        own = np.asarray(scale).T
+        pairs = [unfold(tableau, w, momentum=momentum, estimates=estimates) for w in own]
         rows = max(made.rows for made, _ in pairs)
         which = [np.pad(own, (0, rows - own.shape[0])) for _, own in pairs]
         return Tableau.stack([made for made, _ in pairs]), np.stack(which, axis=-1)
@@ -158,12 +171,41 @@ def unfold(tableau: Tableau, scale: Array) -> tuple[Tableau, np.ndarray]:
             f"`scale` must be finite: a number, one per row, shape ({tableau.rows},), one per row "
             f"and sample, ({tableau.rows}, batch), or a function of the level; got shape {w.shape}."
         )
-    return _unfold(tableau, w)
+    _expect_estimates(estimates or {}, tableau, w)
+    return _unfold(tableau, w, float(momentum), estimates)
 
 
-def _unfold(tableau: Tableau, w: np.ndarray) -> tuple[Tableau, np.ndarray]:
+def _expect_estimates(estimates: Mapping[int, np.ndarray], tableau: Tableau, w: np.ndarray) -> None:
+    asked = [int(n) for n in np.flatnonzero(np.asarray(tableau.evaluates))]
+    for n, weights in estimates.items():
+        shape = np.shape(weights)
+        if n not in asked or w[n] in (0.0, 1.0) or len(shape) != 2 or shape[0] != 2:
+            raise ValueError(
+                "`estimates` must map rows that evaluate, of a scale other than 0 and 1, to arrays "
+                f"of shape (2, lags); got shape {shape} for row {n}."
+            )
+        before = asked[: asked.index(n) + 1][::-1]
+        if shape[1] > len(before) or np.asarray(weights)[1, 0] != 0:
+            raise ValueError(
+                f"row {n} has {len(before) - 1} evaluations before it and no free answer of its "
+                f"own; got weights {np.asarray(weights).tolist()}."
+            )
+        for j, k in enumerate(before[: shape[1]]):
+            missing = np.asarray(weights)[:, j] != 0
+            if (missing[0] and w[k] == 0) or (missing[1] and w[k] == 1):
+                raise ValueError(f"the estimate of row {n} uses an answer that row {k} never asks.")
+
+
+def _unfold(
+    tableau: Tableau,
+    w: np.ndarray,
+    momentum: float = 0.0,
+    estimates: Mapping[int, np.ndarray] | None = None,
+) -> tuple[Tableau, np.ndarray]:
     asks = np.asarray(tableau.evaluates, bool)
-    both = asks & (w != 1) & (w != 0)
+    guided = asks & (w != 1) & (w != 0)
+    both = guided.copy()
+    both[list(estimates or ())] = False
     last = np.arange(tableau.rows) + np.cumsum(both)  # where each row's state moves
     first = last - both
     rows = int(last[-1]) + 1
@@ -172,17 +214,60 @@ def _unfold(tableau: Tableau, w: np.ndarray) -> tuple[Tableau, np.ndarray]:
     spread = spread_rows(tableau, last, rows)
     evaluates = np.array(spread.evaluates)
     evaluates[first[both]] = True
-    # m = w m_given + (1 - w) m_free, the two outputs side by side
-    b = np.zeros((rows, spread.b.shape[1] + 1, *spread.b.shape[2:]))
+    outputs = _outputs(w, guided, asks, (first, last), both, momentum, estimates or {}, rows)
+    width = rows if momentum or estimates else spread.b.shape[1] + 1
+    b = np.zeros((rows, width, *spread.b.shape[2:]))
     for n in range(tableau.rows):
         for j in range(min(tableau.q, n + 1)):
-            k, weight = n - j, np.asarray(tableau.b)[n, j]
+            weight = np.asarray(tableau.b)[n, j]
             if not np.any(weight):
                 continue
-            b[last[n], last[n] - last[k]] += (w[k] if both[k] else 1.0) * weight
-            if both[k]:
-                b[last[n], last[n] - first[k]] += (1 - w[k]) * weight
+            for place in np.flatnonzero(outputs[n - j]):
+                b[last[n], last[n] - place] += outputs[n - j][place] * weight
     used = np.flatnonzero(np.any(b != 0, axis=(0, *range(2, b.ndim))))
     b = b[:, : 1 + int(used.max(initial=0))]
     name = f"{tableau.name}, guided" if np.any(w[asks] != 1) else tableau.name
     return dataclasses.replace(spread, b=b, evaluates=evaluates, name=name), which
+
+
+def _outputs(
+    w: np.ndarray,
+    guided: np.ndarray,
+    asks: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray],
+    both: np.ndarray,
+    momentum: float,
+    estimates: Mapping[int, np.ndarray],
+    rows: int,
+) -> list[np.ndarray]:
+    """Every row's guided output as weights of what the unfolded rows are told, (rows,) each.
+
+    m = given + (w - 1) running, running = given - free + momentum running; a row without its own
+    free answer takes the estimate, a combination of earlier ones.
+    """
+    one, (first, last) = np.eye(rows), places
+    given, free, found = dict[int, np.ndarray](), dict[int, np.ndarray](), list[np.ndarray]()
+    running = np.zeros(rows)
+    numbers = [n for n in range(len(w)) if asks[n]]
+    for n in range(len(w)):
+        if not asks[n]:
+            found.append(np.zeros(rows))
+            continue
+        if w[n] == 0:
+            free[n] = one[last[n]]
+        else:
+            given[n] = one[last[n]]
+        if not guided[n]:
+            running = np.zeros(rows)  # what it accumulates is not known here
+            found.append(one[last[n]])
+            continue
+        if both[n]:
+            free[n] = one[first[n]]
+        else:
+            before = numbers[: numbers.index(n) + 1][::-1]
+            free[n] = np.zeros(rows)
+            for (p, q), k in zip(estimates[n].T, before, strict=False):
+                free[n] = free[n] + (p * given[k] if p else 0) + (q * free[k] if q else 0)
+        running = given[n] - free[n] + momentum * running
+        found.append(given[n] + (w[n] - 1) * running)
+    return found

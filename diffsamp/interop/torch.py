@@ -50,7 +50,7 @@ def from_torch(
     searches, gradients by x, `ds.export_network`. Tracing the module takes seconds, once for each
     set of shapes; then it runs as compiled code.
 
-    Example:
+    Examples:
       >>> import diffsamp as ds
       >>> score_fn = ds.from_torch(  # doctest: +SKIP
       ...     unet, process=ds.processes.vp_discrete("scaled_linear"), prediction="noise",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -83,7 +82,7 @@ def diffpir(
 
 
 def _diffpir_spread(weight: PyTree, level: Level) -> PyTree:
-    xp = namespace(level.alpha, level.sigma)
+    xp = namespace(level.alpha, level.sigma, weight)
     # at alpha = 0 the network says nothing yet; a large number stands for none
     return level.sigma / (xp.maximum(level.alpha, 1e-3) * xp.sqrt(xp.asarray(weight * 1.0)))
 
@@ -311,7 +310,7 @@ def repaint(
     times: Times,
     *,
     key: jax.Array,
-    repeats: int = 10,
+    repeats: Array = 10,
     cond: Conditions | None = None,
 ) -> PyTree:
     """RePaint: put the noised known elements into the state, step, go back up, again.
@@ -327,7 +326,7 @@ def repaint(
       x_T: starts, (batch, ...).
       times: (n + 1,) decreasing times.
       key: one, or one per sample.
-      repeats: evaluations per row.
+      repeats: evaluations per row, a number or (n,); the way back is `solvers.travel`.
       cond: keyword arguments for the network.
 
     Returns:
@@ -335,42 +334,15 @@ def repaint(
 
     Reference: Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1.
     """
-    process, times = score_fn.process, expect_times(times)
-    expect_int(repeats, "repeats", at_least=1)
-    travel: Tableau | None = None
-    for s, t in itertools.pairwise(times):
-        down = solvers.ddpm(process, [s, t])
-        again = repeats if process.sigma(t) > 0 else 1
-        for i in range(again):
-            if i and travel is not None:
-                travel = travel.then(_up(down))
-            travel = down if travel is None else travel.then(down)
-    if travel is None:
-        raise ValueError("`times` must hold at least two times.")
+    rows = solvers.travel(solvers.ddpm(score_fn.process, expect_times(times)), repeats)
     keys = random.sample_keys(key, jax.tree.leaves(x_T)[0].shape[0])
-    return _repaint(score_fn, travel, known, mask, x_T, keys, cond)
-
-
-def _up(down: Tableau) -> Tableau:
-    """The forward process over one step, without evaluation."""
-    (alpha, low), (sigma, small) = down.alpha, down.sigma
-    ratio = alpha / low
-    return Tableau.create(
-        times=down.times[::-1],
-        alpha=down.alpha[::-1],
-        sigma=down.sigma[::-1],
-        target=[[1.0, 0.0]],
-        a=[[ratio]],
-        b=[[0.0]],
-        c=[np.sqrt(max(sigma**2 - (ratio * small) ** 2, 0.0))],
-        evaluates=[False],
-    )
+    return _repaint(score_fn, rows, known, mask, x_T, keys, cond)
 
 
 @jax.jit
 def _repaint(
     score_fn: Network,
-    travel: PyTree,
+    rows: PyTree,
     known: PyTree,
     mask: PyTree,
     x_T: PyTree,
@@ -380,7 +352,7 @@ def _repaint(
     def body(n: Array, state: PyTree) -> PyTree:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, 0x9A17)
         z = random.normal_like(own, n, state.x)
-        alpha, sigma = (jnp.asarray(v)[n] for v in (travel.alpha, travel.sigma))
+        alpha, sigma = (jnp.asarray(v)[n] for v in (rows.alpha, rows.sigma))
 
         def put(x: jax.Array, value: Value, where: PyTree, e: jax.Array) -> jax.Array:
             value, where = (
@@ -390,12 +362,12 @@ def _repaint(
             return where * noised + (1 - where) * x
 
         x = jax.tree.map(put, state.x, known, mask, z)
-        evaluates = jnp.asarray(travel.evaluates)[n]
+        evaluates = jnp.asarray(rows.evaluates)[n]
         x = jax.tree.map(lambda new, old: jnp.where(evaluates, new, old), x, state.x)
-        return sampling.step(score_fn, travel, state._replace(x=x), cond=cond)
+        return sampling.step(score_fn, rows, state._replace(x=x), cond=cond)
 
-    state = sampling.init(travel, x_T, keys)
-    state = jax.lax.fori_loop(0, np.shape(travel.a)[0], body, state)
+    state = sampling.init(rows, x_T, keys)
+    state = jax.lax.fori_loop(0, np.shape(rows.a)[0], body, state)
     where = jax.tree.map(
         lambda x, m: jnp.broadcast_to(jnp.asarray(m, x.dtype), x.shape), state.x, mask
     )

@@ -15,6 +15,7 @@ from diffsamp._core.types import PyTree, Value
 
 __all__ = [
     "PLATFORMS",
+    "each_alone",
     "expect_condition",
     "expect_file",
     "expect_platforms",
@@ -75,6 +76,23 @@ def exported(
     """
     with _in_words():
         return jax_export.export(jax.jit(function), platforms=platforms)(*arguments)
+
+
+def each_alone(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """`function(weights, *inputs)`, which sees one sample at a time, as a batch of 1.
+
+    For code that wants to know the batch size, as most that comes from PyTorch does, in a program
+    that leaves it open: the batch is an axis of `vmap`, and is computed at once all the same.
+    """
+
+    def run(weights: PyTree, *inputs: PyTree) -> PyTree:
+        def one(*inputs: PyTree) -> PyTree:
+            batch = jax.tree.map(lambda a: a[None], inputs)
+            return jax.tree.map(lambda a: a[0], function(weights, *batch))
+
+        return jax.vmap(one)(*inputs)
+
+    return run
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from diffsamp._core.checks import expect_int
 from diffsamp._core.files import write_atomically
 from diffsamp._core.types import Array, Conditions, DType, Key, PyTree, Value
 from diffsamp.jobs._programs import (
+    each_alone,
     expect_condition,
     expect_file,
     expect_platforms,
@@ -143,8 +144,9 @@ def export(
       dtype: of the state.
       platforms: of "cpu", "cuda", "rocm" and "tpu".
 
-    The program can be read by later versions of JAX for as long as `jax.export` promises (six
-    months at least).
+    The batch size is left open; code that needs to know it (most that comes from PyTorch) is shown
+    one sample, and vectorised. The program can be read by later versions of JAX for as long as
+    `jax.export` promises (six months at least).
 
     Raises:
       TypeError: not a `Sampler`, a dtype that is not floating.
@@ -208,7 +210,13 @@ def export(
         jax.ShapeDtypeStruct((batch, *shape), dtype),
         {n: jax.ShapeDtypeStruct((batch, *tail), d) for n, (tail, d) in conditions.items()},
     )
-    program = exported(run, platforms, *arguments)
+    try:
+        program = exported(run, platforms, *arguments)
+    except Exception as error:  # code that asks for the batch size says so in many ways
+        try:
+            program = exported(each_alone(run), platforms, *arguments)
+        except Exception:
+            raise error from error.__cause__
     start = exported(prior, platforms, keys)
     meta = {
         "format": _FORMAT,

@@ -25,7 +25,13 @@ from diffsamp._core.files import read_json, write_atomically
 from diffsamp._core.numeric import working_dtype
 from diffsamp._core.types import Array, Conditions, DType, PyTree, Value
 from diffsamp.jobs._loaded import LoadedProgram, LoadedTime, is_real
-from diffsamp.jobs._programs import expect_condition, expect_platforms, exported, flatbuffers
+from diffsamp.jobs._programs import (
+    each_alone,
+    expect_condition,
+    expect_platforms,
+    exported,
+    flatbuffers,
+)
 from diffsamp.jobs._shards import checksum, named, safetensors
 from diffsamp.predictions import Level
 from diffsamp.processes import Process
@@ -56,7 +62,7 @@ def export_network(
 ) -> None:
     """Write a network as a folder of programs and weights that `load_network` reads.
 
-    Example:
+    Examples:
       >>> import diffsamp as ds
       >>> ds.export_network(score_fn, "unet", shape=(3, 32, 32))  # doctest: +SKIP
       >>> again = ds.load_network("unet")  # where the network's code is not  # doctest: +SKIP
@@ -68,9 +74,9 @@ def export_network(
       cond: an example of the network's keyword arguments, arrays (or dicts of them) with a leading
         batch axis of any size; only their shapes and dtypes count.
       dtype: of what the network is given. None: its own `dtype`, else JAX's default.
-      batch: samples of one call. None: any number; a network whose code needs to know it (most
-        that come from PyTorch) is written for one sample. Loaded, it takes batches of any size all
-        the same: they are split into calls of that many.
+      batch: samples of one call. None: any number; code that needs to know it (most that comes
+        from PyTorch) is shown one sample, and vectorised. Loaded, a network takes batches of any
+        size in any case: they are split into calls of `batch`.
       with_gradient: also write the program of its vector-Jacobian product, by weights, state, time
         and conditions: what `search.distill` and gradient guidance need.
       platforms: of "cpu", "cuda", "rocm" and "tpu".
@@ -99,26 +105,30 @@ def export_network(
     dtype = jnp.zeros((), dtype or score_fn.dtype or float).dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating; got {dtype}.")
-    sizes: list[int | None] = [None, 1] if batch is None else [expect_int(batch, "batch", 1)]
+    forward = functools.partial(_forward, score_fn)
+    ways: list[tuple[int | None, Callable[..., Array]]] = [(batch, forward)]
+    if batch is None:
+        ways += [(None, each_alone(forward)), (1, forward)]
+    else:
+        expect_int(batch, "batch", 1)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Value] = {"process": _process_said(score_fn.process)}
 
     leaves = {name: jnp.asarray(leaf) for name, leaf in named(_weights(score_fn)).items()}
-    for size in sizes:
+    for size, way in ways:
         arguments = _arguments(score_fn, leaves, shape, cond, dtype, size)
-        forward = functools.partial(_forward, score_fn)
         try:
-            programs = {_FORWARD: exported(forward, targets, *arguments)}
+            programs = {_FORWARD: exported(way, targets, *arguments)}
             if with_gradient:
-                gradient = functools.partial(_backward, forward)
+                gradient = functools.partial(_backward, way)
                 kind = programs[_FORWARD].out_avals[0].dtype
                 output = jax.ShapeDtypeStruct(arguments[1].shape, kind)
                 programs[_BACKWARD] = exported(gradient, targets, *arguments, output)
             batch = size
             break
         except Exception:  # code that asks for the batch size says so in many ways
-            if size is not None:
+            if size is not None:  # the last
                 raise
     time = score_fn.time
     if callable(time):

@@ -51,6 +51,11 @@ class Pretrained:
     _times: Mapping[str, Value] = dataclasses.field(repr=False)
     _text: Callable[[], Value] = dataclasses.field(repr=False)
 
+    @property
+    def has_guidance_inside(self) -> bool:
+        """Whether the guidance scale is an input of the network: of `conditions`, not of `cfg`."""
+        return bool(self._config.get("guidance_embeds") or self._config.get("time_cond_proj_dim"))
+
     def sampler(self, n: int, **options: Value) -> Sampler:
         """The network with its own scheduler's sampler.
 
@@ -145,7 +150,7 @@ def from_pretrained(
     UNet2DConditionModel, DiT, PixArt, SD3, Flux, Wan and Sana transformers; the scheduler is any
     that `from_diffusers` reads.
 
-    Example:
+    Examples:
       >>> import jax, diffsamp as ds
       >>> model = ds.from_pretrained("stable-diffusion")  # doctest: +SKIP
       >>> cond = model.conditions(["a cat", "a dog"])  # doctest: +SKIP

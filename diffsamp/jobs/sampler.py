@@ -84,7 +84,7 @@ def sampler(
 ) -> Sampler:
     """A function that samples, from names and a budget.
 
-    Example:
+    Examples:
       >>> import jax, diffsamp as ds
       >>> network = ds.targets.gaussian([0.0, 1.0], 0.1).score_fn(ds.processes.flow())
       >>> generate = ds.sampler(network, "unipc", nfe=8)

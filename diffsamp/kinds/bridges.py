@@ -164,7 +164,7 @@ class Bridged(Transform):
 def bridge(score_fn: ScoreFn) -> Bridged:
     """Make a bridge network ready for every solver.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, diffsamp as ds
       >>> def apply(params, x, t, x_T):
       ...     return 0.5 * (x + x_T)  # stands for a network that predicts x_0
@@ -285,7 +285,7 @@ def hybrid_heun(score_fn: ScoreFn, times: Times, *, churn: float = 0.33) -> Hybr
     in t. Three evaluations a step with churn, two without, and one fewer for a last step to
     t_clean, whose ODE part is Euler's.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, numpy as np, diffsamp as ds
       >>> def apply(params, x, t, x_T):
       ...     return 0.5 * (x + x_T)  # stands for a network that predicts x_0

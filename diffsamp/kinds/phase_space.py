@@ -263,7 +263,7 @@ def sampler(
 
     All are of order 1; at equal steps the split ones are closer.
 
-    Example:
+    Examples:
       >>> import jax, diffsamp as ds
       >>> process = ds.phase_space.psld()
       >>> def apply(params, z, t):

@@ -27,7 +27,7 @@ def brownian_key(key: Key, tableau: Tableau) -> Brownian:
     Rows that go up in noise (Restart), over levels that are already used, or by less than the grid
     of the path, 0.0004 in log-SNR, draw as with the key itself. A row's noise costs 32 draws.
 
-    Example:
+    Examples:
       >>> import jax, diffsamp as ds
       >>> process = ds.processes.edm()
       >>> network = ds.targets.gaussian([0.0, 1.0], 0.1).score_fn(process)

@@ -127,7 +127,7 @@ def encode(
 ) -> Encoded:
     """The noise from which an invertible tableau makes `x_0`, and the state that returns it.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> score_fn = ds.targets.gaussian([0.5], 0.04).score_fn(process)

@@ -62,7 +62,7 @@ def sample_parallel(
     20 rows that finishes 5 takes a fifth of the sequential calls and 4 times the evaluations. A row
     is final as soon as all it depends on is, so that at most N sweeps are needed.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> score_fn = ds.targets.gaussian([0.5], 0.04).score_fn(process)

@@ -1,11 +1,12 @@
 """Search: find the best sampler for a given network under an NFE budget.
 
 `regress` fits times and weights by least squares and `refine` by Gauss-Newton steps, from forward
-evaluations alone; `compare` measures fixed solvers on fixed schedules; `step_costs` and
-`align_steps` optimise the schedule; `evolve` mixes solvers step by step; `distill` learns times and
-coefficients by gradient;
+evaluations alone; `compare` measures fixed solvers on fixed schedules, and `suggest` the few among
+which the best is; `step_costs` and `align_steps` optimise the schedule; `evolve` mixes solvers step
+by step; `distill` learns times and coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
-`Objective`, by default its distance to a fine solution from the same noise.
+`Objective`, by default its distance to a fine solution from the same noise. `tfg` looks for the
+strengths of training-free guidance.
 """
 
 from diffsamp.search import objective
@@ -27,11 +28,18 @@ from diffsamp.search.fit import (
     fit_iia,
     model_statistics,
 )
+from diffsamp.search.fit_null import fit_null
 from diffsamp.search.genome import Genome
-from diffsamp.search.objective import Objective, reference_tableau, run, run_many
+from diffsamp.search.objective import Objective, reference_tableau
 from diffsamp.search.plan import Front, Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
+from diffsamp.search.running import run, run_many
+from diffsamp.search.skipping import skip_rows
+from diffsamp.search.strategy import evolution_strategy
+from diffsamp.search.strength import Strength, TrainingFree, tfg
+from diffsamp.search.suggest import Suggestion, suggest
+from diffsamp.search.transfer import interpolate, transfer
 
 __all__ = [
     "STAGES",
@@ -46,6 +54,9 @@ __all__ = [
     "Objective",
     "Plan",
     "RatioPolynomial",
+    "Strength",
+    "Suggestion",
+    "TrainingFree",
     "align_costs",
     "align_steps",
     "best",
@@ -54,13 +65,16 @@ __all__ = [
     "canonical",
     "compare",
     "distill",
+    "evolution_strategy",
     "evolve",
     "fine_times",
     "first_answers",
     "fit_dc",
     "fit_dc_cascade",
     "fit_iia",
+    "fit_null",
     "from_canonical",
+    "interpolate",
     "model_statistics",
     "objective",
     "reference_tableau",
@@ -69,5 +83,9 @@ __all__ = [
     "run",
     "run_many",
     "shortest_path",
+    "skip_rows",
     "step_costs",
+    "suggest",
+    "tfg",
+    "transfer",
 ]

@@ -16,7 +16,7 @@ from diffsamp._core.checks import expect_int
 from diffsamp._core.sharding import put
 from diffsamp._core.types import Bound, Conditions, Key, Network, PyTree, Sharding, Value
 from diffsamp.predictions import level_at
-from diffsamp.search.objective import run, slice_batch
+from diffsamp.search.running import run, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["Estimate", "affordable", "announce", "ask_data", "at_row", "expect_limit"]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp._core import random
 from diffsamp._core.sharding import put
 from diffsamp._core.types import Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search._gradient import arrays_of, fit_step, scales_of
 from diffsamp.search.canonical import canonical
 from diffsamp.search.explicit import own_start
-from diffsamp.search.objective import Objective, Progress, run, slice_batch
+from diffsamp.search.objective import Objective
+from diffsamp.search.running import Progress, run, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["Candidate", "Problem"]
@@ -72,10 +75,17 @@ class Problem:
             self.score_fn,
             tableau,
             x_T,
+            key=self.noise[first:last] if tableau.stochastic else None,
             cond=slice_batch(self.cond, first, last),
             batch=self.batch,
             sharding=self.sharding,
         )
+
+    @functools.cached_property
+    def noise(self) -> Key:
+        """(n,) keys of the noise with which samplers are looked at: the same at every look."""
+        size = jax.tree.leaves(self.x_T)[0].shape[0]
+        return random.sample_keys(jax.random.fold_in(self.key, 1), size)
 
     def cost(self, found: Candidate, start: Tableau) -> float:
         """Network evaluations of `descend`: a gradient counts as two, looks as what they run."""
@@ -85,7 +95,8 @@ class Problem:
     def value(self, candidate: Candidate) -> float:
         """The objective on the stopping samples; inf if anything is not finite."""
         x = self.samples(candidate, self.fit, self.stop)
-        return self.objective(x, slice_batch(self.reference, self.fit, self.stop))
+        reference, cond = (slice_batch(v, self.fit, self.stop) for v in (self.reference, self.cond))
+        return self.objective(x, reference, cond)
 
     def descend(
         self,
@@ -102,7 +113,9 @@ class Problem:
         ends = {
             k: np.asarray(getattr(start, k))[[0, start.nfe]] for k in ("times", "alpha", "sigma")
         }
-        free = set(base) if self.free is None else self.free
+        free = set(base) if self.free is None else self.free & set(base)
+        if not free:
+            raise ValueError(f"tableau {start.name!r} has none of the numbers to learn.")
         scales = scales_of(base, start)
         if self.memory is not None:
             lag = np.subtract.outer(np.arange(start.nfe), np.arange(start.nfe))
@@ -113,6 +126,7 @@ class Problem:
         best = dataclasses.replace(best, value=self.value(best))
         history = [(0, float("nan"), best.value)]
         key, since_gain, order = self.key, 0, np.arange(0)
+        fresh = jax.random.fold_in(self.key, 2) if "noise" in base else None
         fit_x = _scaled(slice_batch(self.x_T, 0, self.fit), scale)
         own = fit_x if self.radius else None  # the starts, as far as they have moved
         for step in range(1, steps + 1):
@@ -133,7 +147,10 @@ class Problem:
                 pick(own),
                 pick(self.cond),
                 pick(self.reference),
-                loss_of_samples=self.objective.loss,
+                fresh
+                if fresh is None
+                else random.sample_keys(jax.random.fold_in(fresh, step), self.batch),
+                loss_of_samples=self.objective.loss_of,
                 optimizer=self.optimizer,
                 checkpoint=self.checkpoint,
                 radius=self.radius,

@@ -13,8 +13,8 @@ import numpy as np
 
 from diffsamp._core.files import read_json, write_atomically
 from diffsamp._core.types import PyTree, Sharding, Value
-from diffsamp.search.objective import Progress
 from diffsamp.search.plan import decoded, encoded
+from diffsamp.search.running import Progress
 
 __all__ = ["Folder", "Running"]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.numeric import silence
-from diffsamp._core.types import Conditions, PyTree, Value
+from diffsamp._core.types import Conditions, Key, PyTree, Value
 from diffsamp.processes import Process
 from diffsamp.sampling import sample
 from diffsamp.search.canonical import from_canonical
@@ -86,6 +86,7 @@ def fit_step(
     own,
     cond,
     reference,
+    keys,
     *,
     loss_of_samples,
     optimizer,
@@ -95,12 +96,15 @@ def fit_step(
 ):
     """The numbers, the optimizer's state, the loss and the relaxed starts after one step."""
 
-    def loss_of(moved: PyTree, x: PyTree, cond: Conditions | None, reference: PyTree) -> jax.Array:
+    def loss_of(
+        moved: PyTree, x: PyTree, cond: Conditions | None, reference: PyTree, keys: Key
+    ) -> jax.Array:
         arrays = arrays_of(moved, fixed, score_fn.process, host=False)
         rows = arrays["a"].shape[0]
-        tableau = Tableau(**arrays, c=jnp.zeros(rows, jnp.float32), evaluates=np.ones(rows, bool))
-        x = sample(score_fn, tableau, x, cond=cond, checkpoint=checkpoint)
-        return jnp.mean(loss_of_samples(x, reference))
+        arrays.setdefault("c", jnp.zeros(rows, jnp.float32))
+        tableau = Tableau(**arrays, evaluates=np.ones(rows, bool))
+        x = sample(score_fn, tableau, x, key=keys, cond=cond, checkpoint=checkpoint)
+        return jnp.mean(loss_of_samples(x, reference, cond))
 
     # the gradient by the starts only where they may move
     value_and_grad = jax.value_and_grad(loss_of, argnums=0 if own is None else (0, 1))
@@ -109,7 +113,7 @@ def fit_step(
         loss, gradient = value_and_grad(moved, *piece)
         return (loss, gradient, None) if own is None else (loss, *gradient)
 
-    whole = (x_T if own is None else own, cond, reference)
+    whole = (x_T if own is None else own, cond, reference, keys)
     if pieces == 1:
         loss, gradient, toward = of_piece(whole)
     else:

@@ -25,10 +25,11 @@ from diffsamp.search.distill import distill
 from diffsamp.search.dynamic import step_costs
 from diffsamp.search.evolve import evolve
 from diffsamp.search.explicit import from_largest_level
-from diffsamp.search.objective import Objective, finite_psnr, run_many, slice_batch
+from diffsamp.search.objective import Objective, finite_psnr
 from diffsamp.search.plan import Plan
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import Regression
+from diffsamp.search.running import run_many, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["RUN", "Search"]
@@ -119,7 +120,7 @@ class Search:
         self.spent += sum(self.score_fn.nfe(t) for t in tableaux) * (last - first)
         found = []
         for x in samples:
-            value = self.objective(x, own["reference"])
+            value = self.objective(x, own["reference"], own["cond"])
             psnr = finite_psnr(x, own["reference"], self.running.data_range)
             found.append({self.objective.name: value, "psnr": psnr})
         return found
@@ -397,12 +398,8 @@ def run_distill(search: Search) -> None:
 
 # in the order in which they are run
 RUN = {
-    "compare": run_compare,
-    "dynamic": run_dynamic,
-    "regress": run_regress,
-    "refine": run_refine,
-    "evolve": run_evolve,
-    "distill": run_distill,
+    run.__name__.removeprefix("run_"): run
+    for run in (run_compare, run_dynamic, run_regress, run_refine, run_evolve, run_distill)
 }
 
 

@@ -26,7 +26,7 @@ from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Times
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import affordable, announce, expect_limit
 from diffsamp.search.dynamic import Costs
-from diffsamp.search.objective import Progress, expect_batch, slice_batch
+from diffsamp.search.running import Progress, expect_batch, slice_batch
 
 __all__ = ["align_costs", "align_steps"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from diffsamp._core.checks import expect_int
 from diffsamp._core.types import Conditions, PyTree
 from diffsamp.score import ScoreFn
-from diffsamp.search.objective import expect_batch, slice_batch
+from diffsamp.search.running import expect_batch, slice_batch
 
 __all__ = ["first_answers"]
 

@@ -21,15 +21,9 @@ from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
 from diffsamp.search._folder import Folder, Running
 from diffsamp.search._stages import RUN, Search, run_compare
-from diffsamp.search.objective import (
-    Objective,
-    Progress,
-    cost_of_reference,
-    expect_batch,
-    log_mse,
-    make_reference,
-)
+from diffsamp.search.objective import Objective, cost_of_reference, log_mse, make_reference
 from diffsamp.search.plan import Front
+from diffsamp.search.running import Progress, expect_batch
 
 __all__ = ["STAGES", "best"]
 

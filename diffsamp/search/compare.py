@@ -23,16 +23,9 @@ from diffsamp.search._cost import Estimate, announce, expect_limit
 from diffsamp.search._halving import first_round, price, rounds_of
 from diffsamp.search.canonical import can_distill
 from diffsamp.search.explicit import from_largest_level
-from diffsamp.search.objective import (
-    Progress,
-    cost_of_reference,
-    expect_batch,
-    finite_psnr,
-    make_reference,
-    run_many,
-    slice_batch,
-)
+from diffsamp.search.objective import cost_of_reference, finite_psnr, make_reference
 from diffsamp.search.plan import Plan
+from diffsamp.search.running import Progress, expect_batch, run_many, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["Comparison", "Entry", "LeftOut", "candidates", "compare"]

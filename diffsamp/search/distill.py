@@ -36,24 +36,23 @@ from diffsamp.search.compare import candidates, compare
 from diffsamp.search.explicit import from_largest_level, own_start
 from diffsamp.search.objective import (
     Objective,
-    Progress,
     cost_of_reference,
-    expect_batch,
     finite_psnr,
     log_mse,
     make_reference,
-    slice_batch,
 )
 from diffsamp.search.plan import Plan
+from diffsamp.search.running import Progress, expect_batch, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["distill"]
 
 _LEARNED = {
-    "all": {"log_snr", "labels", "weights"},
+    "all": {"log_snr", "labels", "weights", "noise"},
     "times": {"log_snr"},
     "labels": {"labels"},
     "weights": {"weights"},
+    "noise": {"noise"},
 }
 
 
@@ -95,8 +94,10 @@ def distill(
       score_fn: the network.
       x_T: (n, ...) starts at the process's t_max, an array.
       nfe: the budget. May be left out if `start` is given.
-      start: the tableau to start from: deterministic, one evaluation a row, falling levels. A
-        first row that only scales the start, as `regress` makes it, stays as it is. Of several,
+      start: the tableau to start from: one evaluation a row, falling levels. A first row that only
+        scales the start, as `regress` makes it, stays as it is. One that adds noise (`ddim(eta=)`,
+        SDE forms of DPM-Solver++) also learns how much (AdaSDE); give a distance between
+        distributions, such as `objective.energy()`, as `objective`. Of several,
         each is tried for an eighth of the steps and the one that got furthest is taken.
         None: the best of each of four families of solvers in `compare`, on the fit noise.
       key: random key for the order of the minibatches.
@@ -110,8 +111,8 @@ def distill(
       learning_rate: peak of Adam's rate, which decays to 0 along a cosine.
       optimizer: an optax GradientTransformation; None: Adam as said, gradients clipped to norm 1.
       objective: what to descend, and to choose by; it must have a `loss`. None: `log_mse`.
-      learn: "all", or only "times", "weights", or "labels" (the conditioning times: what the
-        network is told apart from the state's level, LD3 and S4S; part of "all").
+      learn: "all", or only "times", "weights", "noise", or "labels" (the conditioning times: what
+        the network is told apart from the state's level, LD3 and S4S; part of "all").
       memory: learn the weights of the last `memory` evaluations in each row only (S4S's bands, a
         linear multistep method); those further back keep the start's. None: of all (BNS).
       radius: each start may move within a ball of this radius, in units of its own norm, to where
@@ -260,17 +261,19 @@ def distill(
         tableau = from_largest_level(tableau, score_fn.process)
     zero = dataclasses.replace(best, moved=jax.tree.map(jnp.zeros_like, best.moved))
     spans = {"fit": (0, min(fit, held)), "held_out": (problem.stop, size)}
-    judges: dict[str, Value] = {
-        objective.name: objective,
-        "psnr": functools.partial(finite_psnr, data_range=data_range),
-    }
+    psnr = functools.partial(finite_psnr, data_range=data_range)
+    judges: dict[str, Value] = {objective.name: objective, "psnr": psnr}
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in judges}
     for span, (first, last) in spans.items():
         for sampler, candidate in (("start", zero), ("found", best)):
             x = problem.samples(candidate, first, last)
             spent += (last - first) * score_fn.nfe(chosen)
             for name, judge in judges.items():
-                value = judge(x, slice_batch(reference, first, last))
+                own = slice_batch(reference, first, last)
+                if name == objective.name:
+                    value = objective(x, own, slice_batch(cond, first, last))
+                else:
+                    value = judge(x, own)
                 scores[name].setdefault(span, {})[sampler] = value
     settings = {
         "nfe": chosen.nfe,

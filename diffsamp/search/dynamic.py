@@ -30,7 +30,7 @@ from diffsamp.processes import Process
 from diffsamp.sampling import sample, trajectory
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import Estimate, affordable, announce, expect_limit
-from diffsamp.search.objective import Progress, expect_batch, slice_batch
+from diffsamp.search.running import Progress, expect_batch, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["Costs", "shortest_path", "step_costs"]

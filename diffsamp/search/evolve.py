@@ -42,15 +42,8 @@ from diffsamp.search.genome import (
     mutate,
     random_genome,
 )
-from diffsamp.search.objective import (
-    Objective,
-    Progress,
-    cost_of_reference,
-    expect_batch,
-    log_mse,
-    make_reference,
-    run_many,
-)
+from diffsamp.search.objective import Objective, cost_of_reference, log_mse, make_reference
+from diffsamp.search.running import Progress, expect_batch, run_many
 
 __all__ = ["Evolution", "evolve"]
 
@@ -204,7 +197,7 @@ def evolve(
             population=together,
             sharding=sharding,
         )
-        values = {g: objective(x, reference) for g, x in zip(made, samples, strict=True)}
+        values = {g: objective(x, reference, cond) for g, x in zip(made, samples, strict=True)}
         known.update({genome: values.get(genome, math.inf) for genome in genomes})
 
     while (done := len(known) // population) <= rounds:

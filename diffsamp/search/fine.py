@@ -13,7 +13,8 @@ from diffsamp._core.sharding import put
 from diffsamp.processes import Process
 from diffsamp.sampling import trajectory
 from diffsamp.search.dynamic import Costs, pair_costs
-from diffsamp.search.objective import Progress, slice_batch, teacher
+from diffsamp.search.objective import teacher
+from diffsamp.search.running import Progress, slice_batch
 from diffsamp.search.starts import Starts
 
 __all__ = ["Recorded", "fine_times", "start_grids"]

@@ -24,7 +24,7 @@ from diffsamp.predictions import Level
 from diffsamp.processes import Process
 from diffsamp.sampling import sample, trajectory
 from diffsamp.score import ScoreFn
-from diffsamp.search.objective import Progress
+from diffsamp.search.running import Progress
 from diffsamp.solvers import ModelStatistics
 from diffsamp.solvers.iia import FEATURES, iia_features
 from diffsamp.tableau import Tableau

@@ -1,4 +1,4 @@
-"""What a search minimises, what it compares with, and how it runs samplers to find out.
+"""What a search minimises, and what it compares with.
 
 The reference is the network's own ODE solution from the same noise. An `Objective` is a function
 (samples, reference) -> number, smaller is better: an error at equal noise, in pixels or in features
@@ -10,26 +10,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules, solvers
-from diffsamp._core import random
-from diffsamp._core.checks import expect_cond, expect_int, expect_state
-from diffsamp._core.sharding import expect_sharding, on_mesh, put
-from diffsamp._core.types import Conditions, Key, PyTree, Sharding
+from diffsamp._core.types import Array, Conditions, Key, PyTree, Sharding
 from diffsamp.evaluation import metrics
 from diffsamp.processes import Process
-from diffsamp.sampling import sample
-from diffsamp.score import ScoreFn, for_samples
+from diffsamp.score import ScoreFn
+from diffsamp.search.running import Progress, run
 from diffsamp.tableau import Tableau
 
 __all__ = [
     "Objective",
-    "Progress",
+    "classifier",
+    "energy",
     "feature_error",
     "frechet",
     "kernel",
@@ -37,15 +35,10 @@ __all__ = [
     "make_reference",
     "psnr",
     "reference_tableau",
+    "reward",
     "rmse",
-    "run",
-    "run_many",
-    "slice_batch",
     "sliced_wasserstein",
 ]
-
-# called with (what is being done, units done, units in all)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +50,24 @@ class Objective:
       function: (samples, reference) -> number.
       loss: (samples, reference) -> (batch,) losses whose mean `distill` descends, differentiable;
         None for an objective that is no mean over samples, which `distill` cannot follow.
+      conditioned: both take the network's keyword arguments as a third argument.
     """
 
     name: str
-    function: Callable[[PyTree, PyTree], PyTree]
-    loss: Callable[[PyTree, PyTree], jax.Array] | None = None
+    function: Callable[..., PyTree]
+    loss: Callable[..., jax.Array] | None = None
+    conditioned: bool = False
 
-    def __call__(self, x: PyTree, reference: PyTree) -> float:
+    def __call__(self, x: PyTree, reference: PyTree, cond: Conditions | None = None) -> float:
         """The value; inf if it is not finite."""
-        value = float(self.function(x, reference))
+        more = (cond,) if self.conditioned else ()
+        value = float(self.function(x, reference, *more))
         return value if math.isfinite(value) else math.inf
+
+    def loss_of(self, x: PyTree, reference: PyTree, cond: Conditions | None) -> jax.Array:
+        """`loss`, with the conditions where it wants them."""
+        assert self.loss is not None
+        return self.loss(x, reference, *((cond,) if self.conditioned else ()))
 
 
 def _log(error: jax.Array) -> jax.Array:
@@ -115,6 +116,65 @@ def feature_error(
         return _log(error) if log else error
 
     return Objective(name, lambda x, r: jnp.mean(loss(x, r)), loss)
+
+
+def classifier(
+    logits: Callable[[PyTree], jax.Array], label: str = "label", *, name: str = "classifier"
+) -> Objective:
+    """Cross-entropy of the class that was asked for: an objective without a teacher.
+
+    What matters is what a classifier sees, not where the network's own solution ends (Dual-Solver,
+    arXiv:2603.03973).
+
+    Args:
+      logits: samples -> (batch, classes), differentiable if `distill` is to follow it.
+      label: the network's keyword argument that holds the classes, (batch,) integers.
+      name: what to call it.
+    """
+
+    def loss(x: PyTree, _: PyTree, cond: Conditions | None) -> jax.Array:
+        if not cond or label not in cond:
+            raise ValueError(
+                f"the objective {name!r} wants the classes as cond={{{label!r}: (batch,)}}."
+            )
+        scores = jax.nn.log_softmax(logits(x), axis=-1)
+        return -jnp.take_along_axis(scores, jnp.asarray(cond[label])[:, None], axis=-1)[:, 0]
+
+    return Objective(name, lambda x, r, cond: jnp.mean(loss(x, r, cond)), loss, conditioned=True)
+
+
+def reward(score: Callable[[PyTree], Array], *, name: str = "-reward") -> Objective:
+    """Minus the mean of a score of samples, which need not be differentiable.
+
+    Args:
+      score: samples -> (batch,), larger is better; on the host or in JAX.
+      name: what to call it.
+    """
+    return Objective(name, lambda x, _: -np.mean(np.asarray(score(x), np.float64)))
+
+
+def energy(
+    features: Callable[[PyTree], PyTree] | None = None, *, name: str = "energy"
+) -> Objective:
+    """Energy distance between the samples and the reference, as sets: which is which is ignored.
+
+    The only built-in distance between distributions that `distill` can follow, and the objective
+    for samplers that add noise, whose samples have no counterpart in the reference. The loss is its
+    part that the samples move, over the pairs of a minibatch.
+
+    Args:
+      features: samples -> (batch, ...), differentiable; None: the samples themselves.
+      name: what to call it.
+    """
+    own = (lambda x: x) if features is None else features
+
+    def loss(x: PyTree, reference: PyTree) -> jax.Array:
+        return metrics.energy_terms(own(x), own(reference))
+
+    def value(x: PyTree, reference: PyTree) -> jax.Array:
+        return metrics.energy_distance(own(x), own(reference))
+
+    return Objective(name, value, loss)
 
 
 def finite_psnr(x: PyTree, reference: PyTree, data_range: float) -> float:
@@ -182,17 +242,6 @@ def reference_tableau(process: Process, nfe: int = 200) -> Tableau:
     return solvers.unipc(process, schedules.karras(process, nfe), order=3)
 
 
-def slice_batch(tree: PyTree, start: int, stop: int) -> PyTree:
-    """Samples start .. stop - 1 of a batch.
-
-    Args:
-      tree: a pytree of arrays with a leading batch axis; None stays None.
-      start: the first sample.
-      stop: one past the last.
-    """
-    return jax.tree.map(lambda leaf: leaf[start:stop], tree)
-
-
 def teacher(score_fn: ScoreFn) -> ScoreFn:
     """The network that says what is right: the one inside, where known answers replace some."""
     return getattr(score_fn, "teacher", score_fn)
@@ -252,143 +301,3 @@ def make_reference(
             "Sample it with a fine solver and look at the samples first."
         )
     return reference
-
-
-def run(
-    score_fn: ScoreFn,
-    tableau: Tableau,
-    x_T: PyTree,
-    *,
-    key: Key = None,
-    cond: Conditions | None = None,
-    batch: int | None = None,
-    sharding: Sharding = None,
-    progress: Progress | None = None,
-    what: str = "sampling",
-) -> PyTree:
-    """`sample` in batches of bounded size.
-
-    Args:
-      score_fn: the network, batched.
-      tableau: the sampler.
-      x_T: (n, ...) starts.
-      key: one key or one per sample; sample i gets the same noise whatever `batch` is.
-      cond: keyword arguments for the network; every array in it has the leading axis n.
-      batch: samples at a time; None: all at once. n need not be a multiple of it.
-      sharding: a `jax.sharding.NamedSharding` over the batch axis, into which every batch is put;
-        `batch` must divide among its devices (a last batch that does not is sampled whole on each).
-        Weights on other devices are copied to all of these. The result is the same.
-      progress: called after each batch with (what, samples done, n).
-      what: the label for `progress`.
-
-    Returns:
-      Samples shaped like x_T.
-    """
-    size = expect_batch(x_T, cond)
-    batch = size if batch is None else expect_int(batch, "batch", at_least=1)
-    expect_sharding(sharding, batch if batch < size else None)
-    score_fn = on_mesh(score_fn, sharding)
-    keys = None if key is None else random.sample_keys(key, size)
-    parts = []
-    for start in range(0, size, batch):
-        stop = min(start + batch, size)
-        part = sample(
-            for_samples(score_fn, np.arange(start, stop)),
-            tableau,
-            put(slice_batch(x_T, start, stop), sharding),
-            key=None if keys is None else keys[start:stop],
-            cond=put(slice_batch(cond, start, stop), sharding),
-        )
-        if progress is not None:
-            part = jax.block_until_ready(part)
-            progress(what, stop, size)
-        parts.append(part)
-    return _joined(parts)
-
-
-def _joined(parts: list[PyTree]) -> PyTree:
-    if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
-def expect_batch(x_T: PyTree, cond: Conditions | None) -> int:
-    """The number of starts, after checking that every array of `cond` has as many entries."""
-    size = expect_state(x_T, "x_T", batched=True)
-    assert size is not None
-    expect_cond(cond, size)
-    return size
-
-
-def run_many(
-    score_fn: ScoreFn,
-    tableaux: Sequence[Tableau],
-    x_T: PyTree,
-    *,
-    key: Key = None,
-    cond: Conditions | None = None,
-    batch: int | None = None,
-    population: int = 1,
-    sharding: Sharding = None,
-) -> Iterator[PyTree]:
-    """`run` for many tableaux on the same starts and noise, several at a time.
-
-    Tableaux are padded to one shape, so there is one compilation. With `population` above 1 as many
-    share one batch: each sample follows its own tableau (`Tableau.stack`), which fills a device
-    that one tableau's batch would not.
-
-    Args:
-      score_fn: the network, batched.
-      tableaux: the samplers.
-      x_T: (n, ...) starts, an array or pytree.
-      key: as for `run`; every tableau gets the same noise.
-      cond: as for `run`.
-      batch: samples of one tableau at a time.
-      population: tableaux at a time; `batch` x `population` samples are in memory.
-      sharding: over the batch axis, which holds tableaux and samples; as for `run`.
-
-    Yields:
-      The samples of each tableau, in order.
-    """
-    padded = Tableau.pad_together(list(tableaux))
-    if population == 1:
-        for tableau in padded:
-            yield run(score_fn, tableau, x_T, key=key, cond=cond, batch=batch, sharding=sharding)
-        return
-    size = expect_batch(x_T, cond)
-    batch = size if batch is None else min(expect_int(batch, "batch", at_least=1), size)
-    expect_sharding(sharding, batch if batch < size else None)
-    score_fn = on_mesh(score_fn, sharding)
-    keys = None if key is None else random.sample_keys(key, size)
-    # rows of similar cost side by side: a row is run while any of its tableaux needs it
-    order = sorted(range(len(padded)), key=lambda i: tableaux[i].rows)
-    results: dict[int, PyTree] = {}
-    for first in range(0, len(order), population):
-        group = order[first : first + population]
-        filled = group + [group[-1]] * (population - len(group))  # one shape for all groups
-        stacked = Tableau.stack([padded[i] for i in filled])
-        parts = []
-        for start in range(0, size, batch):
-            stop = min(start + batch, size)
-
-            def tile(tree: PyTree, start: int = start, stop: int = stop) -> PyTree:
-                return jax.tree.map(
-                    lambda leaf: jnp.concatenate([leaf[start:stop]] * population), tree
-                )
-
-            own = jax.tree.map(lambda array, k=stop - start: np.repeat(array, k, axis=-1), stacked)
-            numbers = np.tile(np.arange(start, stop), population)
-            x = sample(
-                for_samples(score_fn, numbers),
-                own,
-                put(tile(x_T), sharding),
-                key=None if keys is None else tile(keys),
-                cond=put(tile(cond), sharding),
-            )
-            parts.append(
-                jax.tree.map(lambda leaf: leaf.reshape(population, -1, *leaf.shape[1:]), x)
-            )
-        for place, i in enumerate(group):
-            results[i] = _joined([jax.tree.map(lambda leaf, p=place: leaf[p], x) for x in parts])
-    for i in range(len(padded)):
-        yield results.pop(i)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from diffsamp._core.files import read_json, write_atomically
@@ -30,7 +31,9 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a plan depends on."""
-    return {name: importlib.metadata.version(name) for name in ("diffsamp", "jax", "numpy")}
+    # diffsamp's as it says itself: it may be run where it lies, without being installed
+    own = sys.modules[__name__.split(".")[0]].__version__
+    return {"diffsamp": own, "jax": jax.__version__, "numpy": np.__version__}
 
 
 @dataclasses.dataclass(frozen=True)

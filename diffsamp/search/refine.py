@@ -26,8 +26,9 @@ from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
 from diffsamp.search._network import describe_network
 from diffsamp.search.explicit import Explicit, from_largest_level, label_offsets, told_times
-from diffsamp.search.objective import Progress, cost_of_reference, run_many, slice_batch
+from diffsamp.search.objective import cost_of_reference
 from diffsamp.search.plan import Plan
+from diffsamp.search.running import Progress, run_many, slice_batch
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 

@@ -28,15 +28,28 @@ from diffsamp.search._cost import Estimate, ask_data, at_row, expect_limit
 from diffsamp.search._network import describe_network
 from diffsamp.search.explicit import Explicit
 from diffsamp.search.fine import Recorded, fine_times, start_grids
-from diffsamp.search.objective import Progress, cost_of_reference, slice_batch, teacher
+from diffsamp.search.objective import cost_of_reference, teacher
 from diffsamp.search.plan import Plan
+from diffsamp.search.running import Progress, slice_batch
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 
-__all__ = ["Regression", "regress"]
+__all__ = ["Regression", "likely", "regress"]
 
 _MOVES = (8, 4, 2, 1)
 _WALKS = 100  # grids that are solved, as a rule: for the estimate
+
+
+def likely(fit: int, held_out: int, budgets: Sequence[int], points: int = 0) -> int:
+    """Evaluations of a regression on networks that count one a call, as a rule.
+
+    Args:
+      fit: starts that fit.
+      held_out: starts that do not.
+      budgets: evaluations of the samplers.
+      points: of the fine trajectory; 0: it is there.
+    """
+    return (fit + held_out) * points + fit * sum(budgets) * _WALKS
 
 
 def regress(
@@ -160,9 +173,9 @@ class Regression:
                 f"`evaluations` is too low: trajectory and reference alone take {before:.0f}; give "
                 "more, or fewer starts or points."
             )
-        likely = before + starts.fit * sum(budgets) * _WALKS
+        expected = before + likely(starts.fit, 0, budgets)
         what = f"regress, {', '.join(map(str, budgets))} NFE"
-        estimate = starts.announce(what, min(likely, limit), 2 * len(times))
+        estimate = starts.announce(what, min(expected, limit), 2 * len(times))
         if reference is not None:
             starts.expect_reference(reference, progress)
         record = Recorded.make(starts, times, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +10,17 @@ import numpy as np
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.sharding import expect_sharding, on_mesh
-from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import Estimate, announce
 from diffsamp.search.objective import (
-    Progress,
+    Objective,
     cost_of_reference,
-    expect_batch,
     finite_psnr,
     log_mse,
     make_reference,
-    run,
-    slice_batch,
 )
+from diffsamp.search.running import Progress, expect_batch, run, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["Starts"]
@@ -43,6 +40,9 @@ class Starts:
       batch: samples at a time.
       sharding: over the batch axis.
       order: (size,) which of the caller's starts each is.
+      objective: what samplers are judged by.
+      noise: (size,) keys of the noise that samplers add, the same for all; None for deterministic
+        ones.
       spent: network evaluations so far: per sample and call, as many as the network counts.
     """
 
@@ -55,6 +55,8 @@ class Starts:
     batch: int
     sharding: Sharding
     order: np.ndarray
+    objective: Objective = dataclasses.field(default_factory=log_mse)
+    noise: Key = None
     spent: float = 0
 
     @classmethod
@@ -120,6 +122,7 @@ class Starts:
             states=states,
             sharding=self.sharding,
             tableau=tableau,
+            key=self.noise,
         )
         self.spent += spent
         return estimate
@@ -147,12 +150,19 @@ class Starts:
     def samples(self, tableau: Tableau, low: int, high: int) -> PyTree:
         """Samples low .. high - 1."""
         self.spent += self.cost(tableau) * (high - low)
-        x, cond = (slice_batch(v, low, high) for v in (self.x_T, self.cond))
-        return run(self.score_fn, tableau, x, cond=cond, batch=self.batch, sharding=self.sharding)
+        x, cond, key = (slice_batch(v, low, high) for v in (self.x_T, self.cond, self.noise))
+        return run(
+            self.score_fn, tableau, x, key=key, cond=cond, batch=self.batch, sharding=self.sharding
+        )
+
+    def judge(self, x: PyTree, low: int, high: int) -> float:
+        """The objective of samples low .. high - 1; inf if anything is not finite."""
+        reference, cond = (slice_batch(v, low, high) for v in (self.reference, self.cond))
+        return self.objective(x, reference, cond)
 
     def value(self, tableau: Tableau, low: int, high: int) -> float:
-        """Mean log squared error of them to the reference; inf if anything is not finite."""
-        return log_mse()(self.samples(tableau, low, high), slice_batch(self.reference, low, high))
+        """The objective of the samples that a sampler makes of starts low .. high - 1."""
+        return self.judge(self.samples(tableau, low, high), low, high)
 
     def decide(self, tableau: Tableau) -> float:
         """`value` on the deciding starts."""
@@ -161,17 +171,15 @@ class Starts:
     def scores(
         self, start: Tableau, found: Tableau, data_range: float
     ) -> dict[str, dict[str, dict[str, float]]]:
-        """Scores of a `Plan`: log error and PSNR, on the fitting and the reporting starts."""
-        objective = log_mse()
-        judges: dict[str, Value] = {
-            objective.name: objective,
-            "psnr": functools.partial(finite_psnr, data_range=data_range),
-        }
-        scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in judges}
+        """Scores of a `Plan`: objective and PSNR, on the fitting and the reporting starts."""
+        scores: dict[str, dict[str, dict[str, float]]] = {self.objective.name: {}, "psnr": {}}
         for span, (low, high) in {"fit": (0, self.fit), "held_out": (self.stop, self.size)}.items():
             for sampler, tableau in (("start", start), ("found", found)):
                 x = self.samples(tableau, low, high)
-                for name, judge in judges.items():
-                    value = judge(x, slice_batch(self.reference, low, high))
+                reference = slice_batch(self.reference, low, high)
+                for name, value in {
+                    self.objective.name: self.judge(x, low, high),
+                    "psnr": finite_psnr(x, reference, data_range),
+                }.items():
                     scores[name].setdefault(span, {})[sampler] = value
         return scores

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from diffsamp.solvers._builder import Builder
 from diffsamp.solvers._registry import SOLVERS, Solver, get, names
 from diffsamp.solvers.adams import accelerated_ddim, deis, gradient_estimation, ipndm
 from diffsamp.solvers.afs import analytic_first_step, cached_first_answer
@@ -26,9 +27,10 @@ from diffsamp.solvers.momentum import ghvb, heavy_ball
 from diffsamp.solvers.pndm import pndm
 from diffsamp.solvers.rbf import rbf_solver
 from diffsamp.solvers.restart import PUBLISHED as RESTART_CONFIGURATIONS
-from diffsamp.solvers.restart import RestartInterval, restart
+from diffsamp.solvers.restart import RestartInterval, restart, travel
 from diffsamp.solvers.sde import er_sde, sa_solver
 from diffsamp.solvers.sde_stages import dpm2_ancestral, dpmpp_sde, seeds
+from diffsamp.solvers.skip import skip
 from diffsamp.solvers.stork import stork
 from diffsamp.solvers.unipc import dc_solver, unipc
 from diffsamp.solvers.v3 import ModelStatistics, dpm_solver_v3
@@ -41,6 +43,7 @@ __all__ = [
     "FITTED",
     "RESTART_CONFIGURATIONS",
     "SOLVERS",
+    "Builder",
     "MixedStep",
     "ModelStatistics",
     "RestartInterval",
@@ -92,16 +95,18 @@ __all__ = [
     "runge_kutta",
     "sa_solver",
     "seeds",
+    "skip",
     "stork",
+    "travel",
     "ula",
     "unipc",
 ]
 
 # functions without a row in the registry: they make a sampler from other samplers or steps,
-COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed", "restart")
+COMPOSED = ("analytic_first_step", "cached_first_answer", "heavy_ball", "mixed", "restart", "skip")
 # from numbers that were fitted to a network,
 FITTED = ("dc_solver", "dpm_solver_v3", "iia", "rbf_solver")
 # that stay at a noise level, or go back to one,
-AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "ula")
+AT_ONE_LEVEL = ("langevin", "predictor_corrector", "renoise", "travel", "ula")
 # or for a network that is no diffusion model
 FEW_STEP = ("consistency",)

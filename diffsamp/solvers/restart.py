@@ -15,13 +15,14 @@ import numpy as np
 
 from diffsamp import schedules
 from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.numeric import is_concrete
 from diffsamp._core.types import Array, Times, Value
 from diffsamp.processes import Process
 from diffsamp.solvers._builder import Builder
 from diffsamp.solvers.edm import heun
 from diffsamp.tableau import Tableau
 
-__all__ = ["PUBLISHED", "RestartInterval", "restart"]
+__all__ = ["PUBLISHED", "RestartInterval", "restart", "travel"]
 
 
 class RestartInterval(NamedTuple):
@@ -168,4 +169,69 @@ def _renoise(process: Process, low: float, high: float, noise_scale: float) -> T
         c=[top.alpha * added * noise_scale],
         evaluates=[False],
         check="full" if noise_scale == 1 else "mean",
+    )
+
+
+def travel(tableau: Tableau, repeats: Array) -> Tableau:
+    """Every row several times, with the forward process back up between: time travel.
+
+    Between two passes of a row the state goes back to where it began, x <- (alpha / alpha') x'
+    + sqrt(sigma^2 - (alpha sigma' / alpha')^2) z, without evaluation. RePaint, FreeDoM, universal
+    and training-free guidance travel so, over one row.
+
+    Args:
+      tableau: a sampler of one state and one output a row, towards less noise.
+      repeats: passes of each row, a number or (rows,); 1 leaves a row as it is.
+
+    Returns:
+      A stochastic tableau of sum repeats evaluations, if every row makes one.
+
+    Raises:
+      ValueError: repeats below 1, rows that use earlier states or outputs or go towards more noise.
+
+    Reference: Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1; Yu et al. 2023, arXiv:2303.09833.
+    """
+    if not is_concrete(tableau):
+        raise TypeError("travel is a host function: build the tableau outside `jit`.")
+    if np.ndim(tableau.times) != 1 or np.ndim(tableau.a) != 2:
+        raise ValueError("travel takes a tableau of plain numbers, before stacking.")
+    if np.any(np.asarray(tableau.a)[:, 1:] != 0) or np.any(np.asarray(tableau.b)[:, 1:] != 0):
+        raise ValueError(
+            f"travel needs rows of one state and one output; {tableau.name!r} combines several, of "
+            "points that are drawn anew. Take solvers.ddim, ddpm or renoise, or solvers.restart."
+        )
+    counts = np.asarray(repeats)
+    if counts.shape not in ((), (tableau.rows,)) or counts.dtype.kind not in "iu":
+        raise ValueError(
+            f"`repeats` must be an integer, or one per row, shape ({tableau.rows},); got {repeats}."
+        )
+    if np.any(counts < 1):
+        raise ValueError(f"`repeats` must be at least 1; got {repeats}.")
+    passes = 2 * np.broadcast_to(counts, (tableau.rows,)) - 1
+    row = np.repeat(np.arange(tableau.rows), passes)
+    back = np.concatenate([np.arange(k) % 2 for k in passes]) == 1
+    alpha, sigma = (np.asarray(v) for v in (tableau.alpha, tableau.sigma))
+    ratio = alpha[:-1] / alpha[1:]
+    room = sigma[:-1] ** 2 - (ratio * sigma[1:]) ** 2
+    if np.any(room[row[back]] < 0):
+        raise ValueError("travel needs rows towards less noise: the way back adds what they took.")
+    levels = np.append(row + back, tableau.rows)  # a way back begins where its row ends
+
+    def mixed(own: Array, way_back: Array) -> np.ndarray:
+        return np.where(back, way_back, np.asarray(own)[row])
+
+    return dataclasses.replace(
+        tableau,
+        times=np.asarray(tableau.times)[levels],
+        alpha=alpha[levels],
+        sigma=sigma[levels],
+        target=np.asarray(tableau.target)[row],
+        a=mixed(tableau.a[:, 0], ratio[row])[:, None],
+        b=mixed(tableau.b[:, 0], 0.0)[:, None],
+        c=mixed(tableau.c, np.sqrt(np.maximum(room, 0))[row]),
+        evaluates=np.asarray(tableau.evaluates)[row] & ~back,
+        name=f"travel({tableau.name})",
+        source="; ".join(filter(None, ["arXiv:2201.09865, algorithm 1", tableau.source])),
+        d=None if tableau.d is None else mixed(tableau.d, 0.0),
+        asked=None if tableau.asked is None else np.asarray(tableau.asked)[row],
     )

@@ -62,7 +62,7 @@ def sample(
     The law that is tilted is that of the chain of these rows, not of the data; with enough rows
     they agree. One call of the network a row, on batch * particles states.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> network = ds.targets.gaussian([0.0], 1.0).score_fn(process)
@@ -264,7 +264,7 @@ def _run(
     x = jax.tree.map(lambda v: v.reshape(batch, particles, *v.shape[1:]), state.x)
     log_w = log_w.reshape(batch, particles)
     total = jax.nn.logsumexp(log_w, axis=1)
-    log_Z = log_Z + total - np.log(particles).astype(np.float32).item()
+    log_Z = log_Z + total - jnp.log(jnp.asarray(particles, total.dtype))
     return x, log_w - total[:, None], log_Z
 
 
@@ -300,7 +300,8 @@ def _resample(
         edges = jnp.cumsum(share)
         return jnp.minimum(jnp.searchsorted(edges / edges[-1], places), particles - 1)
 
-    index = jnp.where(low[:, None], jax.vmap(pick)(draws, share), jnp.arange(particles)[None])
+    stay = jnp.arange(particles, dtype=jnp.int32)[None]
+    index = jnp.where(low[:, None], jax.vmap(pick)(draws, share).astype(jnp.int32), stay)
     mean = total[:, 0] - jnp.log(jnp.asarray(particles, total.dtype))
     log_Z = jnp.where(low, log_Z + mean, log_Z)
     log_w = jnp.where(low[:, None], 0, log_w)

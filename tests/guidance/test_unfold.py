@@ -174,3 +174,67 @@ def test_it_says_what_is_wrong():
         jax.jit(lambda w: guidance.unfold(tableau, w)[0])(2.0)
     with pytest.raises(TypeError, match=r"cond\['style'\] must be an array or a number; got str"):
         ds.sample(NETWORK, tableau, start(), cond={"label": labels(3, 1), "style": "oil"})
+
+
+def test_momentum_is_apgs_running_difference(x64):
+    """d_n = given - free - .6 d_{n-1} on DDIM rows, replayed; 2 % of the momentum shows."""
+    process = ds.processes.vp_linear()
+    network = gaussians([0.0, 1.0], [1.0, 0.25], process)
+    tableau, w = build("ddim", process, 6), 3.0
+    x_T, cond = jnp.array([[0.3], [-1.0]]), {"label": labels(2, 1)}
+
+    def loop(momentum):
+        x, running = np.asarray(x_T), 0.0
+        for n in range(6):
+            said = [
+                np.asarray(network(x, tableau.times[n], prediction="data", cond={"label": y}))
+                for y in (labels(2, 1), labels(2, 0))
+            ]
+            running = said[0] - said[1] + momentum * running
+            x = tableau.a[n, 0] * x + tableau.b[n, 0] * (said[0] + (w - 1) * running)
+        return x
+
+    rows, which = guidance.unfold(tableau, w, momentum=-0.6)
+    assert rows.nfe == 12
+    chosen = guidance.select(network, {"label": 0}, which)
+    want = loop(-0.6)
+    np.testing.assert_allclose(ds.sample(chosen, rows, x_T, cond=cond), want, rtol=1e-9)
+    assert np.abs(loop(-0.612) - want).max() > 1e-3
+    plain, _ = guidance.unfold(tableau, w)
+    zero, _ = guidance.unfold(tableau, w, momentum=0.0)
+    np.testing.assert_array_equal(plain.b, zero.b)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
+def test_free_answers_from_earlier_ones(name):
+    """With equal variances D_given - D_free is one number a level, so LinearAG is exact."""
+    process = ds.processes.vp_linear()
+    network = gaussians([0.0, 1.0], [0.3, 0.3], process)
+    tableau, w = build(name, process, 8), 2.5
+    x_T, cond = process.prior_sample(jax.random.key(0), (6, 1)), {"label": labels(6, 1)}
+    fitted = ds.search.fit_null(network, tableau, w, {"label": 0}, x_T, skip=[2, 4, 5], cond=cond)
+    rows, which = guidance.unfold(tableau, w, estimates=fitted)
+    assert rows.nfe == 16 - 3
+    other = process.prior_sample(jax.random.key(1), (6, 1))
+    got = ds.sample(guidance.select(network, {"label": 0}, which), rows, other, cond=cond)
+    want = ds.sample(guidance.cfg(network, w, {"label": 0}), tableau, other, cond=cond)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    wrong = {n: e * np.array([[1.02], [1.0]]) for n, e in fitted.items()}
+    rows, _ = guidance.unfold(tableau, w, estimates=wrong)
+    off = ds.sample(guidance.select(network, {"label": 0}, which), rows, other, cond=cond)
+    assert np.abs(off - want).max() > 3e-3
+
+
+def test_estimates_say_what_is_wrong():
+    process = ds.processes.vp_linear()
+    network, tableau = gaussians([0.0, 1.0], [0.3, 0.3], process), build("ddim", process, 4)
+    with pytest.raises(ValueError, match=r"arrays of shape \(2, lags\)"):
+        guidance.unfold(tableau, 2.0, estimates={1: np.ones(2)})
+    with pytest.raises(ValueError, match="0 evaluations before it"):
+        guidance.unfold(tableau, 2.0, estimates={0: np.array([[1.0, 1.0], [0.0, 1.0]])})
+    e = np.array([[1.0, 1.0], [0.0, 1.0]])
+    with pytest.raises(ValueError, match="row 1 never asks"):
+        guidance.unfold(tableau, [2.0, 1.0, 2.0, 2.0], estimates={2: e})
+    x_T, cond = process.prior_sample(jax.random.key(0), (2, 1)), {"label": labels(2, 1)}
+    with pytest.raises(ValueError, match="row 0 cannot be skipped"):
+        ds.search.fit_null(network, tableau, 2.0, {"label": 0}, x_T, skip=[0], cond=cond)

@@ -1,5 +1,6 @@
 """Plans inside diffusers: every registered solver, tiny pipelines, files. `make test-peers`."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ from cases import CASES
 from elsewhere import network, noises, padded, relative, start, tableau
 
 import diffsamp as ds
+from diffsamp.search.explicit import from_largest_level
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # diffusers' own
 # float32 throughout; a few roundings of each of some twenty operations
@@ -38,6 +40,7 @@ def scheduler_class(torch):
 
 def loop(torch, scheduler, model, x, given=None):
     """A pipeline's loop; `given` holds the noise of every row that adds some."""
+    assert scheduler.init_noise_sigma > 0, "what starts are scaled by; ours are already"
     x = torch.tensor(np.asarray(x))
     scheduler.set_timesteps(len(scheduler.timesteps))
     given = iter(given) if given is not None else None
@@ -315,6 +318,27 @@ def test_a_searched_plan_and_its_file(torch, scheduler_class, tmp_path):
         assert relative(got, want) < CLOSE
 
 
+def test_a_start_that_a_pipeline_does_not_scale_is_refused(torch, scheduler_class):
+    """DDPMPipeline, and those of flow models, never ask for `init_noise_sigma`."""
+    import diffusers
+
+    process = ds.processes.vp_discrete("linear")
+    late = ds.solvers.ddim(process, ds.schedules.logsnr(process, 3, t_max=700.0))
+    moved = from_largest_level(late, process)
+    scheduler = scheduler_class.from_tableau(moved, "noise")
+    pipe = diffusers.DDPMPipeline(unet(in_channels=3, out_channels=3), scheduler)
+    with pytest.raises(ValueError, match=r"starts from noise of standard deviation 0\.9"):
+        pictures(pipe, scheduler, num_inference_steps=3, output_type="np")
+    # whoever reads it knows; and from the middle there is no start
+    x = torch.zeros(1, 3, 8, 8)
+    scheduler.set_timesteps(3)
+    assert 0.98 < scheduler.init_noise_sigma < 0.999
+    scheduler.step(x, scheduler.timesteps[0], x)
+    again = scheduler_class.from_tableau(moved, "noise")
+    again.set_begin_index(1)
+    again.step(x, again.timesteps[1], x)
+
+
 def test_noise_is_added_at_the_plans_levels(torch, scheduler_class):
     table = tableau("unipc2", "velocity")
     scheduler = scheduler_class.from_tableau(table, prediction="flow_prediction")
@@ -369,6 +393,14 @@ def test_a_plan_for_another_process_is_refused(torch, scheduler_class):
     own = {"beta_schedule": "scaled_linear"}
     for kind in (DDIMScheduler, EulerDiscreteScheduler):
         scheduler_class.from_plan(plan, like=kind(**own))
+    # one of `refine`, whose network is told other times than the states'
+    own_table = tableau("ddim", "noise")
+    told = np.where(own_table.evaluates, own_table.times[:-1] + 20.0, 0.0)
+    told = dataclasses.replace(own_table, asked=told)
+    moved = ds.search.Plan.of(told, network("noise")).to_dict()
+    scheduler_class.from_plan(moved, like=DDIMScheduler(**own))
+    with pytest.raises(ValueError, match="another process: at timestep"):
+        scheduler_class.from_plan(moved, like=DDIMScheduler())
     for other, match in (
         (FlowMatchEulerDiscreteScheduler(), "is for the other kind"),
         (DDIMScheduler(**own, prediction_type="v_prediction"), "scheduler says 'v_prediction'"),

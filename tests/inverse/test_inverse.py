@@ -73,28 +73,35 @@ def test_measurements_take_them(x64):
             np.testing.assert_allclose(got[i], want[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long
 def test_daps_is_exact_with_the_exact_moments():
-    """N(0, 1), y = x + .5 z = 1: the posterior N(.8, .2); the paper's r gives (.894, .221)."""
+    """N(0, 1), y = x + .5 z = 1: the posterior N(.8, .2); the paper's r gives (.894, .221).
+
+    The loop itself is replayed exactly in test_loops.py.
+    """
     process = ds.processes.edm()
     network = ds.targets.gaussian([0.0], 1.0).score_fn(process, "data")
     times = np.geomspace(20.0, 0.02, 16)
-    x_T = 20.0 * jax.random.normal(jax.random.key(0), (6000, 1))
+    x_T = 20.0 * jax.random.normal(jax.random.key(0), (60000, 1))
     options = {"key": jax.random.key(1), "chain": 30, "step": 0.5}
 
     def run(**more):
         out = inverse.daps(
-            network, lambda v: v, jnp.ones((6000, 1)), 0.5, x_T, times, **options, **more
+            network, lambda v: v, jnp.ones((60000, 1)), 0.5, x_T, times, **options, **more
         )
         return float(out.mean()), float(out.var())
 
     exact = run(ode_steps=1, spread=lambda level: level.sigma / np.hypot(level.sigma, 1))
-    np.testing.assert_allclose(exact, (0.8, 0.2), atol=0.02)
+    np.testing.assert_allclose(exact, (0.8, 0.2), atol=0.003)
     published = run(ode_steps=8)
-    np.testing.assert_allclose(published, (0.894, 0.221), atol=0.03)
+    np.testing.assert_allclose(published, (0.894, 0.221), atol=0.03)  # on another grid
 
 
 def test_red_diff_has_its_fixed_point():
-    """(y + K m) / (1 + K), K = weight mean_t sigma^2 / S^2, for N(m, 1) and A = 1."""
+    """(y + K m) / (1 + K), K = weight mean_t sigma^2 / S^2, for N(m, 1) and A = 1.
+
+    Adam's own bias is .015, its steps' sizes following the draws; test_loops.py is exact.
+    """
     network = ds.targets.gaussian([-0.5], 1.0).score_fn(PROCESS, "noise")
     # shuffled, so that Adam's memory sees all levels
     times = np.random.default_rng(0).permutation(np.tile(np.linspace(0.9, 0.1, 40), 75))
@@ -109,25 +116,8 @@ def test_red_diff_has_its_fixed_point():
         key=jax.random.key(0),
         rate=0.004,
     )
-    assert float(out.mean()) == pytest.approx((1 - 0.5 * k) / (1 + k), abs=0.03)
+    assert float(out.mean()) == pytest.approx((1 - 0.5 * k) / (1 + k), abs=0.02)
     assert abs((1 - 0.5 * k) / (1 + k) - 1) > 0.1
-
-
-def test_repaint_needs_repeats():
-    """Conditional mean .8 of the pair with x_1 = 1 known: .490 in one pass, .767 with ten."""
-    network = ds.targets.gaussian([0.0, 0.0], [[1.0, 0.8], [0.8, 1.0]]).score_fn(PROCESS, "data")
-    x_T = PROCESS.prior_sample(jax.random.key(0), (4000, 2))
-    times = ds.schedules.logsnr(PROCESS, 60)
-    known, mask = jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0])
-    means = []
-    for repeats in (1, 10):
-        out = inverse.repaint(
-            network, known, mask, x_T, times, key=jax.random.key(1), repeats=repeats
-        )
-        np.testing.assert_allclose(out[:, 0], 1.0)
-        means.append(float(out[:, 1].mean()))
-    assert means[0] < 0.6
-    assert 0.7 < means[1] < 0.82
 
 
 def test_ddnm_and_diffpir_as_rows(x64):

@@ -293,11 +293,20 @@ net, given = ds.load_network("net"), np.load("in.npz")
 cond = {n: given[n] for n in ("encoder_hidden_states", "pooled_projections")}
 x = ds.sample(net, ds.Tableau.load("tableau.json"), given["x_T"], cond=cond)
 slope = jax.grad(lambda x: jnp.sum(net(x, 0.3, cond=cond) ** 2))(jnp.asarray(given["x_T"]))
-np.savez("out.npz", x=x, slope=slope)
+plan = ds.search.refine(
+    net, ds.solvers.ddim(net.process, ds.schedules.uniform(net.process, 2)),
+    np.linspace(1, 1.5, 8, dtype=np.float32)[:, None, None, None]
+    * np.tile(given["x_T"], (4, 1, 1, 1)),
+    cond={k: np.tile(v, (4,) + (1,) * (v.ndim - 1)) for k, v in cond.items()},
+    key=jax.random.key(0), iterations=1, held_out=2, batch=8,
+    reference=ds.solvers.ddim(net.process, ds.schedules.uniform(net.process, 6)))
+scores = plan.scores["psnr"]["fit"]
+np.savez("out.npz", x=x, slope=slope, scores=[scores["start"], scores["found"]])
 """
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     out = np.load(tmp_path / "out.npz")
+    assert out["scores"][1] > out["scores"][0], "and is searched"
     assert apart(out["x"], torch.tensor(np.asarray(want))) < CLOSE
     assert apart(out["slope"], torch.tensor(np.asarray(slope))) < CLOSE
 

@@ -64,7 +64,7 @@ def test_any_numbers_keep_a_constant_prediction_exact():
 def test_what_cannot_be_distilled():
     times = schedules.karras(PROCESS, 4)
     for tableau, message in (
-        (solvers.ddpm(PROCESS, times), "must be deterministic"),
+        (solvers.dpmpp_sde(PROCESS, times), "uses noise of an earlier row"),
         (solvers.heun(PROCESS, times), "must fall from row to row"),
     ):
         assert not search.can_distill(tableau)

@@ -406,7 +406,15 @@ def test_dpm_solver_v3_with_trivial_statistics_is_older_solvers():
     )
 
 
-@pytest.mark.parametrize(("order", "corrector"), [(1, False), (2, False), (3, False), (2, True)])
+@pytest.mark.parametrize(
+    ("order", "corrector"),
+    [
+        pytest.param(1, False, marks=pytest.mark.long),
+        pytest.param(2, False, marks=pytest.mark.long),
+        (3, False),
+        (2, True),
+    ],
+)
 def test_dpm_solver_v3_converges_with_any_statistics(order, corrector):
     levels = np.linspace(-6, 6, 49)
     odd = ModelStatistics(levels, 0.5 + 0.3 * np.sin(levels), -0.3 + 0.2 * np.cos(levels))

@@ -35,37 +35,45 @@ def starts(process, batch, particles, scale=1.0):
     return scale * process.prior_sample(jax.random.key(0), (batch, particles, 1))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "threshold",
+    [pytest.param(0.0, marks=pytest.mark.long), 0.5, pytest.param(1.0, marks=pytest.mark.long)],
+)
 def test_a_linear_reward_tilts_the_chain(threshold):
-    """N(m + v / T, v) with the chain's own v at 30 rows, whether it resamples or accumulates."""
+    """N(m + v / T, v) with the chain's own v at 30 rows, whether it resamples or accumulates.
+
+    64000 particles: the variance's deviation is 0.7 %. The loop itself is replayed exactly in
+    test_replay.py; this is that its resampling aims where it should.
+    """
     tableau, temperature = ddpm(), 1.0
     mean, variance = gaussian_moments(tableau, 0.0, 1.0, start=(0.0, 1.0))
     result = steering.sample(
         NORMAL,
         tableau,
-        starts(PROCESS, 8, 1500),
+        starts(PROCESS, 16, 4000),
         key=jax.random.key(1),
-        particles=1500,
+        particles=4000,
         potential=steering.reward(first, temperature),
         threshold=threshold,
     )
     got = moments(result)
-    assert got[0] == pytest.approx(mean + variance, abs=0.05)
-    assert got[1] == pytest.approx(variance, rel=0.1)
+    assert got[0] == pytest.approx(mean + variance, rel=0.015)
+    assert got[1] == pytest.approx(variance, rel=0.02)
     assert got[0] > 0.7  # weights dropped where nothing is resampled would leave it at 0.007
     # log_Z is unbiased for E[exp(r)] of the chain
     estimate = np.exp(np.asarray(result.log_Z)).mean()
-    assert estimate == pytest.approx(np.exp(mean + variance / 2), rel=0.1)
+    assert estimate == pytest.approx(np.exp(mean + variance / 2), rel=0.015)
     np.testing.assert_allclose(np.exp(result.log_weights).sum(1), 1, rtol=1e-4)
-    assert np.all(result.ess <= 1500.5)
+    assert np.all(result.ess <= 4000.5)
 
 
-@pytest.mark.parametrize(
-    ("betas", "moments_"),
-    [((2.0, -1.0), (8 / 7, 1 / 7)), ((1.5, -0.5), (12 / 11, 2 / 11)), ((1.0, 1.0), (0.8, 0.2))],
-)
-def test_correctors_reach_the_product(betas, moments_):
-    """q_1 = N(1, 1/4), q_2 = N(0, 1): the tilted Gaussian, which the plain sampler misses."""
+@pytest.mark.long
+def test_correctors_reach_the_product():
+    """q_1 = N(1, 1/4), q_2 = N(0, 1): the tilted Gaussian, which the plain sampler misses.
+
+    With resampling; what the weights aim at is exact in test_replay.py.
+    """
+    betas, moments_ = (2.0, -1.0), (8 / 7, 1 / 7)
     process = ds.processes.edm()
     parts = [ds.targets.gaussian([m], v).score_fn(process, "data") for m, v in ((1, 0.25), (0, 1))]
     combined = guidance.combine([(p, {}) for p in parts], betas)
@@ -90,24 +98,7 @@ def test_correctors_reach_the_product(betas, moments_):
     assert abs(float(plain.mean()) - moments_[0]) > 0.05
 
 
-def test_annealing_one_network():
-    """q^1.5 of N(0.5, 1) is N(0.5, 2/3)."""
-    process = ds.processes.edm(sigma_max=20.0)
-    network = ds.targets.gaussian([0.5], 1.0).score_fn(process, "noise")
-    tableau = ds.solvers.ddpm(process, np.append(np.geomspace(20.0, 0.01, 800), 0.0))  # of order 1
-    result = steering.sample(
-        guidance.combine([(network, {})], [1.5]),
-        tableau,
-        starts(process, 16, 2000, 1.5**-0.5),
-        key=jax.random.key(0),
-        particles=2000,
-        potential=steering.scores([1.5]),
-    )
-    got = moments(result)
-    assert got[0] == pytest.approx(0.5, abs=0.02 + 4 * got[2])
-    assert got[1] == pytest.approx(2 / 3, rel=0.06)  # over keys its deviation is 2 %
-
-
+@pytest.mark.long
 def test_a_twisted_proposal_samples_the_posterior_of_a_mixture():
     """A skewed mixture with y = x + .5 z: exact by quadrature; guidance without weights is off."""
     target = ds.targets.gaussian_mixture(
@@ -147,24 +138,6 @@ def test_a_twisted_proposal_samples_the_posterior_of_a_mixture():
     )
     again = moments(steering.sample(network, tableau, x_T, proposal=other, **options))
     assert again[0] == pytest.approx(want, abs=0.03)
-
-
-def test_choosing_one_of_many_proposals():
-    """SVDD: one particle by its weight, every row; a draw, not the largest."""
-    tableau = ddpm()
-    result = steering.sample(
-        NORMAL,
-        tableau,
-        starts(PROCESS, 3000, 8),
-        key=jax.random.key(1),
-        particles=8,
-        potential=steering.reward(first, 1.0),
-        threshold=1.0,
-        select_one=True,
-    )
-    x = np.asarray(result.x)[..., 0]
-    assert x.mean() == pytest.approx(0.8, abs=0.2)
-    assert x.var() > 0.6  # argmax instead of a draw narrows it to about half
 
 
 def test_one_call_of_the_network_and_no_dependence_on_the_batch():

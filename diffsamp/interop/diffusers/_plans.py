@@ -104,7 +104,11 @@ def expect_like(config: Any, other: Any) -> None:
         return
     rows = [n for n, asked in enumerate(table["evaluates"]) if asked]
     alpha_bar = np.asarray(products, np.float64)
-    for t, n in zip(config.timesteps, rows, strict=True):
+    times = list(config.timesteps)
+    if table.get("asked") is not None:  # what the network is told says no more where a state is
+        unit = 1.0 if max(table["times"]) > 1 else len(alpha_bar) - 1.0
+        times = [unit * table["times"][n] for n in rows]
+    for t, n in zip(times, rows, strict=True):
         want = float(np.interp(t, np.arange(len(alpha_bar)), alpha_bar))
         alpha, sigma = float(table["alpha"][n]), float(table["sigma"][n])
         # linear between the table's entries here, which is off by less than that

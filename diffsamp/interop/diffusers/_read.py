@@ -179,7 +179,7 @@ def from_diffusers(
     Say which pipeline it is to get that one's grid; a folder with the pipeline's `model_index.json`
     says it by itself.
 
-    Example:
+    Examples:
       >>> import diffsamp as ds
       >>> sampler = ds.from_diffusers({"_class_name": "UniPCMultistepScheduler"})
       >>> sampler.solver(sampler.process, sampler.times(8)).nfe

@@ -19,6 +19,10 @@ from diffsamp.interop.diffusers._plans import TABLE, expect_like, scheduler_conf
 
 __all__ = ["scheduler_class"]
 
+# by how much a start may be off: a plan that scales it says what it wants; a grid that begins just
+# below t_max takes the prior as it is, here as in `ds.sample`
+_START, _PRIOR = 1e-4, 1e-2
+
 
 @functools.cache
 def scheduler_class() -> Any:
@@ -46,14 +50,15 @@ def scheduler_class() -> Any:
         pipeline (`pipe.scheduler = ..`) and call that with as many steps as the plan makes
         evaluations. `save_pretrained` writes one `scheduler_config.json` that holds the table.
 
-        Example:
+        Examples:
           >>> pipe.scheduler = TableauScheduler.from_plan("plan-6.json")  # doctest: +SKIP
           >>> pipe("a prompt", num_inference_steps=6)  # doctest: +SKIP
 
         Attributes:
           timesteps: (evaluations,) what the network is told, as the pipeline passes it.
           order: 1, since every evaluation is a timestep of its own.
-          init_noise_sigma: standard deviation of the noise to start from.
+          init_noise_sigma: standard deviation of the noise to start from. Whoever makes the start
+            must read it: Stable Diffusion's pipelines do, those of flow models take `latents=`.
         """
 
         _compatibles: list[str] = []  # noqa: RUF012
@@ -77,7 +82,8 @@ def scheduler_class() -> Any:
                 )
             self._table: dict[str, Any] = {key: table.get(key) for key in TABLE}
             self._rows = [n for n, asked in enumerate(table["evaluates"]) if asked]
-            self.init_noise_sigma = start_std(self._table, self._rows[0])
+            self._start_std = start_std(self._table, self._rows[0])
+            self._start_was_asked_for = False
             self.num_inference_steps = len(self._rows)
             self._begin_index: int | None = None
             self.set_timesteps()
@@ -134,6 +140,12 @@ def scheduler_class() -> Any:
 
         def __len__(self) -> int:
             return int(self.config.num_train_timesteps)
+
+        @property
+        def init_noise_sigma(self) -> float:
+            """Standard deviation of the noise to start from."""
+            self._start_was_asked_for = True
+            return self._start_std
 
         @property
         def step_index(self) -> int | None:
@@ -243,11 +255,21 @@ def scheduler_class() -> Any:
               return_dict: a `SchedulerOutput` with `prev_sample`, or a tuple.
 
             Raises:
-              ValueError: no evaluation left, an output of another shape, too little noise.
+              ValueError: no evaluation left, an output of another shape, too little noise; a plan
+                whose start is not of standard deviation 1, where nobody asked what it is.
             """
             if self._step_index is None:
                 begin = self._begin_index
                 self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+                unaware = self._step_index == 0 and not self._start_was_asked_for
+                if unaware and abs(self._start_std - 1) > (_START if self._rows[0] else _PRIOR):
+                    raise ValueError(
+                        f"the plan {self.config.name!r} starts from noise of standard deviation "
+                        f"{self._start_std:.4g}, and nobody has asked for it: pipelines that do "
+                        "not start from that of 1. Pass `latents=scheduler.init_noise_sigma * "
+                        "noise`, or, where a pipeline takes no latents, write its loop "
+                        "(docs/plans_elsewhere.md)."
+                    )
             if self._step_index >= len(self._rows):
                 raise ValueError("all evaluations of the plan were made; call set_timesteps first.")
             if model_output.shape != sample.shape:
