@@ -128,6 +128,79 @@ def test_kl_optimal_is_comfyuis_formula():
     np.testing.assert_allclose(steps[:-1], steps[0], rtol=2e-3)
 
 
+def published_dmn_objective(lam):
+    """The authors' closed forms, for order 3 and at least 4 steps."""
+    e, h, steps = np.exp(lam), np.diff(lam), len(lam) - 1
+    sigma, alpha = 1 / np.sqrt(1 + e**2), 1 / np.sqrt(1 + e**-2.0)
+    err, total, c = sigma**2 / alpha, 0.0, np.zeros(len(lam))
+
+    def h_0(x):
+        return np.exp(x) - 1
+
+    def h_1(x):
+        return np.exp(x) * x - h_0(x)
+
+    def h_2(x):
+        return np.exp(x) * x * x - 2 * h_1(x)
+
+    for s in range(steps):
+        x, start = h[s], e[s]
+        if s in (0, steps - 1):
+            total += abs(start * h_0(x) * err[s])
+            continue
+        if s in (1, steps - 2):
+            a = h[s - 1]
+            weights = [-start * h_1(x) / a, start * (h_1(x) + a * h_0(x)) / a]
+        else:
+            a, b = h[s - 2], h[s - 1]
+            weights = [
+                start * (h_2(x) + b * h_1(x)) / (a * (a + b)),
+                -start * (h_2(x) + (a + b) * h_1(x)) / (a * b),
+                start * (h_2(x) + (2 * b + a) * h_1(x) + b * (a + b) * h_0(x)) / (b * (a + b)),
+            ]
+        at = np.arange(s - len(weights) + 1, s + 1)
+        if s >= 3:
+            c[at] += err[at] * weights
+        else:
+            total += np.linalg.norm(err[at] * weights)
+    return total + np.abs(c).sum()
+
+
+@pytest.mark.parametrize("n", [5, 8, pytest.param(12, marks=pytest.mark.long)])
+def test_dmn_minimises_the_published_objective(n):
+    process = ds.processes.vp_linear()
+    rng = np.random.default_rng(n)
+    for _ in range(3):
+        lam = np.cumsum(rng.uniform(0.3, 2, n + 1)) - 5
+        want = published_dmn_objective(lam) * np.exp(-lam[-1])
+        assert schedules.dmn_bound(lam) == pytest.approx(want, rel=1e-10)
+    found = process.log_snr(schedules.dmn(process, n, final="t_min"))
+    least = published_dmn_objective(found)
+    for name in ("logsnr", "karras", "uniform"):
+        other = process.log_snr(schedules.get(name)(process, n, final="t_min"))
+        assert least < published_dmn_objective(other)
+    # no single time can be moved to gain
+    for i in range(1, n):
+        for step in (-0.02, 0.02):
+            moved = found.copy()
+            moved[i] += step * (found[i + 1] - found[i])
+            assert published_dmn_objective(moved) > least * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_dmn_on_every_process(process, n):
+    clean, ending = schedules.dmn(process, n), schedules.dmn(process, n, final="t_min")
+    for times in (clean, ending):
+        assert times.shape == (n + 1,)
+        assert np.all(np.diff(times) < 0)
+    assert clean[0] == ending[0] == schedules.logsnr(process, n)[0]
+    assert clean[-1] == process.t_clean
+    assert ending[-1] == process.t_min
+    with pytest.raises(ValueError, match="`order` must be from 1 to 3"):
+        schedules.dmn(process, n, order=4)
+
+
 def published_bong_tangent(steps, pivot=0.6, slope=0.2):
     """RES4LYF's loops, as Python integers and floats."""
     from math import atan, pi
