@@ -26,7 +26,7 @@ class Case:
       exact_start: how many starting states must be exact to see the order.
       steps: the numbers of steps at which the order is measured.
       levels: "given" where the rows stand at the given times; "more" where there are others, or a
-        time is visited twice.
+        time is visited twice; "between" where the network is asked inside the given steps.
       uniform: the order where the test's grid is uniform in the method's variable, by process.
       check: what a tableau checks of itself, as for `Tableau.create`.
     """
@@ -72,8 +72,8 @@ CASES = [
     Case("s_pndm", 2, levels="more"),
     Case("accelerated_ddim", 2),
     Case("gradient_estimation", 1),
-    Case("pfdiff1_1", 2, levels="more"),
-    Case("pfdiff2_1", 1, levels="more"),
+    Case("pfdiff1_1", 2, levels="between"),
+    Case("pfdiff2_1", 1, levels="between"),
     Case("forward_ddim", 1),
     Case("rx_ddim", 2),
     Case("stork2", 2),

@@ -13,7 +13,7 @@ PROCESSES = all_processes()
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-@pytest.mark.parametrize("name", [*schedules.GRIDS, "exponential"])
+@pytest.mark.parametrize("name", [*schedules.GRIDS, "exponential", "beta57", "bong_tangent"])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 100])
 def test_laws(process, name, n):
     clean = schedules.get(name)(process, n)
@@ -126,6 +126,130 @@ def test_kl_optimal_is_comfyuis_formula():
     vp = ds.processes.vp_cosine()
     steps = np.diff(schedules.kl_optimal(vp, 9)[:-1])
     np.testing.assert_allclose(steps[:-1], steps[0], rtol=2e-3)
+
+
+def published_dmn_objective(lam):
+    """The authors' closed forms, for order 3 and at least 4 steps."""
+    e, h, steps = np.exp(lam), np.diff(lam), len(lam) - 1
+    sigma, alpha = 1 / np.sqrt(1 + e**2), 1 / np.sqrt(1 + e**-2.0)
+    err, total, c = sigma**2 / alpha, 0.0, np.zeros(len(lam))
+
+    def h_0(x):
+        return np.exp(x) - 1
+
+    def h_1(x):
+        return np.exp(x) * x - h_0(x)
+
+    def h_2(x):
+        return np.exp(x) * x * x - 2 * h_1(x)
+
+    for s in range(steps):
+        x, start = h[s], e[s]
+        if s in (0, steps - 1):
+            total += abs(start * h_0(x) * err[s])
+            continue
+        if s in (1, steps - 2):
+            a = h[s - 1]
+            weights = [-start * h_1(x) / a, start * (h_1(x) + a * h_0(x)) / a]
+        else:
+            a, b = h[s - 2], h[s - 1]
+            weights = [
+                start * (h_2(x) + b * h_1(x)) / (a * (a + b)),
+                -start * (h_2(x) + (a + b) * h_1(x)) / (a * b),
+                start * (h_2(x) + (2 * b + a) * h_1(x) + b * (a + b) * h_0(x)) / (b * (a + b)),
+            ]
+        at = np.arange(s - len(weights) + 1, s + 1)
+        if s >= 3:
+            c[at] += err[at] * weights
+        else:
+            total += np.linalg.norm(err[at] * weights)
+    return total + np.abs(c).sum()
+
+
+@pytest.mark.parametrize("n", [5, 8, pytest.param(12, marks=pytest.mark.long)])
+def test_dmn_minimises_the_published_objective(n):
+    process = ds.processes.vp_linear()
+    rng = np.random.default_rng(n)
+    for _ in range(3):
+        lam = np.cumsum(rng.uniform(0.3, 2, n + 1)) - 5
+        want = published_dmn_objective(lam) * np.exp(-lam[-1])
+        assert schedules.dmn_bound(lam) == pytest.approx(want, rel=1e-10)
+    found = process.log_snr(schedules.dmn(process, n, final="t_min"))
+    least = published_dmn_objective(found)
+    for name in ("logsnr", "karras", "uniform"):
+        other = process.log_snr(schedules.get(name)(process, n, final="t_min"))
+        assert least < published_dmn_objective(other)
+    # no single time can be moved to gain
+    for i in range(1, n):
+        for step in (-0.02, 0.02):
+            moved = found.copy()
+            moved[i] += step * (found[i + 1] - found[i])
+            assert published_dmn_objective(moved) > least * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_dmn_on_every_process(process, n):
+    clean, ending = schedules.dmn(process, n), schedules.dmn(process, n, final="t_min")
+    for times in (clean, ending):
+        assert times.shape == (n + 1,)
+        assert np.all(np.diff(times) < 0)
+    assert clean[0] == ending[0] == schedules.logsnr(process, n)[0]
+    assert clean[-1] == process.t_clean
+    assert ending[-1] == process.t_min
+    with pytest.raises(ValueError, match="`order` must be from 1 to 3"):
+        schedules.dmn(process, n, order=4)
+
+
+def published_bong_tangent(steps, pivot=0.6, slope=0.2):
+    """RES4LYF's loops, as Python integers and floats."""
+    from math import atan, pi
+
+    def heights(size, slope, pivot, start, end):
+        top, bottom = (((2 / pi) * atan(-slope * (x - pivot)) + 1) / 2 for x in (0, size - 1))
+        return [
+            ((((2 / pi) * atan(-slope * (x - pivot)) + 1) / 2) - bottom)
+            * (1 / (top - bottom))
+            * (start - end)
+            + end
+            for x in range(size)
+        ]
+
+    steps += 2
+    midpoint = int((steps * pivot + steps * pivot) / 2)
+    at, slope = int(steps * pivot), slope / (steps / 40)
+    lower = heights(steps - midpoint, slope, at - midpoint, 0.5, 0.0)
+    return heights(midpoint, slope, at, 1.0, 0.5)[:-1] + lower
+
+
+def test_bong_tangent_is_the_published_one():
+    flow, table = ds.processes.flow(), ds.processes.vp_discrete()
+    for n in (2, 3, 4, 8, 10, 20, 37, 50):
+        want = published_bong_tangent(n)
+        assert len(want) == n + 1
+        got = schedules.bong_tangent(flow, n)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
+        assert 0.5 in got.round(12)
+        np.testing.assert_allclose(schedules.bong_tangent(table, n), 1000 * got - 1, atol=1e-10)
+    other = schedules.bong_tangent(flow, 20, slopes=(0.204, 0.204))  # it can fail: 2 % off
+    assert np.abs(other - published_bong_tangent(20)).max() > 1e-3
+    np.testing.assert_array_equal(schedules.bong_tangent(flow, 1), [1.0, 0.0])
+    for options, message in (
+        ({"middle": 1.0}, "`start`, `middle` and `end` must fall"),
+        ({"pivots": (0.6, 1.0)}, "`pivots` must lie between 0 and 1"),
+        ({"pivots": (0.1, 0.1)}, "leave one of the curves of 5 steps no points"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            schedules.bong_tangent(flow, 5, **options)
+
+
+def test_beta57_is_a_beta():
+    from scipy.special import betainc
+
+    process = ds.processes.flow()
+    times = schedules.get("beta57")(process, 9)
+    np.testing.assert_array_equal(times, schedules.beta(process, 9, a=0.5, b=0.7))
+    np.testing.assert_allclose(betainc(0.5, 0.7, times), 1 - np.arange(10) / 9, atol=1e-12)
 
 
 def test_beta_is_quantiles_of_time():
@@ -279,6 +403,9 @@ def test_user_times_are_used_verbatim(case, name):
             assert np.isin(exact, got).all()
             assert got[0] == exact[0]
             assert got[-1] == exact[-1]
+        elif case.levels == "between":  # the steps are these, and the network is asked within
+            np.testing.assert_array_equal(got[[0, -1]], exact[[0, -1]])
+            assert np.all((exact[1:-1] > got[1:-1]) & (got[1:-1] > exact[2:]))
         else:
             np.testing.assert_array_equal(got, exact)
 

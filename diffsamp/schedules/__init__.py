@@ -12,7 +12,8 @@ through to it; grids in log-SNR, sigma^(1/rho) or the angle put n points from t_
 it, which is EDM's convention (Karras et al. 2022, eq. 5).
 
 `grids` and `warped` have the laws, `stages` the grid of DPM-Solver's single steps, `labels` the
-integer grids of discrete processes, `published` what others found for one model. `diffsamp.search`
+integer grids of discrete processes, `optimised` what minimises a bound without a network,
+`published` what others found for one model. `diffsamp.search`
 optimises schedules for yours. User arrays are as good as these: solvers take any decreasing times
 and use them verbatim.
 """
@@ -44,10 +45,12 @@ from diffsamp.schedules.labels import (
     simple,
     trailing,
 )
+from diffsamp.schedules.optimised import dmn, dmn_bound
 from diffsamp.schedules.published import PUBLISHED, published, resample
 from diffsamp.schedules.stages import dpm_fast
 from diffsamp.schedules.warped import (
     beta,
+    bong_tangent,
     cosine,
     flow_shift,
     linear_quadratic,
@@ -61,8 +64,11 @@ __all__ = [
     "NAMES",
     "PUBLISHED",
     "beta",
+    "bong_tangent",
     "cosine",
     "ddim_uniform",
+    "dmn",
+    "dmn_bound",
     "dpm_fast",
     "exponential",
     "flow_shift",
@@ -110,6 +116,9 @@ _LABELS: dict[str, Callable[..., np.ndarray]] = {
 _SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     **_GRIDS,
     "exponential": exponential,
+    "beta57": functools.partial(beta, a=0.5, b=0.7),
+    "bong_tangent": bong_tangent,
+    "dmn": dmn,
     "dpm_fast": dpm_fast,
     "dpm_fast_2s": functools.partial(dpm_fast, order=2),
     **_LABELS,
@@ -117,8 +126,9 @@ _SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
 }
 
 GRIDS = tuple(_GRIDS)
-"""Laws, for any process. ("exponential" is another name of "logsnr"; "dpm_fast" and "dpm_fast_2s",
-the grids of DPM-Solver's single-step methods, are for them alone.)"""
+"""Laws, for any process. ("exponential" is another name of "logsnr" and "beta57" of a "beta";
+"bong_tangent" and "dmn" are asked for by name; "dpm_fast" and "dpm_fast_2s", the grids of
+DPM-Solver's single-step methods, are for them alone.)"""
 LABELS = tuple(_LABELS)
 """Integer grids, for discrete processes."""
 NAMES = tuple(_SCHEDULES)

@@ -14,6 +14,7 @@ from diffsamp.schedules.grids import checked_ends
 
 __all__ = [
     "beta",
+    "bong_tangent",
     "cosine",
     "flow_shift",
     "linear_quadratic",
@@ -78,6 +79,75 @@ def beta(
     return _warped(
         process, n, t_max, t_min, final, lambda u: 1 - beta_distribution.ppf(1 - u, a, b)
     )
+
+
+def bong_tangent(
+    process: Process,
+    n: int,
+    *,
+    start: float = 1.0,
+    middle: float = 0.5,
+    end: float = 0.0,
+    pivots: tuple[float, float] = (0.6, 0.6),
+    slopes: tuple[float, float] = (0.2, 0.2),
+    t_max: float | None = None,
+    t_min: float | None = None,
+    final: str = "clean",
+) -> np.ndarray:
+    """RES4LYF's "bong_tangent": two falling arctangents, joined at the middle of the time.
+
+    With m = n + 2, the first has int(m pivot) points from `start` to `middle` and the second the
+    rest, down to `end`; each is arctan(-slope (x - int(m pivot)) 40 / m) in the number x of the
+    point, stretched to its ends. The time is the process's, 1 at t_max and 0 at the end; for flow
+    models that is theirs.
+
+    Args:
+      process: the noise process.
+      n: number of evaluations of a one-evaluation method, at least 1. n = 1 is one step.
+      start: where the first curve begins; between the first and the last time these and the other
+        heights only count relative to `start` and `end`.
+      middle: where the curves meet, between `start` and `end`.
+      end: where the second ends, below `start`.
+      pivots: where the curves are steepest, as fractions of the points, between 0 and 1.
+      slopes: how steep they are, positive.
+      t_max: first time; None: the process's.
+      t_min: last time with final="t_min"; None: the process's.
+      final: "clean" or "t_min".
+
+    Returns:
+      float64 times, shape (n + 1,), decreasing.
+
+    Raises:
+      ValueError: numbers out of range; so few steps that the pivots leave a curve without points.
+
+    Reference: ClownsharkBatwing's RES4LYF, `sigmas.py`; also in stable-diffusion.cpp.
+    """
+    if not start > middle > end:
+        raise ValueError(f"`start`, `middle` and `end` must fall; got {start}, {middle} and {end}.")
+    if not (all(0 < pivot < 1 for pivot in pivots) and all(0 < s < np.inf for s in slopes)):
+        raise ValueError(
+            "`pivots` must lie between 0 and 1, and `slopes` be positive; got "
+            f"{pivots} and {slopes}."
+        )
+    points = expect_int(n, "n", at_least=1) + 2
+
+    def curve(size: int, pivot: float, slope: float, top: float, bottom: float) -> np.ndarray:
+        heights = -np.arctan(40 / points * slope * (np.arange(size) - pivot))
+        return bottom + (heights - heights[-1]) / (heights[0] - heights[-1]) * (top - bottom)
+
+    def warp(u: np.ndarray) -> np.ndarray:
+        if n == 1:
+            return u
+        first = int(points * (pivots[0] + pivots[1]) / 2)
+        if first < 2 or points - first < 2:
+            raise ValueError(f"`pivots` {pivots} leave one of the curves of {n} steps no points.")
+        at = [int(points * pivot) for pivot in pivots]
+        upper = curve(first, at[0], slopes[0], start, middle)
+        lower = curve(points - first, at[1] - first, slopes[1], middle, end)
+        heights = np.concatenate([upper[:-1], lower])
+        return (start - heights) / (start - end)
+
+    return _warped(process, n, t_max, t_min, final, warp)
 
 
 def cosine(
