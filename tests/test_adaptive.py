@@ -252,9 +252,9 @@ def test_structures_without_a_batch_axis_and_under_jit():
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        ("vp_linear", gaussian_3d),
+        pytest.param("vp_linear", gaussian_3d, marks=pytest.mark.long),
         ("vp_linear", skewed_mixture),
-        ("edm", skewed_mixture),
+        pytest.param("edm", skewed_mixture, marks=pytest.mark.long),
         ("flow", gaussian_3d),
     ],
 )

@@ -121,7 +121,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "dims", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+)
 def test_values_and_gradients_are_those_of_jax(dims):
     for i, options in enumerate(OPTIONS[dims]):
         # every layout without options, and with each of them one in turn

@@ -204,7 +204,7 @@ def test_uniform_noise_against_the_matrix_exponential():
 
     network = discrete.TokenFn(apply, jnp.asarray(p, jnp.float32), 2, mask=5)
     x = jax.random.randint(KEY, (DRAWS, 1), 0, 2)
-    for n in range(1, 7):
+    for n in (1, 4, 6):
         head = jax.tree.map(lambda v, n=n: v[: n + (len(v) > 6)], rows)
         y = discrete.sample(network, head, x, key=jax.random.key(2))
         rate = -np.log(max(rows.alpha[n], 1e-12)) / 2

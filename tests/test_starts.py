@@ -30,7 +30,10 @@ def stay(process):
     return ds.ScoreFn(lambda params, x, t: 0 * x, {}, process, prediction="noise")
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("edm", "flow") else pytest.param(n, marks=pytest.mark.long) for n in PROCESSES],
+)
 def test_from_half_of_the_range(name, tmp_path):
     """With no noise predicted the sample is x / alpha: its std is sigma / alpha of the start."""
     process = PROCESSES[name]

@@ -122,6 +122,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert np.isfinite(whole).all()
 
 
+@pytest.mark.long
 def test_a_jacobian_that_is_no_covariance_does_no_harm(x64):
     """Of networks with any Jacobian: the residual of the system never grows from its start."""
     from diffsamp.guidance.measurements import solve

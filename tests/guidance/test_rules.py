@@ -147,7 +147,13 @@ def test_a_rule_of_ones_own_with_a_scale_by_row_and_by_sample(x64):
         )
 
 
-@pytest.mark.parametrize("process", all_processes().values(), ids=all_processes())
+@pytest.mark.parametrize(
+    "process",
+    [
+        pytest.param(p, id=n, marks=() if n in ("vp_linear", "edm", "flow") else pytest.mark.long)
+        for n, p in all_processes().items()
+    ],
+)
 def test_an_identity_rule_changes_nothing(process, x64):
     """In any prediction, for a tableau in any form."""
     target = ds.targets.gaussian([0.3], 0.4)

@@ -85,7 +85,10 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("regress", "compare") else pytest.param(n, marks=pytest.mark.long) for n in LIMITS],
+)
 def test_it_says_what_it_costs_and_keeps_within_a_limit(name, caplog):
     counted, x_T = Counted(), start(12)
     with caplog.at_level(logging.INFO, logger="diffsamp.search"):
@@ -150,6 +153,7 @@ def test_distill_makes_as_many_steps_as_a_limit_allows():
     assert plan.settings["evaluations"] == 2 * 4 + 3 * 3 * 4 * steps + looks + judged
 
 
+@pytest.mark.long
 def test_best_shares_a_limit_and_counts_all():
     counted, x_T = Counted(), start(32)
     options = {"nfe": (3, 4), "key": KEY, "batch": 24}

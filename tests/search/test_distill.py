@@ -329,7 +329,7 @@ def test_options_that_do_not_fit(score_fn, options, message):
         search.distill(score_fn, start(8), nfe=2, key=jax.random.key(0), **options)
 
 
-@pytest.mark.parametrize("radius", [0.0, 0.02])
+@pytest.mark.parametrize("radius", [pytest.param(0.0, marks=pytest.mark.long), 0.02])
 def test_micro_batches_give_the_same_plan(score_fn, radius):
     """The gradient of a step in pieces is that of the whole, for the starts as for the numbers."""
     first = solvers.ipndm(PROCESS, schedules.karras(PROCESS, 4), order=3)

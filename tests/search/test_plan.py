@@ -45,7 +45,16 @@ def found(name, score_fn):
     return ds.search.compare(score_fn, x_T, nfe=(3,), **few).plan(score_fn, 3)
 
 
-@pytest.mark.parametrize("name", ["refine", "regress", "distill", "best", "compare"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "refine",
+        pytest.param("regress", marks=pytest.mark.long),
+        pytest.param("distill", marks=pytest.mark.long),
+        pytest.param("best", marks=pytest.mark.long),
+        "compare",
+    ],
+)
 def test_searches_say_what_the_plan_is_for(score_fn, name):
     plan = found(name, score_fn)
     expect_valid(plan)

@@ -34,7 +34,10 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("vp", "flow") else pytest.param(n, marks=pytest.mark.long) for n in PROCESSES],
+)
 def test_a_gaussian_of_two_variances_is_exact_in_three_evaluations(name):
     """The last row has two weights for two equations; in one it has none, and misses."""
     process, prediction = PROCESSES[name]

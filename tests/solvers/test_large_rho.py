@@ -51,11 +51,15 @@ def test_everything_builds_everywhere(name):
 SOLVERS = [s for s in solvers.SOLVERS.values() if not s.stochastic]
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
+# they do not keep a constant data prediction, by definition
+UNCHECKED = ("conjugate_ddim", "lawson2", "lawson4")
+
+
+@pytest.mark.parametrize(
+    "solver", [s for s in SOLVERS if s.name not in UNCHECKED], ids=lambda s: s.name
+)
 def test_a_wrong_coefficient_fails_here_too(solver):
     """What the check forgives is rounding: any weight that matters by 1 % is found."""
-    if solver.name == "conjugate_ddim":
-        pytest.skip("it does not keep a constant data prediction, by definition")
     tableau = solver(LARGE, schedules.logsnr(LARGE, 8))
     for array in ("a", "b"):
         numbers = getattr(tableau, array)
@@ -77,7 +81,8 @@ def test_float32_is_enough(name):
     """Against NumPy's float64 run of the same tableau, for a network that knows data exactly.
 
     A noise network in float32 says nothing of the data at rho = 2e4, whatever the solver; its
-    rounding is not what is tested. DEIS of order 3 and more in t extrapolates too far here.
+    rounding is not what is tested. DEIS of order 3 and more in t extrapolates too far here, and so
+    does F-DDIM, whose steps of this length overshoot to ten times the data's size.
     """
     process = PROCESSES[name]
     mean, variance = 0.5, 0.3
@@ -87,7 +92,7 @@ def test_float32_is_enough(name):
         tableaux = [
             solver(process, schedules.get(grid)(process, 8))
             for solver in SOLVERS
-            if solver.name not in ("deis_tab3", "accelerated_ddim")
+            if solver.name not in ("deis_tab3", "accelerated_ddim", "forward_ddim")
         ]
         size = {k: max(getattr(t, k) for t in tableaux) for k in ("rows", "p", "q")}
         for tableau in tableaux:

@@ -60,7 +60,14 @@ def test_order(case, where):
     assert slope(case, *PROCESSES[where]) == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        c if i % 4 == 0 else pytest.param(c, marks=pytest.mark.long)
+        for i, c in enumerate(DETERMINISTIC)
+    ],
+    ids=str,
+)
 def test_a_wrong_coefficient_is_caught(case):
     """A weight off by 4 % (kept consistent, so that the self-check is silent) breaks the order.
 
