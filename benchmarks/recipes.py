@@ -112,9 +112,9 @@ def objectives(arguments: argparse.Namespace) -> str:
 
     base = problem.searched(nfe)
     start = base.tableau
-    own_times = np.append(start.times[np.asarray(start.evaluates)[: start.rows].nonzero()], 0.0)
-    noisy = ds.solvers.ddim(problem.process, own_times, eta=0.3)
-    quiet = ds.solvers.ddim(problem.process, own_times)
+    grid = ds.schedules.logsnr(problem.process, nfe)
+    noisy = ds.solvers.ddim(problem.process, grid, eta=0.3)
+    quiet = ds.solvers.ddim(problem.process, grid)
     lines: dict[str, Callable[[], search.Plan]] = {
         "error to the trajectory: `regress`, `refine`": lambda: base,
         "features: `feature_error`, `distill`": lambda: distill(start, close),
