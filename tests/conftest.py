@@ -1,7 +1,6 @@
 """Test settings: strict dtypes and ranks, warnings as errors, two CPU devices."""
 
 import gc
-import tempfile
 from pathlib import Path
 
 import jax
@@ -13,12 +12,6 @@ jax.config.update("jax_numpy_dtype_promotion", PROMOTION)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_platforms", "cpu")
-
-# many tests write the same program anew; each worker has a folder of its own, for one run
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="diffsamp-programs-", ignore_cleanup_errors=True)
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

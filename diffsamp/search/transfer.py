@@ -148,6 +148,9 @@ class _Curves:
         index = np.subtract.outer(np.arange(count), np.arange(count))
         lags = np.where(index >= 0, np.take_along_axis(square, np.maximum(index, 0), axis=1), 0.0)
         first = float(tableau.times[0])
+        noise = numbers.get("noise", np.zeros(count))
+        if count > 1 and tableau.sigma[count] == 0:
+            noise[-1] = noise[-2]  # the last row has no noise to say anything by
         with np.errstate(divide="ignore"):
             start = np.log(tableau.alpha[0]) - np.log(tableau.sigma[0])
         end = [getattr(tableau, name)[count] for name in ("times", "alpha", "sigma")]
@@ -157,7 +160,7 @@ class _Curves:
             lags,
             numbers.get("labels", np.zeros(count)),
             numbers["state"],
-            numbers.get("noise", np.zeros(count)),
+            noise,
             np.asarray(end, np.float64),
             process,
         )
@@ -173,49 +176,48 @@ class _Curves:
         ratio = self.nfe / count
         return {
             "first": np.asarray(self.first),
-            "log_snr": self._levels(own, place)[1:],
+            "log_snr": self._levels(place)[1:],
             "labels": np.interp(place, own, self.offsets) * ratio,
             "state": np.interp(place, own, self.state) * ratio,
-            # a step renews its noise in proportion to its length: sin(phi)^2, for short steps
-            "noise": np.arctan(np.tan(np.interp(place, own, self.noise)) * np.sqrt(ratio)),
+            "noise": self._angles(np.interp(place, own, self.noise), ratio),
             **self._weights(own, place),
         }
 
-    def _levels(self, own: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """(count,) log-SNR; beyond the last evaluation along the last step."""
-        log_snr = self.log_snr
-        if not np.isfinite(log_snr[0]):  # alpha = 0: the first step is no length in log-SNR
-            log_snr = log_snr.copy()
-            if self.nfe > 1:
-                inside = (place > 0) & (place < own[1])
-                times = np.interp(place[inside], own[:2], [self.first, self._time(log_snr[1])])
-                log_snr[0] = 2 * log_snr[1] - (log_snr[2] if self.nfe > 2 else log_snr[1] + 1)
-            else:
-                inside, times = place > 0, (1 - place[place > 0]) * self.first
-                log_snr[0] = 0.0
-            levels = np.interp(place, own, log_snr)
+    @staticmethod
+    def _angles(angles: np.ndarray, ratio: float) -> np.ndarray:
+        """Angles of steps of `ratio` of the length: what steps in a row keep is multiplied."""
+        return np.sign(angles) * np.arccos(np.abs(np.cos(angles)) ** ratio)
+
+    def _levels(self, place: np.ndarray) -> np.ndarray:
+        """(count,) log-SNR; beyond the last evaluation along the last step.
+
+        Where that leaves the process's range, all steps give a part of theirs.
+        """
+        log_snr = self.log_snr.copy()
+        last = self.nfe - 1
+        at_once = not np.isfinite(log_snr[0])  # alpha = 0: the first step has no length in log-SNR
+        if at_once:
+            after = log_snr[2] - log_snr[1] if self.nfe > 2 else 1.0
+            log_snr[0] = log_snr[1] - after if last else 0.0
+        room = self._most() - log_snr[-1]
+        step = log_snr[-1] - log_snr[-2] if last else room
+        rows = place * self.nfe
+        more = int(np.sum(rows > last))
+        if more:
+            ahead = min(rows[-1] - last, room / step * more / (more + 1))
+            rows = rows * ((last + ahead) / rows[-1])
+        levels = np.interp(rows, np.arange(self.nfe), log_snr) + np.maximum(rows - last, 0.0) * step
+        if at_once:
+            second = self._time(log_snr[1]) if last else 0.0
+            inside = (rows > 0) & (rows < 1)
+            times = self.first + rows[inside] * (second - self.first)
             levels[inside] = np.asarray(self.process.log_snr(times))
-        else:
-            levels = np.interp(place, own, log_snr)
-        beyond = place > own[-1]
-        if np.any(beyond):
-            step = log_snr[-1] - log_snr[-2] if self.nfe > 1 else self._rest()
-            levels[beyond] = log_snr[-1] + (place[beyond] - own[-1]) * self.nfe * step
-            # the rest is shared where the last steps would leave the process's range
-            most = self._most()
-            if levels[-1] >= most:
-                levels[beyond] = log_snr[-1] + (most - log_snr[-1]) * np.arange(
-                    1, beyond.sum() + 1
-                ) / (beyond.sum() + 1)
         return levels
 
     def _most(self) -> float:
         """The largest log-SNR at which to ask: that of t_min, or of the sample if it is lower."""
         end = np.log(self.end[1]) - np.log(self.end[2]) if self.end[2] > 0 else np.inf
         return float(min(self.process.log_snr(self.process.t_min), end))
-
-    def _rest(self) -> float:
-        return self._most() - float(self.log_snr[-1])
 
     def _time(self, log_snr: float) -> float:
         return float(self.process.time(np.float64(log_snr)))

@@ -56,6 +56,7 @@ def sample(
     threshold: float = 0.5,
     cond: Conditions | None = None,
     select_one: bool = False,
+    own_starts: bool | None = None,
 ) -> Steered:
     """Sample with particles that carry weights; systematic resampling, weights accumulated between.
 
@@ -93,6 +94,9 @@ def sample(
       cond: keyword arguments for the network, one entry per sample; also given to f.
       select_one: resample to copies of one particle, drawn by its weight (SVDD's choice among
         proposals); with `threshold=1`.
+      own_starts: whether x_T has an axis of particles, (batch, particles, ...). None: where its
+        second axis has that length and the network takes what is left of it; say False where it is
+        one of the data's.
 
     Returns:
       (x, log_weights, log_Z), and `.ess`.
@@ -125,13 +129,21 @@ def sample(
         raise ValueError(f"`threshold` must lie in [0, 1]; got {threshold}.")
     x_T = jax.tree.map(jnp.asarray, x_T)
     batch = jax.tree.leaves(x_T)[0].shape[0]
-    whole = all(v.ndim > 1 and v.shape[1] == particles for v in jax.tree.leaves(x_T))
-    if whole:
-        x_T = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), x_T)
-    else:
-        x_T = jax.tree.map(lambda v: jnp.repeat(v, particles, axis=0), x_T)
     network = score_fn if proposal is None else proposal
     rows = sampling._bind(network, tableau)
+    fits = all(v.ndim > 1 and v.shape[1] == particles for v in jax.tree.leaves(x_T))
+    if own_starts and not fits:
+        raise ValueError(
+            f"`own_starts` wants x_T of shape (batch, {particles}, ...), one start for each of "
+            f"{particles} particles; got {[v.shape for v in jax.tree.leaves(x_T)]}."
+        )
+    each = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), x_T) if fits else x_T
+    if own_starts is None:
+        many = _spread(cond, batch, particles)
+        own_starts = fits and (
+            _takes(network, rows.bound, each, many) or not _takes(network, rows.bound, x_T, cond)
+        )
+    x_T = each if own_starts else jax.tree.map(lambda v: jnp.repeat(v, particles, axis=0), x_T)
     plain = None if proposal is None or _says_both(proposal, score_fn) else score_fn
     also = None if plain is None else sampling._bind(plain, tableau).bound
     alpha, sigma, times = (np.asarray(v) for v in (tableau.alpha, tableau.sigma, tableau.times))
@@ -165,6 +177,26 @@ def sample(
     return Steered(*result)
 
 
+def _takes(network: Network, bound: PyTree, x: PyTree, cond: Conditions | None) -> bool:
+    """Whether the network takes states of this shape."""
+    first = jax.tree.map(lambda v: v[0], bound)
+    try:
+        jax.eval_shape(lambda x: network.predict(x, first, cond), x)
+    except Exception:  # it may refuse a shape in any way
+        return False
+    return True
+
+
+def _spread(cond: Conditions | None, batch: int, particles: int) -> Conditions | None:
+    """Conditions of samples, for each of their particles."""
+
+    def spread(leaf: PyTree) -> PyTree:
+        own = np.shape(leaf)[:1] == (batch,)
+        return jnp.repeat(jnp.asarray(leaf), particles, axis=0) if own else leaf
+
+    return jax.tree.map(spread, cond)
+
+
 def _says_both(proposal: PyTree, score_fn: Network) -> bool:
     return hasattr(proposal, "with_plain") and proposal.score_fn is score_fn
 
@@ -187,12 +219,7 @@ def _run(
     guided: bool,
 ) -> tuple[PyTree, PyTree, PyTree]:
     batch = keys.shape[0]
-
-    def spread(leaf: PyTree) -> PyTree:
-        own = np.shape(leaf)[:1] == (batch,)
-        return jnp.repeat(jnp.asarray(leaf), particles, axis=0) if own else leaf
-
-    cond = jax.tree.map(spread, cond)
+    cond = _spread(cond, batch, particles)
     numbered = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     own_keys = numbered(keys, jnp.arange(particles)).reshape(-1)
     draws = jax.vmap(jax.random.fold_in, (0, None))(keys, _RESAMPLING)

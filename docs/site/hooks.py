@@ -17,6 +17,12 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the tests read the pages without the site's builder
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = "docs"
@@ -224,7 +230,7 @@ def gallery() -> str:
 # -- what mkdocs calls
 
 
-def on_config(config):  # type: ignore[no-untyped-def]
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lists the notebooks in the navigation."""
     names = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     for section in config["nav"]:
@@ -233,7 +239,7 @@ def on_config(config):  # type: ignore[no-untyped-def]
     return config
 
 
-def on_files(files, config):  # type: ignore[no-untyped-def]
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are made."""
     from mkdocs.structure.files import File
 
@@ -257,7 +263,7 @@ def on_files(files, config):  # type: ignore[no-untyped-def]
     return files
 
 
-def on_page_markdown(markdown, page, config, files):  # type: ignore[no-untyped-def]
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Writes a page for the site."""
     source = page.file.src_uri
     if source.startswith(("benchmarks/", "CHANGELOG")):
@@ -270,6 +276,6 @@ def on_page_markdown(markdown, page, config, files):  # type: ignore[no-untyped-
     return with_references(markdown, source, entries())
 
 
-def on_page_content(html, page, config, files):  # type: ignore[no-untyped-def]
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links the papers."""
     return html if page.file.src_uri.startswith("benchmarks/") else with_papers(html)

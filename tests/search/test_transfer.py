@@ -51,15 +51,33 @@ def test_ddim_stays_ddim_on_the_times_of_its_curve(process, nfe):
 
 
 def test_twice_as_many_rows_take_the_steps_between():
-    """In log-SNR, in which an exponential integrator counts, and on along the last step."""
+    """In log-SNR, in which an exponential integrator counts, and on where there is room."""
     grid = np.append(PROCESS.time(np.linspace(-2.9, 3.1, 4)), 0.0)
     found = search.transfer(ds.solvers.ddim(PROCESS, grid), PROCESS, nfe=8)
-    wanted = np.append(np.linspace(-2.9, 3.1, 7), (3.1 + np.log(50)) / 2)
+    wanted = np.linspace(-2.9, (3.1 + np.log(50)) / 2, 8)  # sigma_min = .02 ends the process
     got = np.log(found.alpha[-9:-1]) - np.log(found.sigma[-9:-1])
-    np.testing.assert_allclose(got, wanted, atol=1e-9)  # at sigma_min = .02 the process ends
+    np.testing.assert_allclose(got, wanted, atol=1e-9)
     again = search.transfer(ds.solvers.ddim(PROCESS, grid[[0, 1, -1]]), PROCESS, nfe=4)
     got = np.log(again.alpha[-5:-1]) - np.log(again.sigma[-5:-1])
     np.testing.assert_allclose(got, [-2.9, -1.9, -0.9, 0.1], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_3m", "ipndm3", "unipc3", "dpmpp_3m_sde"])
+@pytest.mark.parametrize("nfe", [1, 2, 3, 8, 30])
+def test_a_constant_stays_exact(name, nfe):
+    """Also where early rows have fewer answers behind them than the rows they come from."""
+    tableau = ds.solvers.get(name)(PROCESS, ds.schedules.logsnr(PROCESS, 12))
+    search.transfer(tableau, PROCESS, nfe=nfe).check()
+
+
+@pytest.mark.parametrize("nfe", [2, 8, 12])
+def test_ddpm_stays_ddpm(nfe):
+    """Half a step keeps the root of what the step keeps of the noise."""
+    grid = np.append(PROCESS.time(np.linspace(-2.0, 2.0, 5)), 0.0)
+    found = search.transfer(ds.solvers.ddpm(PROCESS, grid), PROCESS, nfe=nfe)
+    inner = np.linspace(-2.0, -2.0 + 5 * (nfe - 1) / nfe, nfe)
+    own = ds.solvers.ddpm(PROCESS, np.append(PROCESS.time(inner), 0.0))
+    same(found, from_largest_level(own, PROCESS), atol=1e-9)
 
 
 def test_between_two_samplers_numbers_are_between():

@@ -162,6 +162,29 @@ def test_one_call_of_the_network_and_no_dependence_on_the_batch():
     assert np.asarray(same.x).std() > 0.1
 
 
+def test_an_axis_of_the_data_is_none_of_particles():
+    """(2, 4) may be two states of four numbers, for a network that takes nothing else."""
+
+    def apply(params, x, t):
+        return x @ params
+
+    network = ds.ScoreFn(apply, 0.5 * jnp.eye(4), PROCESS, prediction="data")
+    options = {
+        "key": jax.random.key(3),
+        "potential": steering.reward(first, 0.3),
+        "particles": 4,
+    }
+    x_T = jax.random.normal(jax.random.key(1), (2, 4))
+    inferred = steering.sample(network, ddpm(n=6), x_T, **options)
+    said = steering.sample(network, ddpm(n=6), x_T, own_starts=False, **options)
+    assert inferred.x.shape == said.x.shape == (2, 4, 4)
+    np.testing.assert_array_equal(inferred.x, said.x)
+    either = ds.targets.gaussian([0.0], 1.0).score_fn(PROCESS)
+    assert steering.sample(either, ddpm(n=6), x_T[..., None], **options).x.shape == (2, 4, 1)
+    with pytest.raises(ValueError, match=r"one start for each of 4 particles"):
+        steering.sample(network, ddpm(n=6), x_T[:, :3], own_starts=True, **options)
+
+
 def test_multistep_samplers_and_rows_without_evaluation():
     """SDE-DPM-Solver++ keeps its histories through resampling; Restart's noise rows add nothing."""
     restart = ds.solvers.restart(
