@@ -30,13 +30,15 @@ class Fresh(NamedTuple):
     """What the noise of a row may depend on.
 
     Attributes:
-      data: the data prediction, in at least float32.
+      x: the state, in at least float32.
+      data: the data prediction, likewise.
       pull: a gradient by it -> the gradient by the state, one vector-Jacobian product.
       level: the row's level.
       row: its number.
       cond: the conditions.
     """
 
+    x: PyTree
     data: PyTree
     pull: Callable[[PyTree], PyTree]
     level: Level
@@ -103,7 +105,7 @@ class Redrawn(Transform):
         data, back = jax.vjp(ask, wide) if self.pulls else (ask(wide), _no_gradient)
         batch = jax.tree.leaves(x)[0].shape[0] if self.batched else None
         z = random.normal_like(random.sample_keys(self.key, batch), bound.row, wide)
-        told = Fresh(data, lambda v: back(v)[0], bound.level, bound.row, cond)
+        told = Fresh(wide, data, lambda v: back(v)[0], bound.level, bound.row, cond)
         noise = self.f(z, told)
 
         def add(d: jax.Array, v: jax.Array, e: jax.Array, like: jax.Array) -> jax.Array:

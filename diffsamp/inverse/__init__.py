@@ -5,7 +5,7 @@
 
 from diffsamp.inverse.distillation import ddcm, dmd, sds, vsd
 from diffsamp.inverse.loops import daps, ddnm, diffpir, red_diff, repaint
-from diffsamp.inverse.noisy import ddnm_plus
+from diffsamp.inverse.noisy import ddnm_plus, ddrm
 from diffsamp.inverse.operators import Operator, blur, downsample, linear, mask, nonlinear
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ddcm",
     "ddnm",
     "ddnm_plus",
+    "ddrm",
     "diffpir",
     "dmd",
     "downsample",

@@ -1,8 +1,13 @@
-"""Range-null-space projection for measurements with noise."""
+"""Measurements with noise, in the basis in which the operator is diagonal: DDNM+ and DDRM.
+
+Both keep the data prediction where nothing is measured, move it towards the measurement as far as
+the measurement's own noise allows, and draw the less new noise the more of that noise is taken in.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +20,7 @@ from diffsamp.guidance import Fresh, Transform
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
 
-__all__ = ["ddnm_plus"]
+__all__ = ["ddnm_plus", "ddrm"]
 
 
 def ddnm_plus(
@@ -25,52 +30,190 @@ def ddnm_plus(
     noise: float,
     times: Times,
     key: jax.Array,
-    *,
-    singular: float = 1.0,
 ) -> tuple[Transform, Tableau]:
     """DDNM+: the projection as far as the measurement's noise allows, and that much less new noise.
 
-    D' = D - l A^+ (A D - y) with l = min(1, sigma' s / (alpha' noise)), and x' = alpha' D' + fresh
-    noise, of variance sigma'^2 outside of what A sees and sigma'^2 - (l alpha' noise / s)^2 inside:
-    the measurement's own noise makes up for the rest. For operators whose singular values other
-    than 0 are all s.
+    For a singular value s, with l = min(1, sigma' s / (alpha' noise)): D' = D - l A^+ (A D - y)
+    and x' = alpha' D' + fresh noise of variance sigma'^2 - (l alpha' noise / s)^2, as the
+    measurement's own noise makes up for the rest. Where s = 0, D and sigma'^2.
 
     Args:
       score_fn: a network or transform.
-      operator: with `pinv`, such as `mask` (s = 1) or `downsample(k)` of images (s = 1 / k).
-      y: the measurement, or the name of an entry of `cond`.
+      operator: linear, with `pinv` and `filter`, such as those of this package.
+      y: the measurement, or the name of an entry of `cond` that holds one per sample.
       noise: its standard deviation, positive.
       times: (n + 1,) decreasing times.
       key: one, or one per sample.
-      singular: s.
 
     Returns:
       (transform, tableau), to be sampled together, without a key.
 
     Raises:
-      ValueError: a noise or a singular value that is not positive.
+      ValueError: a noise that is not positive.
 
     Reference: Wang, Yu & Zhang 2023, arXiv:2212.00490, section 3.3, with eta = 1.
     """
-    for name, value in (("noise", noise), ("singular", singular)):
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"`{name}` must be positive; got {value}.")
+    return _redrawn(score_fn, operator, y, noise, times, key, _ddnm_plus, ())
+
+
+def ddrm(
+    score_fn: ScoreFn | Transform,
+    operator: PyTree,
+    y: PyTree,
+    noise: float,
+    times: Times,
+    key: jax.Array,
+    *,
+    eta: float = 0.85,
+    eta_b: float = 1.0,
+) -> tuple[Transform, Tableau]:
+    """DDRM: a variational chain of its own for every singular value of the operator.
+
+    With ybar = A^+ y, E the noise prediction and rho' = sigma' / alpha', the next x / alpha is
+
+    - where s = 0: D + sqrt(1 - eta^2) rho' E + eta rho' z,
+    - where rho' < noise / s: D + sqrt(1 - eta^2) rho' (ybar - D) s / noise + eta rho' z,
+    - else: D + eta_b (ybar - D) + sqrt(rho'^2 - eta_b^2 noise^2 / s^2) z.
+
+    The start is the process's own; the paper's is drawn around ybar, which is the same to
+    1 / rho_max.
+
+    Args:
+      score_fn: a network or transform.
+      operator: linear, with `pinv` and `filter`, such as those of this package.
+      y: the measurement, or the name of an entry of `cond` that holds one per sample.
+      noise: its standard deviation, positive.
+      times: (n + 1,) decreasing times.
+      key: one, or one per sample.
+      eta: share of new noise, in [0, 1].
+      eta_b: weight of the measurement, in [0, 1].
+
+    Returns:
+      (transform, tableau), to be sampled together, without a key.
+
+    Raises:
+      ValueError: a noise that is not positive, a share outside [0, 1].
+
+    Reference: Kawar et al. 2022, arXiv:2201.11793, equations 7 and 8.
+    """
+    for name, value in (("eta", eta), ("eta_b", eta_b)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must lie in [0, 1]; got {value}.")
+    return _redrawn(score_fn, operator, y, noise, times, key, _ddrm, (float(eta), float(eta_b)))
+
+
+def _redrawn(
+    score_fn: ScoreFn | Transform,
+    operator: PyTree,
+    y: PyTree,
+    noise: float,
+    times: Times,
+    key: jax.Array,
+    f: Callable[..., PyTree],
+    numbers: tuple[float, ...],
+) -> tuple[Transform, Tableau]:
+    """Rows x' = alpha' D + sigma' f; what f adds to noise is divided by sigma'."""
+    if not (np.isfinite(noise) and noise > 0):
+        raise ValueError(
+            f"`noise` must be positive; got {noise}. Without noise take `ddnm` or `guidance.ddnm`."
+        )
+    if not callable(getattr(operator, "filter", None)):
+        raise TypeError(
+            "this method weighs singular values: it needs an operator with `filter(h, x)`, as "
+            "those of `diffsamp.inverse` have; got "
+            f"{type(operator).__name__}."
+        )
     rows = solvers.renoise(score_fn.process, times, share=1.0)
-    alpha, sigma = (np.asarray(v)[1:] for v in (rows.alpha, rows.sigma))
-    own = alpha * noise / singular  # the measurement's noise in the state
-    share = np.minimum(1.0, sigma / own)
-    inside = np.sqrt(np.maximum(sigma**2 - (share * own) ** 2, 0.0))
-    ratio = inside / np.where(sigma > 0, sigma, 1.0)
-    projected = guidance.ddnm(score_fn, operator, y, rows)
-    partly = dataclasses.replace(projected, gain=projected.gain * share)
-    return guidance.redraw(partly, rows, Partial(_split, operator, ratio), key)
+    sigma = np.asarray(rows.sigma)[1:]
+    rho = sigma / np.asarray(rows.alpha)[1:]
+    shared = (float(noise), rho, numbers)
+    if isinstance(y, str):
+        return guidance.redraw(
+            score_fn, rows, Partial(_named(f, y), operator, *shared), key, names=(y,)
+        )
+    return guidance.redraw(score_fn, rows, Partial(f, operator, y, *shared), key)
 
 
-def _split(operator: PyTree, ratio: Array, z: PyTree, told: Fresh) -> PyTree:
-    seen = operator.pinv(operator(z))
-    less = jnp.asarray(ratio)[told.row] - 1
+@functools.cache
+def _named(f: Callable[..., PyTree], name: str) -> Callable[..., PyTree]:
+    """f with an entry of the conditions as its measurement."""
 
-    def one(e: jax.Array, inside: jax.Array) -> jax.Array:
-        return e + scale_rows(less, e) * inside.astype(e.dtype)
+    def g(
+        operator: PyTree, noise: Array, rho: Array, numbers: Array, z: PyTree, told: Fresh
+    ) -> PyTree:
+        assert told.cond is not None  # redraw was told its name
+        return f(operator, told.cond[name], noise, rho, numbers, z, told)
 
-    return jax.tree.map(one, z, seen)
+    return g
+
+
+def _missing(operator: PyTree, y: PyTree, data: PyTree) -> PyTree:
+    """A^+ (y - A D)."""
+    less = jax.tree.map(lambda v, got: jnp.asarray(v, got.dtype) - got, y, operator(data))
+    return operator.pinv(less)
+
+
+def _level(rho: Array, told: Fresh) -> tuple[jax.Array, jax.Array]:
+    """Next row's sigma / alpha, and a number to divide by in its place."""
+    now = jnp.asarray(rho, jax.tree.leaves(told.data)[0].dtype)[told.row]
+    return now, jnp.where(now > 0, now, 1)
+
+
+def _ddnm_plus(
+    operator: PyTree,
+    y: PyTree,
+    noise: Array,
+    rho: Array,
+    numbers: tuple[Array, ...],
+    z: PyTree,
+    told: Fresh,
+) -> PyTree:
+    del numbers
+    now, by = _level(rho, told)
+
+    def share(s: jax.Array) -> jax.Array:
+        return jnp.minimum(1, now * s / jnp.asarray(noise, s.dtype))
+
+    def left(s: jax.Array) -> jax.Array:
+        own = jnp.where(s > 0, share(s) * jnp.asarray(noise, s.dtype) / jnp.where(s > 0, s, 1), 0)
+        return jnp.sqrt(jnp.maximum(1 - (own / by) ** 2, 0))
+
+    towards = operator.filter(lambda s: share(s) / by, _missing(operator, y, told.data))
+    return jax.tree.map(jnp.add, towards, operator.filter(left, z))
+
+
+def _ddrm(
+    operator: PyTree,
+    y: PyTree,
+    noise: Array,
+    rho: Array,
+    numbers: tuple[Array, ...],
+    z: PyTree,
+    told: Fresh,
+) -> PyTree:
+    now, by = _level(rho, told)
+    eta, eta_b = (jnp.asarray(v, now.dtype) for v in numbers)
+    kept = jnp.sqrt(1 - eta**2)
+
+    def own(s: jax.Array) -> jax.Array:  # the measurement's noise in this direction
+        return jnp.asarray(noise, s.dtype) / jnp.where(s > 0, s, 1)
+
+    def towards(s: jax.Array) -> jax.Array:
+        return jnp.where(s > 0, jnp.where(now < own(s), kept / own(s), eta_b / by), 0)
+
+    def fresh(s: jax.Array) -> jax.Array:
+        left = jnp.sqrt(jnp.maximum(1 - (eta_b * own(s) / by) ** 2, 0))
+        return jnp.where((s > 0) & (now >= own(s)), left, eta)
+
+    def noise_of(x: jax.Array, d: jax.Array) -> jax.Array:
+        at = told.level
+        return (x - scale_rows(at.alpha, d) * d) / scale_rows(at.sigma, d)
+
+    terms = (
+        operator.filter(
+            lambda s: jnp.where(s > 0, 0, kept), jax.tree.map(noise_of, told.x, told.data)
+        ),
+        operator.filter(towards, _missing(operator, y, told.data)),
+        operator.filter(fresh, z),
+    )
+    return jax.tree.map(lambda *v: sum(v[1:], v[0]), *terms)

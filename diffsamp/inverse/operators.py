@@ -26,12 +26,13 @@ class Operator:
     """A measurement A; made by `mask`, `blur`, `downsample`, `linear` and `nonlinear`.
 
     Called with a batch it measures (`forward` is the same); `adjoint` is A^T and `pinv` A^+, both
-    from measurements to samples.
+    from measurements to samples. With A = U S V^T, `filter(h, x)` is V h(S) V^T x.
     """
 
     forward_: Partial
     adjoint_: Partial | None
     pinv_: Partial | None
+    filter_: Partial | None
     name: str = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: PyTree) -> PyTree:
@@ -58,6 +59,18 @@ class Operator:
         """
         return self._expect(self.pinv_, "pseudo-inverse")(y)
 
+    def filter(self, h: Callable[[jax.Array], jax.Array], x: PyTree) -> PyTree:
+        """V h(S) V^T x, a batch of samples: every right singular vector times h of its value.
+
+        Args:
+          h: elementwise, of singular values at least 0; 0 for what A does not see.
+          x: (batch, ...).
+
+        Raises:
+          TypeError: a nonlinear operator.
+        """
+        return self._expect(self.filter_, "singular values")(h, x)
+
     def _expect(self, f: Partial | None, what: str) -> Partial:
         if f is None:
             raise TypeError(
@@ -74,11 +87,15 @@ def mask(keep: PyTree) -> Operator:
       keep: 1 or True where an element is seen; broadcasts to a sample.
     """
     f = Partial(_mask, keep if isinstance(keep, jax.Array) else np.asarray(keep))
-    return Operator(f, f, f, "mask")
+    return Operator(f, f, f, Partial(_filter_mask, *f.args), "mask")
 
 
 def _mask(keep: PyTree, x: jax.Array) -> jax.Array:
     return x * jnp.broadcast_to(jnp.asarray(keep).astype(x.dtype), x.shape)
+
+
+def _filter_mask(keep: PyTree, h: PyTree, x: jax.Array) -> jax.Array:
+    return x * jnp.broadcast_to(h(jnp.abs(jnp.asarray(keep).astype(x.dtype))), x.shape)
 
 
 def downsample(factor: int) -> Operator:
@@ -92,6 +109,7 @@ def downsample(factor: int) -> Operator:
         Partial(_means[factor]),
         Partial(_repeat[factor, True]),
         Partial(_repeat[factor, False]),
+        Partial(_filter_means[factor]),
         "downsample",
     )
 
@@ -132,7 +150,16 @@ def _make_repeat(key: tuple[int, bool]) -> Callable[[jax.Array], jax.Array]:
     return repeat
 
 
+def _make_filter_means(factor: int) -> Callable[[PyTree, jax.Array], jax.Array]:
+    def filtered(h: PyTree, x: jax.Array) -> jax.Array:
+        seen = _repeat[factor, False](_means[factor](x))
+        return h(jnp.asarray(1 / factor, x.dtype)) * seen + h(jnp.zeros((), x.dtype)) * (x - seen)
+
+    return filtered
+
+
 _means, _repeat = _Made(_make_means), _Made(_make_repeat)
+_filter_means = _Made(_make_filter_means)
 
 
 def blur(kernel: PyTree, *, cutoff: float = 1e-3) -> Operator:
@@ -153,6 +180,7 @@ def blur(kernel: PyTree, *, cutoff: float = 1e-3) -> Operator:
         Partial(_convolve, kernel),
         Partial(_convolve, kernel[::-1, ::-1]),
         Partial(_deconvolve, kernel, float(cutoff)),
+        Partial(_filter_blur, kernel, float(cutoff)),
         "blur",
     )
 
@@ -168,19 +196,38 @@ def _response(kernel: PyTree, x: jax.Array) -> jax.Array:
     return spectrum.reshape(1, height, width, *(1,) * (x.ndim - 3))
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _by_frequency(factors: jax.Array, x: jax.Array) -> jax.Array:
+    spectrum = jnp.fft.fft2(_wide(x), axes=(1, 2))
+    return jnp.fft.ifft2(spectrum * factors.astype(spectrum.dtype), axes=(1, 2)).real.astype(
+        x.dtype
+    )
+
+
 def _convolve(kernel: PyTree, x: jax.Array) -> jax.Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if x.dtype != jnp.float64 else x
-    told = jnp.fft.ifft2(jnp.fft.fft2(wide, axes=(1, 2)) * _response(kernel, wide), axes=(1, 2))
-    return told.real.astype(x.dtype)
+    return _by_frequency(_response(kernel, _wide(x)), x)
+
+
+def _seen(kernel: PyTree, cutoff: PyTree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Spectrum of the kernel, and its size where it is not left out, else 0."""
+    spectrum = _response(kernel, _wide(x))
+    size = jnp.abs(spectrum)
+    seen = size > jnp.asarray(cutoff, size.dtype) * jnp.max(size)
+    return spectrum, jnp.where(seen, size, 0)
 
 
 def _deconvolve(kernel: PyTree, cutoff: PyTree, y: jax.Array) -> jax.Array:
-    spectrum = _response(kernel, y)
-    size = jnp.abs(spectrum)
-    seen = size > jnp.asarray(cutoff, size.dtype) * jnp.max(size)
-    square = jnp.where(seen, size, 1) ** 2
-    back = jnp.where(seen, jnp.conj(spectrum) / square.astype(spectrum.dtype), 0)
-    return jnp.fft.ifft2(jnp.fft.fft2(y, axes=(1, 2)) * back, axes=(1, 2)).real.astype(y.dtype)
+    spectrum, size = _seen(kernel, cutoff, y)
+    square = jnp.where(size > 0, size, 1) ** 2
+    back = jnp.where(size > 0, jnp.conj(spectrum) / square.astype(spectrum.dtype), 0)
+    return _by_frequency(back, y)
+
+
+def _filter_blur(kernel: PyTree, cutoff: PyTree, h: PyTree, x: jax.Array) -> jax.Array:
+    return _by_frequency(h(_seen(kernel, cutoff, x)[1]), x)
 
 
 def linear(matrix: Array, shape: tuple[int, ...] | None = None) -> Operator:
@@ -201,16 +248,27 @@ def linear(matrix: Array, shape: tuple[int, ...] | None = None) -> Operator:
             f"{matrix.shape}."
         )
     back = _reshaped[shape]
+    left, values, vectors = np.linalg.svd(matrix, full_matrices=False)
+    seen = values > np.finfo(np.float64).eps * max(matrix.shape) * values.max(initial=0.0)
+    left, values, vectors = left[:, seen], values[seen], vectors[seen]
     return Operator(
         Partial(_measure, matrix),
         Partial(back, matrix.T),
-        Partial(back, np.linalg.pinv(matrix)),
+        Partial(back, (vectors.T / values) @ left.T),
+        Partial(_filter_linear, values, vectors),
         "linear",
     )
 
 
 def _measure(matrix: Array, x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1) @ jnp.asarray(matrix, x.dtype).T
+
+
+def _filter_linear(values: Array, vectors: Array, h: PyTree, x: jax.Array) -> jax.Array:
+    flat, v = x.reshape(x.shape[0], -1), jnp.asarray(vectors, x.dtype)
+    unseen = h(jnp.zeros((), x.dtype))
+    change = jnp.broadcast_to(h(jnp.asarray(values, x.dtype)) - unseen, (1, len(v)))
+    return (unseen * flat + (flat @ v.T * change) @ v).reshape(x.shape)
 
 
 def _make_reshaped(shape: tuple[int, ...]) -> Callable[[PyTree, jax.Array], jax.Array]:
@@ -229,4 +287,4 @@ def nonlinear(f: Callable[[PyTree], PyTree]) -> Operator:
     Args:
       f: a function of a batch; `jax.tree_util.Partial` binds arrays.
     """
-    return Operator(f if isinstance(f, Partial) else Partial(f), None, None, "nonlinear")
+    return Operator(f if isinstance(f, Partial) else Partial(f), None, None, None, "nonlinear")

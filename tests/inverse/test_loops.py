@@ -159,38 +159,99 @@ def test_repaint_tends_to_the_conditional(repeats, want):
     assert abs(mean_of(1.02) - want) > 8e-3
 
 
-@pytest.mark.parametrize(
-    ("operator", "singular"), [(inverse.mask(np.array([1.0, 0.0])), 1.0), (None, np.sqrt(1.25))]
-)
-def test_noisy_ddnm(operator, singular, x64):
-    """Rows replayed in the basis of A; a measured element ends as the noised truth would."""
-    matrix = np.array([[1.0, 0.0], [0.0, 0.0]]) if operator else MATRIX
-    operator = operator or inverse.linear(MATRIX)
-    times, x_T = ds.schedules.logsnr(PROCESS, 6), starts()
-    truth = np.array([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.1]])
-    y = truth @ matrix.T
-    pinv = np.linalg.pinv(matrix)
-    seen = pinv @ matrix
+def truth_and_singular(shape, values):
+    """A matrix of these singular values, (U, s, V^T), its operator and measurements."""
+    rng = np.random.default_rng(5)
+    u, _ = np.linalg.qr(rng.normal(size=(shape[0], shape[0])))
+    v, _ = np.linalg.qr(rng.normal(size=(shape[1], shape[1])))
+    s = np.zeros(shape)
+    np.fill_diagonal(s, values)
+    return u @ s @ v.T, v, s.sum(axis=0)
 
-    def loop(noise=NOISE):
-        x = x_T
-        for n, (s, t) in enumerate(itertools.pairwise(times)):
-            data, _ = answer(x, PROCESS.alpha(s), PROCESS.sigma(s))
-            alpha, sigma = PROCESS.alpha(t), PROCESS.sigma(t)
-            own = alpha * noise / singular
-            share = 1.0 if sigma >= own else sigma / own
-            data = data - share * (data @ matrix.T - y) @ pinv.T
-            inside = np.sqrt(sigma**2 - (share * own) ** 2) if sigma > own else 0.0
-            z = normal(KEYS, n)
-            x = alpha * data + sigma * (z - z @ seen.T) + inside * (z @ seen.T)
-            # truth, measured with this noise: as far as it is taken, a draw of its own marginal
-            assert share < 1 or inside**2 + own**2 == pytest.approx(sigma**2)
-        return x
 
-    transform, rows = inverse.ddnm_plus(
-        NETWORK, operator, jnp.asarray(y), NOISE, times, KEYS, singular=singular
-    )
-    agree(ds.sample(transform, rows, jnp.asarray(x_T)), loop, {"noise": 0.51})
+WIDE = np.array([[1.0, 0.3, 0.1], [0.3, 0.8, -0.2], [0.1, -0.2, 0.6]])
+DENSE = ds.targets.gaussian(np.zeros(3), WIDE).score_fn(PROCESS, "noise")
+
+
+def directions(method, noise=NOISE, eta=0.85, eta_b=1.0, values=(1.2, 0.15)):
+    """The rows of a measured (2, 3) matrix, one right singular vector after the other."""
+    matrix, v, s = truth_and_singular((2, 3), values)
+    times = ds.schedules.logsnr(PROCESS, 6)
+    x = np.asarray(PROCESS.prior_sample(jax.random.key(0), (3, 3), dtype=jnp.float64))
+    truth = np.array([[0.5, -1.0, 0.3], [1.5, 0.2, -0.6], [-0.3, 0.1, 0.9]])
+    ybar = truth @ matrix.T @ np.linalg.pinv(matrix).T @ v
+    for n, (one, two) in enumerate(itertools.pairwise(times)):
+        alpha, sigma = PROCESS.alpha(one), PROCESS.sigma(one)
+        total = alpha**2 * WIDE + sigma**2 * np.eye(3)
+        data = x @ np.linalg.solve(total, alpha * WIDE)
+        told, error = data @ v, (x - alpha * data) / sigma @ v
+        alpha, sigma = PROCESS.alpha(two), PROCESS.sigma(two)
+        z = np.asarray(ds.random.normal_like(KEYS, n, jnp.zeros((3, 3)))) @ v
+        rho, out = sigma / alpha, np.zeros((3, 3))
+        for i in range(3):
+            own = np.inf if s[i] == 0 else noise / s[i]
+            gap = 0.0 if s[i] == 0 else ybar[:, i] - told[:, i]
+            if method == "ddnm_plus":
+                share = min(1.0, rho / own)
+                left = rho**2 - (share * own) ** 2 if s[i] else rho**2
+                out[:, i] = told[:, i] + share * gap + np.sqrt(max(left, 0.0)) * z[:, i]
+            elif s[i] == 0 or rho < own:
+                kept = np.sqrt(1 - eta**2) * rho
+                towards = kept * (error[:, i] if s[i] == 0 else gap / own)
+                out[:, i] = told[:, i] + towards + eta * rho * z[:, i]
+            else:
+                out[:, i] = told[:, i] + eta_b * gap
+                out[:, i] += np.sqrt(rho**2 - eta_b**2 * own**2) * z[:, i]
+        x = alpha * out @ v.T
+    return x, (matrix, truth @ matrix.T)
+
+
+@pytest.mark.parametrize("method", ["ddnm_plus", "ddrm"])
+@pytest.mark.parametrize("named", [False, True])
+def test_every_singular_value_has_its_own_rows(method, named, x64):
+    """A (2, 3) matrix of values 1.2, .15 and 0, replayed one direction at a time."""
+    want, (matrix, y) = directions(method)
+    operator = inverse.linear(matrix)
+    x_T = PROCESS.prior_sample(jax.random.key(0), (3, 3), dtype=jnp.float64)
+    times = ds.schedules.logsnr(PROCESS, 6)
+    given = "y" if named else jnp.asarray(y)
+    make = getattr(inverse, method)
+    transform, rows = make(DENSE, operator, given, NOISE, times, KEYS)
+    got = ds.sample(transform, rows, x_T, cond={"y": jnp.asarray(y)} if named else None)
+    np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
     assert rows.nfe == 6
+    wrong = [{"noise": 0.51}, {"values": (1.2, 0.153)}]
+    for change in wrong + [{"eta": 0.87}, {"eta_b": 0.98}] * (method == "ddrm"):
+        assert np.abs(directions(method, **change)[0] - want).max() > 1e-5, change
     with pytest.raises(ValueError, match="`noise` must be positive"):
-        inverse.ddnm_plus(NETWORK, operator, jnp.asarray(y), 0.0, times, KEYS)
+        make(DENSE, operator, given, 0.0, times, KEYS)
+    with pytest.raises(TypeError, match="needs an operator with `filter"):
+        make(DENSE, object(), given, NOISE, times, KEYS)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape"),
+    [
+        (inverse.mask(np.array([[1.0, 0.0], [0.0, 1.0]])[..., None]), (2, 2, 1)),
+        (inverse.downsample(2), (4, 4, 1)),
+        (inverse.blur(np.array([[0.0, 0.1, 0.0], [0.3, 0.4, 0.1], [0.0, 0.1, 0.0]])), (4, 4, 1)),
+        (inverse.linear(np.arange(8.0).reshape(2, 4) % 3, (2, 2, 1)), (2, 2, 1)),
+        (inverse.linear(np.ones((2, 3))), (3,)),
+    ],
+    ids=["mask", "downsample", "blur", "linear", "rank one"],
+)
+def test_filters_are_functions_of_the_gram_matrix(operator, shape, x64):
+    """V h(S) V^T from the eigenvectors of A^T A, for h of every kind; and A^+ = V S^+ U^T."""
+    n = int(np.prod(shape))
+    units = jnp.eye(n).reshape(n, *shape)
+    matrix = np.asarray(operator(units)).reshape(n, -1).T
+    values, v = np.linalg.eigh(matrix.T @ matrix)
+    s = np.sqrt(np.where(values < 1e-12, 0.0, values))
+
+    def h(s):
+        return 1.3 / (1.0 + 2.0 * s**2) + s
+
+    got = np.asarray(operator.filter(h, units)).reshape(n, n)
+    np.testing.assert_allclose(got, (v * h(s)) @ v.T, atol=1e-9)
+    back = np.asarray(operator.pinv(operator(units))).reshape(n, n)
+    np.testing.assert_allclose(back, (v * (s > 0)) @ v.T, atol=1e-9)
