@@ -53,10 +53,10 @@ test-all: test test-interop  ## and the long matrices, and those with PyTorch
 	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop'
 
 test-pages: $(VENV)/dev.stamp  ## the notebooks, the snippets of docs/, and the demo
-	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop' tests/test_notebooks.py tests/test_readme.py tests/test_cli.py
+	DIFFSAMP_TESTS_OPTIMISED=1 $(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop' tests/test_notebooks.py tests/test_readme.py tests/test_cli.py
 
 test-x64: $(VENV)/dev.stamp  ## tests of most modules with 64-bit arrays
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=tests/%)
+	DIFFSAMP_TESTS_OPTIMISED=1 JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 $(X64:%=tests/%)
 
 mutations: $(VENV)/dev.stamp  ## which faults the tests catch (table in benchmarks/results/mutations.md)
 	$(BIN)/python benchmarks/mutations.py
@@ -87,7 +87,7 @@ $(INTEROP)/stamp: pyproject.toml
 	@touch $@
 
 test-interop: $(INTEROP)/stamp  ## PyTorch, diffusers and Keras networks, installed for it
-	$(INTEROP)/bin/python -m pytest -q -n 2 -m interop tests/networks
+	DIFFSAMP_TESTS_OPTIMISED=1 $(INTEROP)/bin/python -m pytest -q -n 2 -m interop tests/networks
 
 $(DOCS)/stamp: pyproject.toml
 	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
