@@ -16,7 +16,7 @@ from diffsamp.models import digits
 @pytest.mark.long
 def test_demo_writes_what_it_says(tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["demo", "--out", str(out), "--samples", "96", "--steps", "20", "--nfe", "4"]
+    arguments = ["demo", "--out", str(out), "--samples", "96", "--steps", "2", "--nfe", "4"]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert "PSNR (dB) to the ODE's solution at equal noise" in text

@@ -145,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--nfe", type=int, default=6, choices=BUDGETS, help="budget searched")
     one.add_argument("--seed", type=int, default=0, help="seed of all noise")
     one.add_argument("--samples", type=int, default=512, help="samples behind the table")
-    one.add_argument("--steps", type=int, default=120, help="gradient steps of the search")
+    one.add_argument("--steps", type=int, default=8, help="Gauss-Newton steps of the search")
     command("list", list_solvers, "the solvers there are", False)
     text = "versions, devices and switches, and what is wrong with them; 1 if anything is"
     command("doctor", lambda _: doctor(), text, False)
