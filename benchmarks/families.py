@@ -66,6 +66,7 @@ FAMILIES = {
         "euler",
         "heun",
         "dpm2",
+        "epd",
         "rho_midpoint2",
         "rho_kutta3",
         "rho_heun3",

@@ -178,6 +178,20 @@ MUTATIONS = [
         ("tests/search/test_compare.py",),
     ),
     Mutation(
+        "distill: one noise for all steps",
+        "diffsamp/search/_descent.py",
+        "jax.random.fold_in(fresh, step)",
+        "fresh",
+        ("tests/search/test_strategy.py",),
+    ),
+    Mutation(
+        "evolution strategy: one noise for all rounds",
+        "diffsamp/search/strategy.py",
+        "jax.vmap(lambda k: jax.random.fold_in(k, seed))(starts.noise[: starts.fit])",
+        "starts.noise[: starts.fit]",
+        ("tests/search/test_strategy.py",),
+    ),
+    Mutation(
         "distill: times do not move",
         "diffsamp/search/_gradient.py",
         "value + scale[name] * moved[name] if name in moved",

@@ -192,6 +192,34 @@ class Tableau:
         return int(np.sum(np.asarray(self.evaluates)))
 
     @property
+    def waves(self) -> np.ndarray:
+        """(N,) int, when each row can ask at the earliest: 1, 2, ..; 0 if it makes no evaluation.
+
+        Row n needs the answer of row j if coefficients that are not 0 lead from m_j to u_n, and
+        rows that need none of each other's can be asked together (`parallel.sample_waves`). It is
+        read from the table as it is: weights that would cancel in the unrolled form, up to
+        rounding, still count.
+        """
+        self._expect_concrete("waves")
+        a, b, asks = (
+            np.any(np.asarray(v != 0).reshape(*np.shape(v)[:axes], -1), axis=-1)
+            for v, axes in ((self.a, 2), (self.b, 2), (self.evaluates, 1))
+        )
+        ready = np.zeros(self.rows + 1, int)  # u_n follows from the answers of so many waves
+        wave = np.zeros(self.rows, int)
+        for n in range(self.rows):
+            wave[n] = ready[n] + 1 if asks[n] else 0
+            states = [ready[n - i] for i in range(min(self.p, n + 1)) if a[n, i]]
+            answers = [wave[n - j] for j in range(min(self.q, n + 1)) if b[n, j]]
+            ready[n + 1] = max(states + answers, default=0)
+        return wave
+
+    @property
+    def latency(self) -> int:
+        """Network calls in sequence if every wave is one call; `nfe` is what they cost."""
+        return int(self.waves.max(initial=0))
+
+    @property
     def stochastic(self) -> bool:
         """Whether any row adds fresh noise, and a key is therefore needed."""
         self._expect_concrete("stochastic")

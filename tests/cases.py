@@ -104,6 +104,7 @@ CASES = [
     Case("hochbruck_ostermann", 4),
     Case("lawson2", 2, check="none"),
     Case("lawson4", 4, check="none"),
+    Case("epd", 2, levels="more"),
     Case("dpm2", 2),
     Case("rho_midpoint2", 2),
     Case("rho_kutta3", 3),

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffsamp._core.types import Network, PyTree, Sharding
 
-__all__ = ["expect_sharding", "on_mesh", "put"]
+__all__ = ["expect_sharding", "on_mesh", "pieces_of", "put"]
 
 
 def expect_sharding(sharding: Sharding, batch: int | None = None) -> None:
@@ -25,7 +25,7 @@ def expect_sharding(sharding: Sharding, batch: int | None = None) -> None:
             "`sharding` must be a jax.sharding.NamedSharding, such as NamedSharding(mesh, "
             f'PartitionSpec("batch")); got {type(sharding).__name__}.'
         )
-    pieces = _pieces(sharding)
+    pieces = pieces_of(sharding)
     if batch is not None and batch % pieces:
         raise ValueError(
             f"`batch` = {batch} must divide among the {pieces} devices of `sharding`; take "
@@ -41,7 +41,7 @@ def put(tree: PyTree, sharding: Sharding) -> PyTree:
     if sharding is None:
         return tree
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
-    whole = any(not size or size[0] % _pieces(sharding) for size in sizes)
+    whole = any(not size or size[0] % pieces_of(sharding) for size in sizes)
     return jax.device_put(tree, _everywhere(sharding) if whole else sharding)
 
 
@@ -62,8 +62,10 @@ def on_mesh(score_fn: Network, sharding: Sharding) -> PyTree:
     return jax.tree.map(move, score_fn)
 
 
-def _pieces(sharding: NamedSharding) -> int:
-    """Into how many parts the first axis is cut."""
+def pieces_of(sharding: Sharding) -> int:
+    """Into how many parts the first axis is cut; 1 for None."""
+    if sharding is None:
+        return 1
     axes = sharding.spec[0] if len(sharding.spec) else None
     names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
     return int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))

@@ -32,21 +32,42 @@ class Description:
     shares: np.ndarray
     extrapolation: np.ndarray
 
+    @property
+    def widest(self) -> int:
+        """The evaluations of the largest wave (`Tableau.waves`)."""
+        waves = self.tableau.waves
+        return int(np.bincount(waves[waves > 0], minlength=1).max())
+
+    @property
+    def idle(self) -> int:
+        """Places that stay free if every wave is one call as wide as the widest.
+
+        They cost the device's time and are no evaluations.
+        """
+        return self.tableau.latency * self.widest - self.tableau.nfe
+
     def __str__(self) -> str:
         tableau = self.tableau
         kind = "adds noise" if tableau.stochastic else "deterministic"
-        lines = [
-            f"{tableau.name or 'tableau'}: {tableau.nfe} evaluations in {tableau.rows} rows, {kind}"
-        ]
+        name = tableau.name or "tableau"
+        lines = [f"{name}: {tableau.nfe} evaluations in {tableau.rows} rows, {kind}"]
+        shared = tableau.latency < tableau.nfe
+        if shared:
+            lines[0] = (
+                f"{name}: {tableau.nfe} evaluations in {tableau.latency} waves of at most "
+                f"{self.widest} ({self.idle} idle places), {tableau.rows} rows, {kind}"
+            )
         if tableau.source:
             lines.append(f"source: {tableau.source}")
         head = (" row", "t", "sigma/alpha", "step", "extrapolation", "what it does")
-        lines.append("{:>4} {:>10} {:>12} {:>8} {:>14}  {}".format(*head))
+        wave = "wave " if shared else ""
+        lines.append("{:>4} {}{:>10} {:>12} {:>8} {:>14}  {}".format(head[0], wave, *head[1:]))
         for n in range(tableau.rows):
             with np.errstate(divide="ignore", invalid="ignore"):
                 step = np.log(self.rho[n]) - np.log(self.rho[n + 1])
+            wave = f"{tableau.waves[n]:>4} " if shared else ""
             lines.append(
-                f"{n:>4} {tableau.times[n]:>10.5g} {self.rho[n]:>12.5g} "
+                f"{n:>4} {wave}{tableau.times[n]:>10.5g} {self.rho[n]:>12.5g} "
                 f"{'to 0' if np.isposinf(step) else f'{step:.3f}':>8} "
                 f"{self.extrapolation[n]:>14.2f}  {self._words(n)}"
             )

@@ -1,13 +1,16 @@
-"""Picard sampling: the steps of a sampler in parallel, for latency at the price of evaluations.
+"""The rows of a sampler in parallel, for latency.
 
 Unrolled, a tableau says that every state is a combination of the start, the noises and the data
 predictions D of earlier rows,
 
     u_n = A_n x_T + sum_{j<n} B_{nj} D_j + sum_{j<n} C_{nj} z_j,      D_j = D(u_j, t_j).
 
-Instead of one row after another, a window of rows is evaluated at once, at states made from the D
-of the sweep before, until they agree. The rows up to the first that still moves are then final and
-the window slides on. Any tableau will do, multistep, multi-stage or stochastic.
+Waves (`sample_waves`): rows that need none of each other's answers are asked together. Methods of
+parallel stages gain by it, without an evaluation more; for most others every row is a wave.
+
+Picard sampling (`sample_parallel`): a window of rows is evaluated at once, at states made from the
+D of the sweep before, until they agree. The rows up to the first that still moves are then final
+and the window slides on. Any tableau will do, at the price of evaluations.
 """
 
 from __future__ import annotations
@@ -20,15 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from diffsamp._core import random
-from diffsamp._core.checks import expect_int, expect_state
+from diffsamp._core.checks import expect_int
 from diffsamp._core.numeric import working_dtype
-from diffsamp._core.types import Array, Conditions, Key, PyTree
-from diffsamp.sampling import expect_key, row_levels
+from diffsamp._core.types import Conditions, Key, PyTree
+from diffsamp.loops._unrolled import Prepared, Unrolled
 from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
-__all__ = ["ParallelResult", "sample_parallel"]
+__all__ = ["ParallelResult", "sample_parallel", "sample_waves"]
 
 
 class ParallelResult(NamedTuple):
@@ -93,88 +95,23 @@ def sample_parallel(
     Reference: Shih et al. 2023, arXiv:2305.16317, algorithm 1; here with the data predictions
     rather than the drift in the fixed point, which makes multistep methods a case of it.
     """
-    on_start, on_data, on_noise = tableau.unroll(prediction="data")
-    batch = expect_state(x_T, "x_T", score_fn.batched)
+    prepared, batch = Prepared.of(score_fn, tableau, x_T, key, cond)
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
-    expect_key(tableau, key)
-    live = np.flatnonzero(np.asarray(tableau.evaluates))
-    rows = np.append(live, tableau.rows)  # the states that matter: those asked about, and the last
-    level = jax.tree.map(lambda v: v[live], row_levels(tableau))
-    ones = np.ones(live.size)
-    bound = score_fn.bind(level, (ones, 0 * ones))
-    score_fn.check_bound(bound, level, ones.astype(bool))
-    noisy = np.flatnonzero(tableau.c)
-    weights = on_start[rows], on_data[rows][:, live], on_noise[rows][:, noisy]
     if window is not None:
         expect_int(window, "window", 1)
-    x_T = jax.tree.map(jnp.asarray, x_T)
-    keys = random.sample_keys(key, batch) if noisy.size else None
-    return _sweep(
-        score_fn,
-        bound,
-        weights,
-        x_T,
-        keys,
-        noisy,
-        dict(cond or {}),
-        tolerance,
-        window=min(window or live.size, live.size),
-        batch=batch,
-    )
+    count = prepared.on_data.shape[1]
+    return _sweep(score_fn, prepared, tolerance, window=min(window or count, count), batch=batch)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "batch"))
-def _sweep(score_fn, bound, weights, x_T, keys, noisy, cond, tolerance, *, window, batch):
-    count = jax.tree.leaves(bound)[0].shape[0]
-    if batch is None:  # the sweeps below have a batch axis
-        x_T = jax.tree.map(lambda x: x[None], x_T)
-        keys = None if keys is None else keys[None]
-    size = jax.tree.leaves(x_T)[0].shape[0]
-    bound = jax.tree.map(jnp.asarray, bound)
-
-    def combine(matrix: Array, stack: PyTree) -> PyTree:
-        """sum_j matrix[.., row, j] stack[sample, j]: (sample, row, ...), in at least float32."""
-
-        def one(leaf):
-            dtype = working_dtype(leaf.dtype)
-            weights = jnp.broadcast_to(jnp.asarray(matrix, dtype), (size, *matrix.shape[-2:]))
-            leaf, precision = leaf.astype(dtype), lax.Precision.HIGHEST
-            return jnp.einsum("srj,sj...->sr...", weights, leaf, precision=precision)
-
-        return jax.tree.map(one, stack)
-
-    on_start, on_data, on_noise = weights
-    on_data = jnp.asarray(on_data, working_dtype(jax.tree.leaves(x_T)[0].dtype))
-    fixed = combine(on_start[:, None], jax.tree.map(lambda x: x[:, None], x_T))
-    if keys is not None:
-        drawn = jax.vmap(lambda row: random.normal_like(keys, row, x_T), out_axes=1)(noisy)
-        fixed = jax.tree.map(jnp.add, fixed, combine(on_noise, drawn))
-
-    def states(rows: Array, data: PyTree) -> PyTree:
-        """u at `rows` (sample, n) of each sample, from the data predictions."""
-        part = jax.tree.map(lambda leaf: jax.vmap(lambda v, r: v[r])(leaf, rows), fixed)
-        return jax.tree.map(jnp.add, part, combine(on_data[rows], data))
-
-    def ask(rows: Array, u: PyTree) -> PyTree:
-        """D at `rows` (sample, n), all in one call."""
-        n = rows.shape[1]
-        flat = jax.tree.map(
-            lambda leaf, x: leaf.reshape(-1, *leaf.shape[2:]).astype(x.dtype), u, x_T
-        )
-        here = jax.tree.map(lambda v: v[rows.reshape(-1)], bound)
-        if batch is None:
-            out = jax.vmap(lambda x, b: score_fn.predict(x, b, cond))(flat, here)
-        else:
-            repeated = jax.tree.map(
-                lambda v: jnp.repeat(v, n, axis=0) if jnp.shape(v)[:1] == (batch,) else v, cond
-            )
-            out = score_fn.predict(flat, here, repeated)
-        return jax.tree.map(lambda leaf: leaf.reshape(size, n, *leaf.shape[1:]), out)
+def _sweep(score_fn, prepared, tolerance, *, window, batch):
+    run = Unrolled.start(score_fn, prepared, batch)
+    size, count = run.size, run.count
 
     # the first row depends on x_T only; its answer is the first guess everywhere
     start = jnp.zeros((size, 1), jnp.int32)
-    first = ask(start, jax.tree.map(lambda leaf: leaf[:, :1], fixed))
+    first = run.ask(start, jax.tree.map(lambda leaf: leaf[:, :1], run.fixed))
     data = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), first)
     ones = jnp.ones((size,), jnp.int32)
     place = jnp.arange(count, dtype=jnp.int32)[None]
@@ -183,7 +120,7 @@ def _sweep(score_fn, bound, weights, x_T, keys, noisy, cond, tolerance, *, windo
         base, data, sweeps, evaluations = state
         going = base < count
         rows = jnp.minimum(base[:, None] + place[:, :window], count - 1)
-        new = ask(rows, states(rows, data))
+        new = run.ask(rows, run.states(rows, data))
         moved = _distance(new, jax.tree.map(lambda d: jax.vmap(lambda v, r: v[r])(d, rows), data))
         # the first row of the window had final inputs; each next one, if its predecessors settled
         settled = jnp.cumprod(moved <= tolerance, axis=1, dtype=jnp.int32).sum(
@@ -203,10 +140,78 @@ def _sweep(score_fn, bound, weights, x_T, keys, noisy, cond, tolerance, *, windo
 
     state = (ones, data, ones, ones)
     _, data, sweeps, evaluations = lax.while_loop(lambda s: jnp.any(s[0] < count), body, state)
-    last = states(jnp.full((size, 1), count, jnp.int32), data)
-    x = jax.tree.map(lambda leaf, old: leaf[:, 0].astype(old.dtype), last, x_T)
-    result = ParallelResult(x, sweeps, evaluations)
+    result = ParallelResult(run.end(data), sweeps, evaluations)
     return jax.tree.map(lambda leaf: leaf[0], result) if batch is None else result
+
+
+def sample_waves(
+    score_fn: ScoreFn,
+    tableau: Tableau,
+    x_T: PyTree,
+    *,
+    key: Key = None,
+    cond: Conditions | None = None,
+) -> PyTree:
+    """`sample` with rows that do not depend on one another in one batched call of the network.
+
+    The table says which these are (`Tableau.waves`): `tableau.latency` calls in sequence make its
+    `tableau.nfe` evaluations. All calls are as wide as the widest wave. What a narrower one leaves
+    free repeats a row: it is no evaluation of the sampler, but takes the device's time as one does,
+    `latency * widest - nfe` places in all (`describe` says how many). Every state is made from all
+    answers before it, which are kept: memory for 2 `nfe` states.
+
+    Examples:
+      >>> import jax.numpy as jnp, diffsamp as ds
+      >>> process = ds.processes.vp_linear()
+      >>> score_fn = ds.targets.gaussian([0.5], 0.04).score_fn(process)
+      >>> tableau = ds.solvers.epd(process, ds.schedules.logsnr(process, 4))
+      >>> tableau.nfe, tableau.latency
+      (10, 7)
+      >>> ds.parallel.sample_waves(score_fn, tableau, jnp.ones((2, 1))).shape
+      (2, 1)
+
+    Args:
+      score_fn: the network.
+      tableau: the sampler; a concrete one, of plain numbers.
+      x_T: the start, as for `sample`.
+      key: as for `sample`, and the same noise.
+      cond: as for `sample_parallel`.
+
+    Returns:
+      What `sample` returns, up to rounding.
+
+    Raises:
+      TypeError: x_T not floating, a traced tableau.
+      ValueError: a stacked tableau or one whose coefficients have axes of the data; and as
+        `sample`.
+
+    Reference: Zhu et al. 2025 (EPD), arXiv:2507.14797, for stages that are asked in parallel.
+    """
+    prepared, batch = Prepared.of(score_fn, tableau, x_T, key, cond)
+    wave = tableau.waves[np.asarray(tableau.evaluates)]
+    members = [np.flatnonzero(wave == number) for number in range(1, tableau.latency + 1)]
+    widest = max((rows.size for rows in members), default=0)
+    places = np.array([np.resize(rows, widest) for rows in members], np.int32)
+    return _waves(score_fn, prepared, places.reshape(-1, widest), batch=batch)
+
+
+@functools.partial(jax.jit, static_argnames=("batch",))
+def _waves(score_fn, prepared, places, *, batch):
+    run = Unrolled.start(score_fn, prepared, batch)
+
+    def body(data, rows):
+        every = jnp.broadcast_to(rows, (run.size, rows.size))
+        new = run.ask(every, run.states(every, data))
+        return jax.tree.map(lambda old, now: old.at[:, rows].set(now), data, new), None
+
+    data = jax.tree.map(
+        lambda leaf, x: jnp.zeros((run.size, run.count, *leaf.shape[2:]), x.dtype),
+        run.fixed,
+        run.x_T,
+    )
+    data, _ = lax.scan(body, data, places)
+    x = run.end(data)
+    return jax.tree.map(lambda leaf: leaf[0], x) if batch is None else x
 
 
 def _distance(new: PyTree, old: PyTree) -> PyTree:

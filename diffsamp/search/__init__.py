@@ -2,11 +2,11 @@
 
 `regress` fits times and weights by least squares and `refine` by Gauss-Newton steps, from forward
 evaluations alone; `compare` measures fixed solvers on fixed schedules, and `suggest` the few among
-which the best is; `step_costs` and `align_steps` optimise the schedule; `evolve` mixes solvers step
-by step; `distill` learns times and coefficients by gradient;
-`best` runs them one after another and returns a plan per budget. All judge a sampler by an
-`Objective`, by default its distance to a fine solution from the same noise. `tfg` looks for the
-strengths of training-free guidance.
+which the best is; `step_costs` and `align_steps` optimise the schedule, `tors` and `sharp_euler`
+read it off the trajectory; `evolve` mixes solvers step by step; `distill` learns times and
+coefficients by gradient; `best` runs them one after another and returns a plan per budget. All
+judge a sampler by an `Objective`, by default its distance to a fine solution from the same noise.
+`tfg` looks for the strengths of training-free guidance.
 """
 
 from diffsamp.search import objective
@@ -32,6 +32,7 @@ from diffsamp.search.fit_null import fit_null
 from diffsamp.search.genome import Genome
 from diffsamp.search.objective import Objective, reference_tableau
 from diffsamp.search.plan import Front, Plan
+from diffsamp.search.profile import Profile, sharp_euler, tors
 from diffsamp.search.refine import refine
 from diffsamp.search.regress import regress
 from diffsamp.search.running import run, run_many
@@ -53,6 +54,7 @@ __all__ = [
     "Genome",
     "Objective",
     "Plan",
+    "Profile",
     "RatioPolynomial",
     "Strength",
     "Suggestion",
@@ -82,10 +84,12 @@ __all__ = [
     "regress",
     "run",
     "run_many",
+    "sharp_euler",
     "shortest_path",
     "skip_rows",
     "step_costs",
     "suggest",
     "tfg",
+    "tors",
     "transfer",
 ]

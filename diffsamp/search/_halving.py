@@ -38,7 +38,9 @@ def price(prices: Mapping[int, Sequence[float]], plan: Sequence[int]) -> float:
     return total
 
 
-def first_round(prices: Mapping[int, Sequence[float]], size: int, most: int, limit: float) -> int:
+def first_round(
+    prices: Mapping[int, Sequence[float]], size: int, most: int, limit: float, pieces: int = 1
+) -> int:
     """On how many starts all may be measured first.
 
     Args:
@@ -46,14 +48,16 @@ def first_round(prices: Mapping[int, Sequence[float]], size: int, most: int, lim
       size: all starts.
       most: no more than these.
       limit: evaluations.
+      pieces: devices among which a round must divide, unless it is of all starts.
 
     Raises:
-      ValueError: not even one.
+      ValueError: not even one, or one for each device.
     """
-    for first in range(most, 0, -1):
+    allowed = [n for n in range(most, 0, -1) if n % pieces == 0 or n == size]
+    for first in allowed:
         if price(prices, rounds_of(size, first)) <= limit:
             return first
-    least = price(prices, rounds_of(size, 1)) - limit
+    least = price(prices, rounds_of(size, allowed[-1])) - limit
     raise ValueError(
         f"`evaluations` is too low by {least:.0f} for these samplers and {size} starts: name fewer "
         "solvers, schedules or budgets, give fewer starts, or pass the reference."

@@ -17,6 +17,7 @@ import numpy as np
 from diffsamp import schedules, solvers
 from diffsamp._core import random
 from diffsamp._core.checks import expect_choice, expect_int
+from diffsamp._core.sharding import pieces_of
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import Estimate, announce, expect_limit
@@ -240,6 +241,7 @@ def compare(
       population: samplers at a time, in one batch of `batch` x `population`; more fill a GPU.
       halving: measure all on so many starts first, then the better half of each budget on twice as
         many, until all starts are used. None: all on all, unless `evaluations` says otherwise.
+        Under `sharding` it is rounded up to a multiple of the devices.
       by: what halving goes by: "psnr", or the name of one of `scores`.
       evaluations: spend at most so many network evaluations, the reference included, by halving
         from as many starts as that allows.
@@ -299,12 +301,15 @@ def compare(
     costs = [score_fn.nfe(tableau) for tableau in tableaux]
     first = cost_of_reference(score_fn, reference) * size
     halving = size if halving is None else expect_int(halving, "halving", at_least=1)
+    # a round of fewer starts than the mesh has devices would save nothing
+    pieces = pieces_of(sharding)
+    halving = min(-(-halving // pieces) * pieces, size)
     width = min(batch or size, size)
     prices = {n: [c for c, t in zip(costs, tableaux, strict=True) if t.nfe == n] for n in budgets}
     if evaluations is not None:
         spare = expect_limit(evaluations) - first - 2 * width * costs[0]
-        halving = first_round(prices, size, min(halving, size), spare)
-    plan = rounds_of(size, min(halving, size))
+        halving = first_round(prices, size, halving, spare, pieces)
+    plan = rounds_of(size, halving)
     likely = first + price(prices, plan)
     estimate, spent = announce(
         f"compare, {len(todo)} samplers",

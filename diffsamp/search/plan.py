@@ -118,6 +118,11 @@ class Plan:
         return self.tableau.nfe
 
     @property
+    def latency(self) -> int:
+        """Its calls in sequence, where rows that can share one do (`parallel.sample_waves`)."""
+        return self.tableau.latency
+
+    @property
     def psnr(self) -> Mapping[str, Mapping[str, float]]:
         """PSNR in dB to the reference, by set and sampler."""
         return self.scores["psnr"]

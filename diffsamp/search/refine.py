@@ -13,22 +13,19 @@ References: Marquardt 1963 (doi:10.1137/0111030) for the iteration; Shaul et al.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from diffsamp._core.checks import expect_int
-from diffsamp._core.digest import seed_of
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
-from diffsamp.search._network import describe_network
 from diffsamp.search.explicit import Explicit, from_largest_level, label_offsets, told_times
 from diffsamp.search.objective import cost_of_reference
 from diffsamp.search.plan import Plan
-from diffsamp.search.running import Progress, run_many, slice_batch
+from diffsamp.search.running import Progress
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 
@@ -54,6 +51,7 @@ def refine(
     held_out: int | None = None,
     batch: int = 64,
     numbers: Sequence[str] = ("times", "labels", "weights"),
+    keep_waves: bool = False,
     iterations: int = 8,
     evaluations: int | None = None,
     together: int = 1,
@@ -76,6 +74,8 @@ def refine(
         and half to report; at least 2. None: a quarter.
       batch: samples at a time.
       numbers: of `NUMBERS`.
+      keep_waves: free only weights that leave `Tableau.waves` as they are, so that parallel stages
+        stay parallel.
       iterations: at most so many steps that are taken.
       evaluations: stop once so many network evaluations were spent, the reference included.
       together: samplers in one batch, for a device that `batch` samples do not fill.
@@ -88,24 +88,23 @@ def refine(
       given. Its settings say how many evaluations were spent.
 
     Raises:
-      ValueError: a stochastic tableau, unknown numbers, too few starts, or a tableau whose samples
-        are not finite.
+      ValueError: a stochastic tableau, unknown numbers, too few starts, waves that cannot be kept,
+        or a tableau whose samples are not finite.
     """
-    began = time.perf_counter()
     unknown = [name for name in numbers if name not in NUMBERS]
     if unknown or not numbers:
         raise ValueError(f"`numbers` must be of {NUMBERS}; got {tuple(numbers)}.")
     iterations = expect_int(iterations, "iterations", at_least=1)
     process = score_fn.process
     given = from_largest_level(tableau, process)
-    table = _Numbers.of(Explicit.of(given), process, tuple(numbers))
+    table = _Numbers.of(Explicit.of(given), process, tuple(numbers), _used(given, keep_waves))
     starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
     limit = expect_limit(evaluations)
     fit, cost = starts.fit, starts.cost(given)
     likely = cost * fit * iterations * (len(table.start) + 2)
     if reference is None or isinstance(reference, Tableau):
         likely += cost_of_reference(score_fn, reference) * starts.size
-    estimate = starts.announce(f"refine, {given.nfe} NFE", min(likely, limit), 2.0, given)
+    starts.announce(f"refine, {given.nfe} NFE", min(likely, limit), 2.0, given)
     starts.expect_reference(reference, progress)
 
     present = table.start
@@ -149,27 +148,13 @@ def refine(
             name=f"{tableau.name}, refined",
             source=f"diffsamp.search.refine (after arXiv:2403.01329); start: {tableau.source}",
         )
-    scores = starts.scores(given, found, data_range)
-    settings = {
-        "nfe": given.nfe,
-        "cost": cost,
-        "starts": starts.size,
-        "held_out": starts.size - fit,
-        "numbers": list(numbers),
-        "iterations": taken,
-        "evaluations": starts.spent,
-        "estimate": estimate.settings,
-    }
-    return Plan(
-        found,
+    return starts.plan(
         "refine",
-        tableau.name,
-        scores,
-        tuple(history),
-        time.perf_counter() - began,
-        settings,
-        seed_of(key),
-        network=describe_network(score_fn, found, x_T=x_T, data_range=data_range),
+        found,
+        given,
+        settings={"numbers": list(numbers), "keep_waves": keep_waves, "iterations": taken},
+        history=history,
+        data_range=data_range,
     )
 
 
@@ -192,15 +177,25 @@ class _Numbers:
     log_snr: np.ndarray
     offsets: np.ndarray
     units: np.ndarray
+    sums: np.ndarray  # (N,) what rows sum to beyond kappa, in their units; 0: consistent
+    learned: np.ndarray  # (N, N) which weights are numbers of their own
+    rest: np.ndarray  # (N,) the newest answer of each row, whose weight makes the sum right
 
     @classmethod
-    def of(cls, base: Explicit, process: Process, free: tuple[str, ...]) -> _Numbers:
+    def of(
+        cls, base: Explicit, process: Process, free: tuple[str, ...], used: np.ndarray
+    ) -> _Numbers:
         with np.errstate(divide="ignore"):
             log_snr = np.log(base.alpha[:-1]) - np.log(base.sigma[:-1])
         offsets = np.zeros(base.nfe)
         if base.asked is not None:
             offsets = label_offsets(process, base.times[:-1], base.asked)
-        return cls(base, process, free, log_snr, offsets, base.weights / _unit(base)[:, None])
+        units = base.weights / _unit(base)[:, None]
+        rest = base.nfe - 1 - np.argmax(used[:, ::-1], axis=1)
+        learned = used.copy()
+        learned[np.arange(base.nfe), rest] = False
+        sums = units.sum(axis=1) - base.kappa / _unit(base)
+        return cls(base, process, free, log_snr, offsets, units, sums, learned, rest)
 
     @property
     def _movable(self) -> np.ndarray:
@@ -216,15 +211,15 @@ class _Numbers:
         if "labels" in self.free:
             parts.append(self.offsets[self._movable])
         if "weights" in self.free:
-            parts.append(self.units[np.tril_indices(self.base.nfe, -1)])
+            parts.append(self.units[self.learned])
         if "sums" in self.free:
-            parts.append(np.zeros(self.base.nfe))
+            parts.append(self.sums)
         return np.concatenate(parts)
 
     def _split(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         count = self.base.nfe
         sizes = dict.fromkeys(("times", "labels"), len(self._movable))
-        sizes |= {"weights": count * (count - 1) // 2, "sums": count}
+        sizes |= {"weights": int(self.learned.sum()), "sums": count}
         parts, at = {}, 0
         for name in NUMBERS:
             if name in self.free:
@@ -276,13 +271,28 @@ class _Numbers:
         explicit = Explicit(**levels, weights=np.zeros_like(base.weights), asked=asked)
         units = self.units.copy()
         if "weights" in parts:
-            units[np.tril_indices(base.nfe, -1)] = parts["weights"]
-        weights = np.tril(units, -1) * _unit(explicit)[:, None]
-        wanted = explicit.kappa * (1 + parts.get("sums", 0.0))
-        weights[np.diag_indices_from(weights)] = wanted - weights.sum(axis=1)
+            units[self.learned] = parts["weights"]
+        weights = np.where(self.learned, units, 0.0) * _unit(explicit)[:, None]
+        wanted = explicit.kappa + _unit(explicit) * parts.get("sums", self.sums)
+        weights[np.arange(base.nfe), self.rest] = wanted - weights.sum(axis=1)
         return dataclasses.replace(explicit, weights=weights).tableau(
             self.process, name=name, source=source, check="none"
         )
+
+
+def _used(tableau: Tableau, keep_waves: bool) -> np.ndarray:
+    """(N, N) which answers a row may weigh: all before it, or those of waves before its own."""
+    count = tableau.nfe
+    used = np.tril(np.ones((count, count), bool))
+    if not keep_waves:
+        return used
+    waves = tableau.waves[np.asarray(tableau.evaluates)]
+    if np.any(np.diff(waves) < 0) or np.any(waves[1:] == 1):
+        raise ValueError(
+            f"the waves of tableau {tableau.name!r} cannot be kept: its rows must be in the order "
+            "of their waves, and all but the first use an answer."
+        )
+    return used & (waves < np.append(waves[1:], count + 1)[:, None])
 
 
 def _unit(table: Explicit) -> np.ndarray:
@@ -301,22 +311,11 @@ def _equations(
         shifted[i] += _DIFFERENCE
         vectors.append(shifted)
     tableaux = [table.tableau(v) for v in vectors]
-    starts.spent += sum(starts.cost(t) for t in tableaux) * starts.fit
     normal, gradient = np.zeros((len(vector),) * 2), np.zeros(len(vector))
     for low in range(0, starts.fit, starts.batch):
         high = min(low + starts.batch, starts.fit)
-        x, cond, reference = (
-            slice_batch(v, low, high) for v in (starts.x_T, starts.cond, starts.reference)
-        )
-        ends = run_many(
-            starts.score_fn,
-            tableaux,
-            x,
-            cond=cond,
-            batch=starts.batch,
-            population=together,
-            sharding=starts.sharding,
-        )
+        reference = starts.reference[low:high]
+        ends = starts.many(tableaux, low, high, together=together)
         base, *moved = (np.asarray(end, np.float64).reshape(high - low, -1) for end in ends)
         residual = base - np.asarray(reference, np.float64).reshape(base.shape)
         size = np.linalg.norm(residual, axis=1, keepdims=True)

@@ -12,20 +12,17 @@ bespoke non-stationary solvers (Shaul et al. 2024, arXiv:2403.01329); nothing is
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from diffsamp import solvers
 from diffsamp._core.checks import expect_int, expect_times
-from diffsamp._core.digest import seed_of
 from diffsamp._core.sharding import put
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.predictions import level_at
 from diffsamp.score import ScoreFn
-from diffsamp.search._cost import Estimate, ask_data, at_row, expect_limit
-from diffsamp.search._network import describe_network
+from diffsamp.search._cost import ask_data, at_row, expect_limit
 from diffsamp.search.explicit import Explicit
 from diffsamp.search.fine import Recorded, fine_times, start_grids
 from diffsamp.search.objective import cost_of_reference, teacher
@@ -124,18 +121,10 @@ class Regression:
     Attributes:
       starts: where it began.
       record: the trajectory.
-      seed: of the key.
-      estimate: what was said of the cost.
-      began: when, for the time it took.
-      counted: evaluations that earlier plans report.
     """
 
     starts: Starts
     record: Recorded
-    seed: list[int]
-    estimate: Estimate
-    began: float
-    counted: float = 0
 
     @classmethod
     def prepare(
@@ -155,7 +144,6 @@ class Regression:
         progress: Progress | None,
     ) -> Regression:
         """Record the trajectory; arguments as for `regress`, for all of `budgets` together."""
-        began = time.perf_counter()
         starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
         process = score_fn.process
         times = fine_times(process, points) if np.ndim(points) == 0 else expect_times(points)
@@ -175,11 +163,11 @@ class Regression:
             )
         expected = before + likely(starts.fit, 0, budgets)
         what = f"regress, {', '.join(map(str, budgets))} NFE"
-        estimate = starts.announce(what, min(expected, limit), 2 * len(times))
+        starts.announce(what, min(expected, limit), 2 * len(times))
         if reference is not None:
             starts.expect_reference(reference, progress)
         record = Recorded.make(starts, times, progress)
-        return cls(starts, record, seed_of(key), estimate, began)
+        return cls(starts, record)
 
     def plan(
         self,
@@ -193,7 +181,7 @@ class Regression:
         """The plan of one budget; arguments as for `regress`."""
         starts, record = self.starts, self.record
         process = starts.score_fn.process
-        search = _Walker(starts, record, ridge, self.counted + expect_limit(evaluations))
+        search = _Walker(starts, record, ridge, starts.counted + expect_limit(evaluations))
         grids = start_grids(process, record, starts.fit, nfe)
         # where known answers replace some, no grid may ask more than one that begins at t_max
         search.budget = max(
@@ -226,35 +214,20 @@ class Regression:
         # every grid kept on the way, and only those, asks the deciding starts
         decided = [starts.decide(tableau) for tableau in tableaux]
         best = tableaux[int(np.argmin(decided))]
-        scores = starts.scores(tableaux[0], best, data_range)
         settings = {
-            "nfe": nfe,
-            "cost": starts.cost(best),
-            "starts": starts.size,
-            "held_out": starts.size - starts.fit,
             "points": len(record.times) - 1,
             "ridge": ridge,
             "grids": search.walks,
             "discarded": search.discarded,
-            "evaluations": starts.spent - self.counted,
-            "estimate": self.estimate.settings,
         }
-        self.counted = starts.spent
-        began, self.began = self.began, time.perf_counter()
-        history = tuple((i, w.error, decided[i]) for i, w in enumerate(found))
-        seconds = self.began - began
-        start = f"least squares on {name}"
-        network = describe_network(starts.score_fn, best, x_T=starts.x_T, data_range=data_range)
-        return Plan(
-            best,
+        return starts.plan(
             "regress",
-            start,
-            scores,
-            history,
-            seconds,
-            settings,
-            self.seed,
-            network=network,
+            best,
+            tableaux[0],
+            settings=settings,
+            history=[(i, walk.error, decided[i]) for i, walk in enumerate(found)],
+            data_range=data_range,
+            start=f"least squares on {name}",
         )
 
 

@@ -8,20 +8,17 @@ tried. The row whose absence costs least is left out, then the next, until the b
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from diffsamp._core.checks import expect_int
-from diffsamp._core.digest import seed_of
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
-from diffsamp.search._network import describe_network
 from diffsamp.search.objective import Objective, cost_of_reference, log_mse
 from diffsamp.search.plan import Plan
-from diffsamp.search.running import Progress, run_many, slice_batch
+from diffsamp.search.running import Progress
 from diffsamp.search.starts import Starts
 from diffsamp.solvers import skip
 from diffsamp.tableau import Tableau
@@ -79,7 +76,6 @@ def skip_rows(
       ValueError: a stochastic sampler, a budget that is not below its evaluations, rows that ask
         for different predictions, or a limit that does not suffice.
     """
-    began = time.perf_counter()
     nfe = expect_int(nfe, "nfe", at_least=1)
     if tableau.stochastic:
         raise ValueError(f"tableau {tableau.name!r} adds noise; skip rows of a deterministic one.")
@@ -96,12 +92,16 @@ def skip_rows(
     trials = sum((left - 1) ** 2 for left in range(nfe + 1, tableau.nfe + 1))
     likely = trials * len(degrees) * each * starts.fit
     likely += cost_of_reference(score_fn, reference) * starts.size
-    if likely > expect_limit(evaluations):
+    likely += len(degrees) * nfe * each * (starts.stop - starts.fit)  # to decide
+    reporting = starts.fit + starts.size - starts.stop
+    likely += (tableau.nfe + nfe) * each * reporting
+    timing = 2 * min(batch, starts.size) * starts.cost(tableau)
+    if likely + timing > expect_limit(evaluations):
         raise ValueError(
             f"`evaluations` is too low: leaving out {tableau.nfe - nfe} rows one by one takes "
-            f"about {likely:.0f}. Begin with fewer rows or orders."
+            f"about {likely + timing:.0f}. Begin with fewer rows or orders."
         )
-    estimate = starts.announce(f"skip rows, {nfe} NFE", likely, 2.0, tableau)
+    starts.announce(f"skip rows, {nfe} NFE", likely, 2.0, tableau)
     starts.expect_reference(reference, progress)
 
     found: list[tuple[float, int, list[int]]] = []
@@ -117,27 +117,13 @@ def skip_rows(
     if not math.isfinite(least):
         raise ValueError(f"no choice of rows of {tableau.name!r} gives finite samples.")
     best = skip(tableau, skipped, order=order)
-    settings = {
-        "nfe": nfe,
-        "cost": starts.cost(best),
-        "starts": starts.size,
-        "held_out": starts.size - starts.fit,
-        "objective": starts.objective.name,
-        "skipped": skipped,
-        "order": order,
-        "estimate": estimate.settings,
-    }
-    scores = starts.scores(tableau, best, data_range)
-    return Plan(
-        best,
+    return starts.plan(
         "skip_rows",
-        tableau.name,
-        scores,
-        tuple(history),
-        time.perf_counter() - began,
-        {**settings, "evaluations": starts.spent},
-        seed_of(key),
-        network=describe_network(score_fn, best, x_T=x_T, data_range=data_range),
+        best,
+        tableau,
+        settings={"objective": starts.objective.name, "skipped": skipped, "order": order},
+        history=history,
+        data_range=data_range,
     )
 
 
@@ -145,22 +131,12 @@ def _eliminate(
     starts: Starts, tableau: Tableau, nfe: int, order: int, together: int
 ) -> tuple[list[int], float]:
     """Rows to leave out, and the objective on the fitting starts without them."""
-    x, cond = (slice_batch(v, 0, starts.fit) for v in (starts.x_T, starts.cond))
     skipped: list[int] = []
     value = math.inf
     while tableau.nfe - len(skipped) > nfe:
         left = [int(n) for n in np.flatnonzero(tableau.evaluates) if n not in skipped][1:]
         tableaux = [skip(tableau, [*skipped, row], order=order) for row in left]
-        starts.spent += sum(starts.cost(t) for t in tableaux) * starts.fit
-        samples = run_many(
-            starts.score_fn,
-            tableaux,
-            x,
-            cond=cond,
-            batch=starts.batch,
-            population=together,
-            sharding=starts.sharding,
-        )
+        samples = starts.many(tableaux, 0, starts.fit, together=together)
         values = [starts.judge(sample, 0, starts.fit) for sample in samples]
         best = int(np.argmin(values))
         value = values[best]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._core.checks import expect_int
+from diffsamp._core.digest import seed_of
 from diffsamp._core.sharding import expect_sharding, on_mesh
-from diffsamp._core.types import Conditions, Key, PyTree, Sharding
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import Estimate, announce
+from diffsamp.search._network import describe_network
 from diffsamp.search.objective import (
     Objective,
     cost_of_reference,
@@ -20,7 +24,8 @@ from diffsamp.search.objective import (
     log_mse,
     make_reference,
 )
-from diffsamp.search.running import Progress, expect_batch, run, slice_batch
+from diffsamp.search.plan import Plan
+from diffsamp.search.running import Progress, expect_batch, run, run_many, slice_batch
 from diffsamp.tableau import Tableau
 
 __all__ = ["Starts"]
@@ -44,6 +49,10 @@ class Starts:
       noise: (size,) keys of the noise that samplers add, the same for all; None for deterministic
         ones.
       spent: network evaluations so far: per sample and call, as many as the network counts.
+      seed: the numbers of the key that gave the order.
+      estimate: what was said of the cost before the search began.
+      began: when the search began, or the last plan was made.
+      counted: evaluations that earlier plans report.
     """
 
     score_fn: ScoreFn
@@ -58,6 +67,10 @@ class Starts:
     objective: Objective = dataclasses.field(default_factory=log_mse)
     noise: Key = None
     spent: float = 0
+    seed: list[int] = dataclasses.field(default_factory=list)
+    estimate: Estimate | None = None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    counted: float = 0
 
     @classmethod
     def split(
@@ -97,7 +110,7 @@ class Starts:
         x_T, cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], (x_T, cond))
         fit, stop = size - held, size - held + held // 2
         network = on_mesh(score_fn, sharding)
-        return cls(network, x_T, cond, None, fit, stop, batch, sharding, order)
+        return cls(network, x_T, cond, None, fit, stop, batch, sharding, order, seed=seed_of(key))
 
     @property
     def size(self) -> int:
@@ -110,9 +123,9 @@ class Starts:
 
     def announce(
         self, what: str, evaluations: float, states: float, tableau: Tableau | None = None
-    ) -> Estimate:
+    ) -> None:
         """Say what a search on these starts will cost; see `_cost.announce`."""
-        estimate, spent = announce(
+        self.estimate, spent = announce(
             what,
             self.score_fn,
             self.x_T,
@@ -125,7 +138,6 @@ class Starts:
             key=self.noise,
         )
         self.spent += spent
-        return estimate
 
     def expect_reference(self, reference: Tableau | PyTree, progress: Progress | None) -> None:
         """Take or make the reference; see `make_reference`.
@@ -153,6 +165,37 @@ class Starts:
         x, cond, key = (slice_batch(v, low, high) for v in (self.x_T, self.cond, self.noise))
         return run(
             self.score_fn, tableau, x, key=key, cond=cond, batch=self.batch, sharding=self.sharding
+        )
+
+    def many(
+        self,
+        tableaux: Sequence[Tableau],
+        low: int,
+        high: int,
+        *,
+        together: int = 1,
+        key: Key = None,
+    ) -> Iterator[PyTree]:
+        """Samples low .. high - 1 of each of several samplers, in order; see `run_many`.
+
+        Args:
+          tableaux: the samplers.
+          low: the first start.
+          high: one past the last.
+          together: samplers in one batch.
+          key: of their noise, one per start; None: `noise`.
+        """
+        self.spent += sum(self.cost(tableau) for tableau in tableaux) * (high - low)
+        x, cond, noise = (slice_batch(v, low, high) for v in (self.x_T, self.cond, self.noise))
+        return run_many(
+            self.score_fn,
+            tableaux,
+            x,
+            key=noise if key is None else key,
+            cond=cond,
+            batch=self.batch,
+            population=together,
+            sharding=self.sharding,
         )
 
     def judge(self, x: PyTree, low: int, high: int) -> float:
@@ -183,3 +226,49 @@ class Starts:
                 }.items():
                     scores[name].setdefault(span, {})[sampler] = value
         return scores
+
+    def plan(
+        self,
+        method: str,
+        found: Tableau,
+        given: Tableau,
+        *,
+        settings: Mapping[str, Value],
+        history: Sequence[tuple[int, float, float]],
+        data_range: float,
+        start: str | None = None,
+    ) -> Plan:
+        """The plan of a sampler that was found on these starts, with what was spent on it.
+
+        Args:
+          method: name of the search.
+          found: the sampler.
+          given: the one it is compared with in the scores.
+          settings: the search's own, beside those that all searches have.
+          history: as for `Plan`.
+          data_range: largest minus smallest value of the data.
+          start: what the search started from; None: the name of `given`.
+        """
+        scores = self.scores(given, found, data_range)
+        everywhere = {
+            "nfe": found.nfe,
+            "cost": self.cost(found),
+            "starts": self.size,
+            "held_out": self.size - self.fit,
+        }
+        spent: dict[str, Value] = {"evaluations": self.spent - self.counted}
+        if self.estimate is not None:
+            spent["estimate"] = self.estimate.settings
+        began, self.began = self.began, time.perf_counter()
+        self.counted = self.spent
+        return Plan(
+            found,
+            method,
+            given.name if start is None else start,
+            scores,
+            tuple(history),
+            self.began - began,
+            {**everywhere, **settings, **spent},
+            self.seed,
+            network=describe_network(self.score_fn, found, x_T=self.x_T, data_range=data_range),
+        )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 
 import jax
 import numpy as np
@@ -24,12 +23,11 @@ from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
 from diffsamp.search._gradient import arrays_of, scales_of
-from diffsamp.search._network import describe_network
 from diffsamp.search.canonical import canonical
 from diffsamp.search.explicit import from_largest_level, own_start
 from diffsamp.search.objective import Objective, cost_of_reference, log_mse
 from diffsamp.search.plan import Plan
-from diffsamp.search.running import Progress, run_many, slice_batch
+from diffsamp.search.running import Progress
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 
@@ -90,7 +88,6 @@ def evolution_strategy(
       ValueError: a sampler without a canonical form (`canonical`), too few starts, an odd
         population, or a start whose samples are not finite.
     """
-    began = time.perf_counter()
     rounds = expect_int(rounds, "rounds", at_least=1)
     population = expect_int(population, "population", at_least=2)
     if population % 2:
@@ -107,9 +104,7 @@ def evolution_strategy(
     limit, cost = expect_limit(evaluations), starts.cost(given)
     each = cost * starts.fit * population
     likely = each * rounds + cost_of_reference(score_fn, reference) * starts.size
-    estimate = starts.announce(
-        f"evolution strategy, {given.nfe} NFE", min(likely, limit), 2.0, given
-    )
+    starts.announce(f"evolution strategy, {given.nfe} NFE", min(likely, limit), 2.0, given)
     starts.expect_reference(reference, progress)
 
     mean, width = np.zeros(numbers.size), np.full(numbers.size, float(spread))
@@ -151,29 +146,19 @@ def evolution_strategy(
             source=f"diffsamp.search.evolution_strategy; start: {tableau.source}",
         )
     settings = {
-        "nfe": given.nfe,
-        "cost": cost,
-        "starts": starts.size,
-        "held_out": starts.size - starts.fit,
         "objective": starts.objective.name,
         "rounds": done,
         "population": population,
         "spread": spread,
         "discarded": discarded,
-        "evaluations": starts.spent,
-        "estimate": estimate.settings,
     }
-    scores = starts.scores(given, found, data_range)
-    return Plan(
-        found,
+    return starts.plan(
         "evolution_strategy",
-        tableau.name,
-        scores,
-        tuple(history),
-        time.perf_counter() - began,
-        {**settings, "evaluations": starts.spent},
-        seed_of(key),
-        network=describe_network(score_fn, found, x_T=x_T, data_range=data_range),
+        found,
+        given,
+        settings=settings,
+        history=history,
+        data_range=data_range,
     )
 
 
@@ -197,18 +182,7 @@ def _values(starts: Starts, tableaux: list[Tableau | None], together: int, seed:
     key = None
     if starts.noise is not None:
         key = jax.vmap(lambda k: jax.random.fold_in(k, seed))(starts.noise[: starts.fit])
-    x, cond = (slice_batch(v, 0, starts.fit) for v in (starts.x_T, starts.cond))
-    starts.spent += sum(starts.cost(t) for t in living) * starts.fit
-    samples = run_many(
-        starts.score_fn,
-        living,
-        x,
-        key=key,
-        cond=cond,
-        batch=starts.batch,
-        population=together,
-        sharding=starts.sharding,
-    )
+    samples = starts.many(living, 0, starts.fit, together=together, key=key)
     at = [i for i, t in enumerate(tableaux) if t is not None]
     for i, found in zip(at, samples, strict=True):
         values[i] = starts.judge(found, 0, starts.fit)

@@ -131,7 +131,7 @@ def suggest(
     limit. A search (`search.regress`, `search.best`) takes some ten thousand evaluations more and
     finds better ones.
 
-    Example:
+    Examples:
       >>> import jax, diffsamp as ds
       >>> process = ds.processes.vp_linear()
       >>> network = ds.targets.gaussian([0.0, 1.0], 0.1).score_fn(process)

@@ -16,6 +16,7 @@ from diffsamp.solvers.dpm import dpm_solver, exponential_rk
 from diffsamp.solvers.dpmpp import dpmpp
 from diffsamp.solvers.dual import dual_solver
 from diffsamp.solvers.edm import dpm2, euler, heun, runge_kutta
+from diffsamp.solvers.epd import epd
 from diffsamp.solvers.etdrk import abnorsett, etdrk, lawson
 from diffsamp.solvers.iia import iia
 from diffsamp.solvers.interpolant import interpolant
@@ -68,6 +69,7 @@ __all__ = [
     "dpmpp",
     "dpmpp_sde",
     "dual_solver",
+    "epd",
     "er_sde",
     "etdrk",
     "euler",

@@ -14,6 +14,7 @@ from diffsamp.solvers.dpm import dpm_solver, exponential_rk
 from diffsamp.solvers.dpmpp import dpmpp
 from diffsamp.solvers.dual import dual_solver
 from diffsamp.solvers.edm import dpm2, euler, heun, runge_kutta
+from diffsamp.solvers.epd import epd
 from diffsamp.solvers.etdrk import abnorsett, etdrk, lawson
 from diffsamp.solvers.interpolant import interpolant
 from diffsamp.solvers.invertible import bdia, belm
@@ -261,6 +262,7 @@ SOLVERS: dict[str, Solver] = _listed(
     ),
     Solver("lawson2", lawson, {"method": "midpoint2"}, 2, _LAWSON, ("lawson2a_2s",), stages=2),
     Solver("lawson4", lawson, {}, 4, _LAWSON, ("lawson4_4s",), stages=4),
+    Solver("epd", epd, {}, 2, "arXiv:2507.14797", stages=3),
     Solver("dpm2", dpm2, {}, 2, "arXiv:2206.00927", ("KDPM2DiscreteScheduler", "dpm_2"), stages=2),
     Solver(
         "rho_midpoint2",

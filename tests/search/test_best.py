@@ -326,6 +326,28 @@ MESH = textwrap.dedent(
     many = search.compare(score_fn, x_T, sharding=spread, population=2, **options)
     for entry, other in zip(one.entries, many.entries, strict=True):
         assert abs(entry.psnr - other.psnr) < 0.05, (entry.psnr, other.psnr)
+    # a first round below the mesh is one of the mesh, and within a limit, too
+    options["schedule"] = ["logsnr", "karras", "uniform"]
+    halved = search.compare(score_fn, x_T, sharding=spread, halving=3, **options)
+    assert sorted({e.starts for e in halved.entries}) == [0, 8, 16, 32], halved.entries
+    limit = 400 * 64
+    limited = search.compare(
+        score_fn, x_T, sharding=spread, evaluations=limit, reference=x_T, **options
+    )
+    assert limited.evaluations <= limit
+    few = search.compare(
+        score_fn, x_T, sharding=spread, evaluations=1100, reference=x_T, halving=20, **options
+    )
+    assert few.evaluations <= 1100
+    assert sorted({e.starts for e in few.entries}) == [0, 8, 16, 32], few.entries
+    try:
+        search.compare(
+            score_fn, x_T, sharding=spread, evaluations=300, reference=x_T, **options
+        )
+    except ValueError as error:
+        assert "`evaluations` is too low by" in str(error), error
+    else:
+        raise AssertionError("a limit that allows no round was taken")
     try:
         search.run(score_fn, tableau, x_T, batch=12, sharding=spread)
     except ValueError as error:

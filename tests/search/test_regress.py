@@ -1,5 +1,6 @@
 """`regress` and `refine`: closed forms, counted evaluations, splits, and what they refuse."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -11,6 +12,7 @@ from common import PROCESS, mixture, start
 import diffsamp as ds
 from diffsamp import search, solvers
 from diffsamp.search.explicit import Explicit, from_largest_level
+from diffsamp.search.refine import _used
 
 KEY = jax.random.key(3)
 
@@ -230,3 +232,53 @@ def test_what_they_refuse(score_fn):
     bad = ds.ScoreFn(lambda p, x, t: x * jnp.nan, {}, PROCESS, prediction="data")
     with pytest.raises(ValueError, match="not finite"):
         search.regress(bad, x_T, nfe=3, key=KEY)
+
+
+def test_refine_begins_at_the_sampler_that_it_was_given(score_fn):
+    """Also where its rows do not sum to what a consistent one's do, freed or not."""
+    x_T, given = start(24), ds.solvers.get("dpmpp_2s")(PROCESS, ds.schedules.karras(PROCESS, 5))
+    reference = search.run(score_fn, search.reference_tableau(PROCESS), x_T)
+    off = dataclasses.replace(given, b=given.b * np.array([1.1, 0.9, 1.0, 1.2, 1.0])[:, None])
+    for numbers in (("weights",), ("times", "sums")):
+        plan = search.refine(
+            score_fn, off, x_T, key=KEY, reference=reference, numbers=numbers, iterations=1
+        )
+        fit = np.asarray(jax.random.permutation(KEY, 24))[:18]
+        value = search.objective.log_mse()(search.run(score_fn, off, x_T[fit]), reference[fit])
+        assert plan.history[0][1] == pytest.approx(value, abs=1e-4)
+
+
+# -- parallel stages ---------------------------------------------------------------------------
+
+
+def test_refine_keeps_parallel_stages_parallel(score_fn):
+    """Weights between rows of one wave stay 0 if asked, and what is left still gains."""
+    x_T = start(32)
+    reference = search.run(score_fn, search.reference_tableau(PROCESS), x_T)
+    given = ds.solvers.epd(PROCESS, ds.schedules.karras(PROCESS, 3))
+    assert (given.nfe, given.latency) == (7, 5)
+    options = {"key": jax.random.key(1), "reference": reference, "iterations": 2}
+    plan = search.refine(score_fn, given, x_T, keep_waves=True, **options)
+    found = plan.tableau.waves[plan.tableau.evaluates]  # a first row may scale the start
+    assert found.tolist() == given.waves.tolist() == [1, 2, 2, 3, 4, 4, 5]
+    assert (plan.nfe, plan.latency) == (7, 5)
+    held = plan.psnr["held_out"]
+    assert held["found"] > held["start"] + 3
+    np.testing.assert_allclose(
+        ds.parallel.sample_waves(score_fn, plan.tableau, x_T),
+        ds.sample(score_fn, plan.tableau, x_T),
+        atol=1e-3,
+    )
+    free = search.refine(score_fn, given, x_T, **options)
+    assert free.latency == free.nfe == 7
+
+
+def test_waves_that_cannot_be_kept_are_refused(score_fn):
+    """A row that asks early but stands late: what comes after it would wait for it."""
+    given = ds.solvers.ddim(PROCESS, ds.schedules.karras(PROCESS, 3))
+    a, b = np.array([[1.0], [0.0], [1.0]]), np.array([[0.1], [0.0], [0.1]])
+    table = dataclasses.replace(given, a=a, b=b)
+    assert table.waves.tolist() == [1, 2, 1]
+    with pytest.raises(ValueError, match="cannot be kept"):
+        _used(table, True)
+    assert _used(table, False).sum() == 6

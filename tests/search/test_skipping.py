@@ -151,8 +151,14 @@ def test_evaluations_are_counted_and_limited(score_fn):
     plan = search.skip_rows(network, tableau, x_T, nfe=5, key=KEY, orders=(0,))
     jax.effects_barrier()
     assert sum(calls) == plan.settings["evaluations"]
+    # all of it is known before the first evaluation
+    spent = plan.settings["evaluations"]
+    options = {"nfe": 5, "key": KEY, "orders": (0,)}
+    again = search.skip_rows(network, tableau, x_T, evaluations=int(spent), **options)
+    assert again.settings["evaluations"] == spent
+    assert again.settings["estimate"]["evaluations"] == spent - 2 * 16 * 7  # a batch was timed
     with pytest.raises(ValueError, match="`evaluations` is too low"):
-        search.skip_rows(network, tableau, x_T, nfe=5, key=KEY, evaluations=100)
+        search.skip_rows(network, tableau, x_T, evaluations=int(spent) - 1, **options)
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,62 @@ def test_a_sampler_with_noise_by_a_distance_between_sets():
     assert abs(variance_of(plan.tableau, 0.09) - 0.09) < abs(variance_of(tableau, 0.09) - 0.09) / 2
 
 
+def numbers_of(keys):
+    return [tuple(row) for row in np.asarray(jax.random.key_data(keys)).reshape(-1, 2)]
+
+
+def test_every_round_draws_noise_of_its_own(score_fn, monkeypatch):
+    """All candidates of a round see the same noise, no two rounds do."""
+    from diffsamp.search.starts import Starts
+
+    real, rounds = Starts.many, []
+
+    def recorded(self, tableaux, low, high, *, together=1, key=None):
+        rounds.append(numbers_of(key))
+        return real(self, tableaux, low, high, together=together, key=key)
+
+    monkeypatch.setattr(Starts, "many", recorded)
+    ddpm = ds.solvers.ddpm(PROCESS, ds.schedules.logsnr(PROCESS, 2))
+    search.evolution_strategy(
+        score_fn,
+        ddpm,
+        start(10),
+        key=KEY,
+        objective=objective.energy(),
+        reference=start(10, 1),
+        held_out=4,
+        rounds=3,
+        population=2,
+    )
+    assert [len(keys) for keys in rounds] == [6] * 3
+    assert len({key for keys in rounds for key in keys}) == 3 * 6
+
+
+def test_every_gradient_step_draws_noise_of_its_own(score_fn, monkeypatch):
+    from diffsamp.search import _descent
+
+    real, steps = _descent.fit_step, []
+
+    def recorded(*arguments, **options):
+        steps.append(numbers_of(arguments[8]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(_descent, "fit_step", recorded)
+    search.distill(
+        score_fn,
+        start(8),
+        start=ds.solvers.ddpm(PROCESS, ds.schedules.logsnr(PROCESS, 2)),
+        key=KEY,
+        objective=objective.energy(),
+        reference=start(8, 1),
+        steps=3,
+        batch=4,
+        held_out=4,
+    )
+    assert [len(keys) for keys in steps] == [4] * 3
+    assert len({key for keys in steps for key in keys}) == 3 * 4
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
