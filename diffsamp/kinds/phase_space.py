@@ -37,7 +37,7 @@ from diffsamp._core.types import Array, Bound, Conditions, DType, Network, PyTre
 from diffsamp.guidance import Transform, per_row
 from diffsamp.kinds._phase_steps import METHODS, STOCHASTIC, deterministic_steps, stochastic_steps
 from diffsamp.predictions import Level, level_at
-from diffsamp.processes import Process
+from diffsamp.processes import Process, time_by_bisection
 from diffsamp.score import ScoreFn, scale_rows
 from diffsamp.tableau import Tableau
 
@@ -96,16 +96,8 @@ class PSLD(Process):
         change = self.beta * (-self.gamma * xx + xm / self.mass + self.gamma)
         return change / (2 * namespace(as_float(t)).sqrt(xx))
 
-    @silence
     def time(self, log_snr: Array) -> Array:
-        log_snr = as_float(log_snr)
-        xp = namespace(log_snr)
-        low, high = xp.zeros_like(log_snr), xp.ones_like(log_snr)
-        for _ in range(60):  # no closed form; alpha / sigma falls with t
-            middle = (low + high) / 2
-            noisier = self.log_snr(middle) < log_snr
-            low, high = xp.where(noisier, low, middle), xp.where(noisier, middle, high)
-        return (low + high) / 2
+        return time_by_bisection(self, log_snr)  # no closed form
 
     @property
     def t_max(self) -> float:
