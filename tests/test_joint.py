@@ -1,5 +1,7 @@
 """Several laws in one state: coupled Gaussians against their ODE, laws alone, frequencies."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,6 +212,66 @@ def test_the_laws_of_blurring():
         scipy.fft.dct(np.eye(5), axis=0, norm="ortho"),
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve"])
+def test_s4_is_the_authors_step(kind):
+    """Their code's step in NumPy, of a state, a score and three noises: linear, so unit by unit."""
+    snr, scale, low, high = 0.3, 0.7, 0.1, 5.0
+    process = ds.processes.vp_linear(low, high) if kind == "vp" else ds.processes.ve(low, high)
+
+    def transition(x, t, dt):  # dt is negative
+        if kind == "ve":
+            return x, np.sqrt(
+                (low * (high / low) ** t) ** 2 - (low * (high / low) ** (t + dt)) ** 2
+            )
+        c = 0.25 * dt * (2 * low + (2 * t + dt) * (high - low))
+        return np.exp(-c) * x, np.sqrt(1 - np.exp(2 * c))
+
+    def authors(x, score, noises, t, dt, last):
+        beta = low + t * (high - low)
+        sigma = low * (high / low) ** t
+        g = np.sqrt(beta) if kind == "vp" else sigma * np.sqrt(2 * np.log(high / low))
+        std = np.sqrt(1 - np.exp(-0.5 * t**2 * (high - low) - t * low)) if kind == "vp" else sigma
+        keep = 1 + beta * dt if kind == "vp" else 1.0
+        step = (snr * std) ** 2 * 2 * keep
+        x = x + step * score + np.sqrt(2 * step) * noises[0] * scale
+        x, width = transition(x, t, dt / 2)
+        x = x + width * noises[1] - g**2 * score * dt
+        x, width = transition(x, t + dt / 2, dt / 2)
+        return x if last else x + width * noises[2]
+
+    times = np.array([0.9, 0.8, 0.6])
+    on_start, on_noise, fresh = ds.joint.s4(process, times, snr=snr, scale=scale).unroll(
+        prediction="data"
+    )
+    # a network that always says x_0 = 1, and then one that says 0: both unknowns of every row
+    for x_0 in (0.0, 1.0):
+        for x in (0.0, 2.0):
+            state = x
+            for n, (s, t) in enumerate(itertools.pairwise(times)):
+                score = (process.alpha(s) * x_0 - state) / process.sigma(s) ** 2
+                state = authors(state, score, (0, 0, 0), s, t - s, n == 1)
+            assert on_start[2] * x + on_noise[2].sum() * x_0 == pytest.approx(state, rel=1e-10)
+    parts = [authors(0.0, 0.0, unit, 0.9, -0.1, False) for unit in np.eye(3)]
+    assert fresh[1, 0] == pytest.approx(np.linalg.norm(parts), rel=1e-10)
+
+
+def test_s4_without_langevin_tends_to_the_law_and_runs_on_leaves():
+    process, off = LAWS["nodes"], []
+    for n in (40, 80):
+        made = ds.joint.s4(process, np.linspace(1, 0.02, n + 1), snr=0.0)
+        off.append(float(ds.evaluation.describe.gaussian_spread(made, [0.7])[0]) - 1)
+    assert abs(off[1]) < 0.03
+    assert 0.7 < np.log2(off[0] / off[1]) < 1.3
+    graph = ds.joint.per_leaf(coupled(), LAWS, SHAPES)
+    _, tableau = graph.sampler(ds.joint.s4, np.linspace(1.0, 0.02, 9), snr=0.1)
+    assert tableau.nfe == 8
+    assert np.ptp(tableau.c[0]) > 0.01  # a noise of its own for every law
+    with pytest.raises(ValueError, match="`snr` and `scale` must be"):
+        ds.joint.s4(process, [1.0, 0.5], snr=-1.0)
+    with pytest.raises(ValueError, match="too long for s4"):
+        ds.joint.s4(process, [1.0, 0.5])
 
 
 def test_bad_input_is_refused():

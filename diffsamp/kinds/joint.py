@@ -26,6 +26,7 @@ from diffsamp._core.numeric import is_concrete, silence, to_host
 from diffsamp._core.types import Array, Bound, Conditions, DType, Key, Network, PyTree, Times, Value
 from diffsamp.guidance import Transform, per_row
 from diffsamp.kinds._blurring import Blurred, blurring
+from diffsamp.kinds._s4 import s4
 from diffsamp.predictions import Level, conversion, level_at, weights
 from diffsamp.processes import Process, expect_process
 from diffsamp.score import bind_as, expect_score_fn, scale_rows
@@ -40,6 +41,7 @@ __all__ = [
     "cosine_basis",
     "per_frequency",
     "per_leaf",
+    "s4",
 ]
 
 
