@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 from _report import RESULTS, heading, table
 
 import diffsamp as ds
@@ -495,6 +496,158 @@ def phase_space(samples: int) -> list[tuple[str, str, Curves, float | None]]:
     return [("Gaussian data, PSLD", "RMSE of x to the ODE's solution", result, None)]
 
 
+def joint(samples: int) -> list[tuple[str, str, Curves, float | None]]:
+    """Two correlated leaves with laws of their own, and blurring diffusion of a Gaussian field."""
+    laws = {"edges": ds.processes.ve(0.1, 3.0), "nodes": ds.processes.vp_linear(0.1, 6.0)}
+    cov = np.array([[0.8, 0.5], [0.5, 0.6]])
+
+    def both(f: str, t: Any) -> Any:
+        return jnp.stack([getattr(law, f)(t) for law in laws.values()], axis=-1)
+
+    def leaves(params: Any, x: Any, t: Any) -> Any:
+        flat = jnp.concatenate([x["edges"], x["nodes"]], axis=1)
+        alpha, sigma = both("alpha", t), both("sigma", t)
+        total = alpha[:, :, None] * cov * alpha[:, None] + jax.vmap(jnp.diag)(sigma**2)
+        noise = sigma * jnp.linalg.solve(total, flat[..., None])[..., 0]
+        return {"edges": noise[:, :1], "nodes": noise[:, 1:]}
+
+    network = ds.ScoreFn(leaves, None, laws["nodes"], prediction="noise")
+    graph = ds.joint.per_leaf(network, laws, {"edges": (1,), "nodes": (1,)})
+
+    shape = (16, 16, 1)
+    kinds, index = ds.joint.blurring(16, 16, blur=20.0)
+    i, j = np.meshgrid(np.arange(16), np.arange(16), indexing="ij")
+    power = (1.0 / (1 + i**2 + j**2))[..., None]
+
+    def levels(t: Any) -> Any:
+        found = [np.array([getattr(k, f)(t) for k in kinds])[index] for f in ("alpha", "sigma")]
+        return found[0], found[1], np.sqrt(found[0] ** 2 * power + found[1] ** 2)
+
+    cosines, base = ds.joint.cosine_basis(16), ds.processes.vp_cosine()
+    rates = jnp.asarray(np.array([law.rate for law in kinds])[index])
+
+    def field(params: Any, x: Any, t: Any) -> Any:
+        u = jnp.einsum("ki,lj,nijc->nklc", cosines, cosines, x)
+        at = t[:, None, None, None]
+        fade = (1 - 1e-3) * jnp.exp(-rates * jnp.sin(jnp.pi / 2 * at) ** 4) + 1e-3
+        alpha, sigma = base.alpha(at) * fade, base.sigma(at)
+        noise = sigma * u / (alpha**2 * power + sigma**2)
+        return jnp.einsum("ki,lj,nklc->nijc", cosines, cosines, noise)
+
+    blur = ds.joint.per_frequency(
+        ds.ScoreFn(field, None, base, prediction="noise"), kinds, index, shape
+    )
+    panels = []
+    for title, made, exact, begin, end in (
+        ("two correlated leaves", graph, None, 1.0, 0.02),
+        ("blurred Gaussian field", blur, levels, float(base.t_max), 0.01),
+    ):
+        x_T = made.prior_sample(jax.random.key(0), samples)
+
+        def run(
+            solver: str, nfe: int, made: Any = made, x_T: Any = x_T, ends: Any = (begin, end)
+        ) -> Any:
+            grid = np.linspace(ends[0] ** 0.5, ends[1] ** 0.5, nfe + 1) ** 2
+            return np.asarray(ds.sample(*made.sampler(solver, grid), x_T), np.float64)
+
+        right = run("unipc2", 1000) if exact is None else x_T * exact(end)[2] / exact(begin)[2]
+        result: Curves = {}
+        for solver in ("ddim", "dpmpp_2m", "deis_tab2", "unipc2"):
+            for nfe in (5, 10, 20, 40):
+                error = float(np.sqrt(np.mean((run(solver, nfe) - right) ** 2)))
+                result.setdefault(solver, []).append((nfe, error))
+        panels.append((title, "RMSE to the ODE's solution", result, None))
+    return panels
+
+
+def known_mean(samples: int) -> list[tuple[str, str, Curves, float | None]]:
+    """OU-VE on Gaussian data given the mean: the ODE's map is known."""
+    process, centre, spread = ds.processes.ouve(), 0.4, 0.3
+
+    def apply(params: Any, x: Any, t: Any, mean: Any) -> Any:
+        alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+        away = x - (1 - alpha * (1 - centre)) * mean
+        return -away / (alpha**2 * spread**2 + sigma**2)
+
+    network = ds.known_mean.around(ds.ScoreFn(apply, None, process, prediction="score"))
+    n = 4 * samples
+    u_T, y = (
+        process.prior_sample(jax.random.key(0), (n, 1)),
+        jax.random.normal(jax.random.key(1), (n, 1)),
+    )
+
+    def law(t: float) -> tuple[Any, Any]:
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        return alpha * (centre - 1) * np.asarray(y), np.sqrt(alpha**2 * spread**2 + sigma**2)
+
+    (start, wide), (end, narrow) = law(1.0), law(0.03)
+    exact = end + narrow / wide * (np.asarray(u_T) - start)
+    scene = Scene("speech enhancement, Gaussian", network, u_T, exact, {"mean": y}, float, 0.0, "")
+    jobs = {
+        name: [solvers.get(name)(process, np.linspace(1.0, 0.03, n + 1)) for n in FEW]
+        for name in ("ddim", "dpmpp_2m", "unipc2")
+    }
+    return [(scene.name, "RMSE to the ODE's solution", curves(scene, jobs, scene.distance), None)]
+
+
+def kinetic_energy(process: ds.processes.Process, points: int = 80) -> float:
+    """The mean of |velocity|^2 over times and states, for the mixture of `paths`."""
+    weights, means, widths = (np.array(v) for v in ([0.7, 0.3], [-1.0, 1.5], [0.25, 0.5]))
+    fine, x = (np.arange(points) + 0.5) / points, np.linspace(-6, 6, 241)
+    alpha, sigma, da, db = (
+        getattr(process, f)(fine)[:, None, None]
+        for f in ("alpha", "sigma", "alpha_dot", "sigma_dot")
+    )
+    variance = alpha**2 * widths**2 + sigma**2
+    away = x[None, :, None] - alpha * means
+    density = weights * np.exp(-0.5 * away**2 / variance) / np.sqrt(2 * np.pi * variance)
+    speed = da * (means + alpha * widths**2 * away / variance) + db * sigma * away / variance
+    flux, total = (density * speed).sum(-1), density.sum(-1)
+    return float(np.mean(np.sum(flux**2 / (total + 1e-300), axis=1)) * (x[1] - x[0]))
+
+
+def least_kinetic(knots: int = 7) -> ds.processes.Table:
+    """The path of least kinetic energy among tables of so many levels."""
+
+    def path(numbers: Any) -> ds.processes.Table:
+        steps = np.exp(numbers[: knots - 1])
+        angle = np.append(0, np.cumsum(steps)) / steps.sum() * np.pi / 2
+        size = np.exp(np.concatenate([[0], numbers[knots - 1 :], [0]]))
+        alpha = np.append((size * np.cos(angle))[:-1], 0.0)
+        return ds.processes.table(np.linspace(0, 1, knots), alpha, size * np.sin(angle))
+
+    bounds = [(-1.5, 1.5)] * (knots - 1) + [(-1.0, 1.0)] * (knots - 2)
+    found = scipy.optimize.minimize(
+        lambda numbers: kinetic_energy(path(numbers)),
+        np.zeros(2 * knots - 3),
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 30},
+    )
+    return path(found.x)
+
+
+def paths(samples: int) -> list[tuple[str, str, Curves, float | None]]:
+    """Straight, cosine and kinetic-optimal paths of one mixture, each to its ODE's solution."""
+    target = ds.targets.gaussian_mixture([0.7, 0.3], [[-1.0], [1.5]], [0.25**2, 0.5**2])
+    panels = []
+    for solver in ("euler", "dpmpp_2m"):
+        result: Curves = {}
+        for label, process in (
+            ("flow", ds.processes.flow()),
+            ("cosine", ds.processes.trig()),
+            ("least kinetic energy", least_kinetic()),
+        ):
+            network = target.score_fn(process, "velocity")
+            x_T = process.prior_sample(jax.random.key(0), (4 * samples, 1))
+            exact = target.ode_solution(x_T, process, float(process.t_max), 0.0)
+            scene = Scene("", network, x_T, exact, None, float, 0.0, "")
+            jobs = {label: [solvers.get(solver)(process, np.linspace(1, 0, n + 1)) for n in FEW]}
+            result |= curves(scene, jobs, scene.distance)
+        panels.append((f"paths, {solver}", "RMSE to the ODE's solution", result, None))
+    return panels
+
+
 SPECIAL = {
     "restart": restart,
     "inversion": inversion,
@@ -504,6 +657,9 @@ SPECIAL = {
     "bridges": bridges,
     "few_step": few_step,
     "phase_space": phase_space,
+    "joint": joint,
+    "known_mean": known_mean,
+    "paths": paths,
 }
 
 

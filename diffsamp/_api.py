@@ -29,7 +29,7 @@ from diffsamp.jobs.generate import generate
 from diffsamp.jobs.network import export_network, load_network
 from diffsamp.jobs.pretrained import Pretrained, from_pretrained
 from diffsamp.jobs.sampler import Sampler, sampler
-from diffsamp.kinds import bridges, few_step, phase_space
+from diffsamp.kinds import bridges, few_step, joint, known_mean, phase_space
 from diffsamp.loops import adaptive, inversion, parallel
 from diffsamp.loops.brownian import brownian_key
 from diffsamp.loops.policies import log_prob, replay, row_kl
@@ -71,6 +71,8 @@ __all__ = [
     "init",
     "inverse",
     "inversion",
+    "joint",
+    "known_mean",
     "load_exported",
     "load_network",
     "log_prob",

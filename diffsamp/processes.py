@@ -31,6 +31,7 @@ from typing import TypeAlias, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.interpolate import CubicSpline
 
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
@@ -39,10 +40,12 @@ from diffsamp._core.types import Apply, Array, DType, PyTree, Value
 
 __all__ = [
     "EDM",
+    "OUVE",
     "PFGMPP",
     "VE",
     "Flow",
     "Process",
+    "Table",
     "Trig",
     "VPCosine",
     "VPDiscrete",
@@ -51,8 +54,11 @@ __all__ = [
     "edm",
     "expect_process",
     "flow",
+    "ouve",
     "pfgmpp",
     "reversed_flow_apply",
+    "table",
+    "time_by_bisection",
     "trig",
     "ve",
     "vp_cosine",
@@ -182,6 +188,27 @@ class Process(abc.ABC):
         x = self.prior_sample(key, shape, dtype)
         ratio = jnp.asarray(self.sigma(t) / self.sigma(self.t_max), dtype)
         return x * ratio.reshape(ratio.shape + (1,) * (x.ndim - ratio.ndim if ratio.ndim else 0))
+
+
+@silence
+def time_by_bisection(process: Process, log_snr: Array) -> Array:
+    """Where a process has the given log-SNR, between t_clean and t_max, to the last digit.
+
+    For processes of one's own whose log-SNR has no inverse in closed form.
+
+    Args:
+      process: one whose `log_snr` falls with t.
+      log_snr: nats, of any shape.
+    """
+    log_snr = as_float(log_snr)
+    xp = namespace(log_snr, *jax.tree.leaves(process))
+    low = xp.zeros_like(log_snr) + as_float(process.t_clean, log_snr)
+    high = xp.zeros_like(log_snr) + as_float(process.t_max, log_snr)
+    for _ in range(60):
+        middle = (low + high) / 2
+        noisier = process.log_snr(middle) < log_snr
+        low, high = xp.where(noisier, low, middle), xp.where(noisier, middle, high)
+    return (low + high) / 2
 
 
 def expect_process(process: object) -> None:
@@ -721,6 +748,219 @@ class Trig(Process):
         return 1e-3 * self.end
 
 
+@_pytree
+class OUVE(Process):
+    """Speech enhancement's process around a known mean y: dx = theta (y - x) dt + g(t) dw.
+
+    g = sigma_min (sigma_max / sigma_min)^t sqrt(2 L), L = log(sigma_max / sigma_min), t in [0, 1].
+    This is the law of x - y, and `ds.known_mean.around` puts y back:
+
+        alpha = exp(-theta t),  sigma^2 = sigma_min^2 L / (theta + L) (exp(2 L t) - exp(-2 theta t))
+
+    SGMSE: Richter et al. 2022, arXiv:2208.05830, eq. 10; StoRM: Lemercier et al. 2022,
+    arXiv:2212.11851.
+    """
+
+    theta: float
+    sigma_min: float
+    sigma_max: float
+
+    def _numbers(self, like: Array) -> tuple[Array, Array, Array]:
+        """theta, L and the variance's factor."""
+        theta, low, high = (as_float(v, like) for v in (self.theta, self.sigma_min, self.sigma_max))
+        growth = namespace(low, high).log(high / low)
+        return theta, growth, low * low * growth / (theta + growth)
+
+    def alpha(self, t: Array) -> Array:
+        t = as_float(t, self.theta)
+        return namespace(t).exp(-self._numbers(t)[0] * t)
+
+    def sigma(self, t: Array) -> Array:
+        t = as_float(t, self.theta)
+        theta, growth, factor = self._numbers(t)
+        xp = namespace(t)
+        return xp.exp(-theta * t) * xp.sqrt(factor * xp.expm1(2 * (theta + growth) * t))
+
+    def alpha_dot(self, t: Array) -> Array:
+        t = as_float(t, self.theta)
+        return -self._numbers(t)[0] * self.alpha(t)
+
+    @silence
+    def sigma_dot(self, t: Array) -> Array:
+        t = as_float(t, self.theta)
+        theta, growth, factor = self._numbers(t)
+        squared = 2 * (theta + growth) * factor * namespace(t).exp(2 * growth * t)  # g^2
+        sigma = self.sigma(t)
+        return squared / (2 * sigma) - theta * sigma
+
+    @silence
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.theta)
+        theta, growth, factor = self._numbers(log_snr)
+        xp = namespace(log_snr)
+        return xp.log1p(xp.exp(-2 * log_snr) / factor) / (2 * (theta + growth))
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_min(self) -> float:
+        return 0.03
+
+
+def _piece(index: Array, knots: Array, values: Array, slopes: Array) -> tuple[Array, ...]:
+    """Hermite's cubic between two knots: value + s (left + s (bend + s twist)), and the width."""
+    width = knots[index + 1] - knots[index]
+    rise = values[index + 1] - values[index]
+    left, right = slopes[index] * width, slopes[index + 1] * width
+    return values[index], left, 3 * rise - 2 * left - right, left + right - 2 * rise, width
+
+
+def _cubic(x: Array, knots: Array, values: Array, slopes: Array) -> tuple[Array, Array]:
+    """Hermite's cubic through the knots and its derivative; straight beyond the outer ones."""
+    xp = namespace(x, knots)
+    inner = xp.clip(x, knots[0], knots[-1])
+    index = xp.clip(xp.searchsorted(knots, inner, side="right") - 1, 0, len(knots) - 2)
+    value, left, bend, twist, width = _piece(index, knots, values, slopes)
+    s = (inner - knots[index]) / width
+    slope = (left + s * (2 * bend + 3 * s * twist)) / width
+    return value + s * (left + s * (bend + s * twist)) + (x - inner) * slope, slope
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Table(Process):
+    """A process from numbers; made by `table`.
+
+    The log-SNR is a cubic of z = log((t - t_clean) / (t_max - t)), or of log(t - t_clean) where
+    alpha does not end at 0, and straight in z beyond the outermost levels: there rho is a power of
+    the distance to the end. log(alpha^2 + sigma^2) / 2 is a cubic of t. Everything else follows
+    from the two, so that derivatives and the inverse belong to the same path.
+
+    Attributes:
+      z: (n,) z of the levels with both signal and noise.
+      log_snrs: (n,) nats there, falling.
+      log_snr_slopes: (n,) its derivative by z.
+      times: (m,) all times, rising.
+      norms: (m,) log(alpha^2 + sigma^2) / 2 there.
+      norm_slopes: (m,) its derivative by t.
+      t_first: the smallest time at which the network is asked.
+    """
+
+    z: Array
+    log_snrs: Array
+    log_snr_slopes: Array
+    times: Array
+    norms: Array
+    norm_slopes: Array
+    t_first: Array
+
+    @property
+    def pure(self) -> bool:
+        """Whether alpha(t_max) = 0."""
+        return np.shape(self.times)[-1] == np.shape(self.z)[-1] + 2
+
+    def __repr__(self) -> str:
+        return f"Table({np.shape(self.times)[-1]} levels)"
+
+    def _ends(self, t: Array) -> tuple[Array, Array, Array]:
+        """t, and its distances to the clean end and to t_max."""
+        t = as_float(t, self.times)
+        times = as_float(self.times, t)
+        return t, t - times[0], times[-1] - t
+
+    def _log_snr(self, t: Array, *, inside: bool = False) -> tuple[Array, Array]:
+        """Log-SNR and its derivative by t; `inside` keeps off ends where they are infinite."""
+        t, below, above = self._ends(t)
+        xp = namespace(t)
+        clean, noise = below <= 0, (above <= 0) & self.pure
+        least = 1e-9 * (below + above) if inside else below + above
+        below = xp.where(clean, least, below)
+        above = xp.where(noise, least, above)
+        z = xp.log(below) - (xp.log(above) if self.pure else 0.0)
+        rate = 1 / below + (1 / above if self.pure else 0.0)
+        parts = (as_float(v, t) for v in (self.z, self.log_snrs, self.log_snr_slopes))
+        value, slope = _cubic(z, *parts)
+        if not inside:
+            value = xp.where(clean, math.inf, xp.where(noise, -math.inf, value))
+        return value, slope * rate
+
+    def _norm(self, t: Array) -> tuple[Array, Array]:
+        t = as_float(t, self.times)
+        parts = (as_float(v, t) for v in (self.times, self.norms, self.norm_slopes))
+        return _cubic(t, *parts)
+
+    def _part(self, t: Array, sign: int, *, inside: bool = False) -> Array:
+        snr, norm = self._log_snr(t, inside=inside)[0], self._norm(t)[0]
+        xp = namespace(norm)
+        return xp.exp(norm - xp.logaddexp(xp.zeros_like(snr), -2 * sign * snr) / 2)
+
+    def _part_dot(self, t: Array, sign: int) -> Array:
+        snr, rate = self._log_snr(t, inside=True)
+        xp = namespace(snr)
+        other = xp.exp(-xp.logaddexp(xp.zeros_like(snr), 2 * sign * snr))
+        return self._part(t, sign, inside=True) * (self._norm(t)[1] + sign * rate * other)
+
+    @silence
+    def alpha(self, t: Array) -> Array:
+        return self._part(t, 1)
+
+    @silence
+    def sigma(self, t: Array) -> Array:
+        return self._part(t, -1)
+
+    @silence
+    def alpha_dot(self, t: Array) -> Array:
+        return self._part_dot(t, 1)
+
+    @silence
+    def sigma_dot(self, t: Array) -> Array:
+        return self._part_dot(t, -1)
+
+    @silence
+    def log_snr(self, t: Array) -> Array:
+        return self._log_snr(t)[0]
+
+    @silence
+    def time(self, log_snr: Array) -> Array:
+        log_snr = as_float(log_snr, self.times)
+        xp = namespace(log_snr)
+        z, snrs, slopes, times = (
+            as_float(v, log_snr) for v in (self.z, self.log_snrs, self.log_snr_slopes, self.times)
+        )
+        inner = xp.clip(log_snr, snrs[-1], snrs[0])
+        index = xp.clip(xp.searchsorted(-snrs, -inner, side="right") - 1, 0, len(snrs) - 2)
+        value, left, bend, twist, width = _piece(index, z, snrs, slopes)
+        low, high = xp.zeros_like(inner), xp.ones_like(inner)
+        for _ in range(20):
+            s = (low + high) / 2
+            noisier = value + s * (left + s * (bend + s * twist)) < inner
+            low, high = xp.where(noisier, low, s), xp.where(noisier, s, high)
+        for _ in range(3):  # Newton's last digits
+            off = value - inner + s * (left + s * (bend + s * twist))
+            s = xp.clip(s - off / (left + s * (2 * bend + 3 * s * twist)), 0, 1)
+        found = z[index] + s * width
+        end = xp.where(log_snr > snrs[0], slopes[0], slopes[-1])
+        found = found + xp.where(log_snr == inner, 0.0, (log_snr - inner) / end)
+        if not self.pure:
+            return xp.minimum(times[0] + xp.exp(found), times[-1])
+        share = xp.exp(-xp.logaddexp(xp.zeros_like(found), -found))
+        return times[0] + (times[-1] - times[0]) * share
+
+    @property
+    def t_max(self) -> float:
+        return self.times[-1]
+
+    @property
+    def t_min(self) -> float:
+        return self.t_first
+
+    @property
+    def t_clean(self) -> float:
+        return self.times[0]
+
+
 def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> VPLinear:
     """The linear-beta variance-preserving process of ScoreSDE; t in [0, 1]."""
     _positive(beta_min=beta_min, beta_max=beta_max)
@@ -938,6 +1178,89 @@ def trig(sigma_data: float = 1.0, *, end: float = 1.0) -> Trig:
     """
     _positive(sigma_data=sigma_data, end=end)
     return Trig(float(sigma_data), float(end))
+
+
+def ouve(theta: float = 1.5, sigma_min: float = 0.05, sigma_max: float = 0.5) -> OUVE:
+    """The law of x - y in speech enhancement (SGMSE, StoRM); see `OUVE`.
+
+    Args:
+      theta: stiffness, how fast the mean goes to y.
+      sigma_min: as for `ve`.
+      sigma_max: as for `ve`.
+
+    Raises:
+      ValueError: a number that is not positive, or no growth of the noise.
+    """
+    _positive(theta=theta)
+    base = ve(sigma_min, sigma_max)
+    return OUVE(float(theta), base.sigma_min, base.sigma_max)
+
+
+def table(times: Array, alpha: Array, sigma: Array, *, t_min: float | None = None) -> Table:
+    """A process from a table of its two coefficients, such as a learned or an optimised path.
+
+    What lies between the levels is smooth and strictly noisier with t; see `Table`.
+
+    Examples:
+      >>> import numpy as np, diffsamp as ds
+      >>> t = np.linspace(0, 1, 33)
+      >>> process = ds.processes.table(t, (1 - t) ** 2, t)
+      >>> float(np.round(process.alpha(0.4), 5)), float(process.alpha(1.0))
+      (0.36, 0.0)
+
+    Args:
+      times: (n,) rising, from the clean end to t_max; at least 5.
+      alpha: (n,) signal coefficients: 1 at first, then positive; 0 at most at the last.
+      sigma: (n,) noise standard deviations: 0 at first, then positive.
+      t_min: the smallest time at which the network is asked; None: the second one.
+
+    Raises:
+      ValueError: another shape, a first level that is not clean, or a log-SNR that does not fall.
+    """
+    times, alpha, sigma = (
+        _table(v, n) for v, n in ((times, "times"), (alpha, "alpha"), (sigma, "sigma"))
+    )
+    if len(times) < 5 or not len(times) == len(alpha) == len(sigma):
+        raise ValueError(
+            "`times`, `alpha` and `sigma` must be as long as each other, 5 levels or more; got "
+            f"{len(times)}, {len(alpha)} and {len(sigma)}."
+        )
+    if not (np.all(np.isfinite([times, alpha, sigma])) and np.all(np.diff(times) > 0)):
+        raise ValueError("`times` must rise, and all three tables be finite.")
+    if alpha[0] != 1 or sigma[0] != 0:
+        raise ValueError(
+            "the table must begin at the clean end, with alpha = 1 and sigma = 0 exactly; it "
+            f"begins with {alpha[0]:g} and {sigma[0]:g}. Put that level in front, or divide by "
+            "alpha[0]."
+        )
+    pure = bool(alpha[-1] == 0)
+    inner = slice(1, -1 if pure else None)
+    if not (np.all(alpha[inner] > 0) and np.all(sigma[1:] > 0)):
+        raise ValueError("`alpha` must be positive before the last level, `sigma` after the first.")
+    snr = np.log(alpha[inner]) - np.log(sigma[inner])
+    if not np.all(np.diff(snr) < 0):
+        bad = int(np.argmax(np.diff(snr) >= 0)) + 1
+        raise ValueError(
+            f"the log-SNR must fall from level to level; it does not from {bad} to {bad + 1} (t = "
+            f"{times[bad]:g} and {times[bad + 1]:g})."
+        )
+    first = times[1] if t_min is None else float(t_min)
+    if not times[0] < first < times[-1]:
+        raise ValueError(f"`t_min` must lie between the first and the last time; got {t_min}.")
+    z = np.log(times[inner] - times[0]) - (np.log(times[-1] - times[inner]) if pure else 0.0)
+    norms = np.log(np.hypot(alpha, sigma))
+    return Table(z, snr, _slopes(z, snr, falls=True), times, norms, _slopes(times, norms), first)
+
+
+def _slopes(x: np.ndarray, y: np.ndarray, *, falls: bool = False) -> np.ndarray:
+    """A spline's derivatives at its knots; `falls`: held where Hermite's cubics fall (Fritsch and
+    Carlson), at least a tenth as steep as the neighbouring secants."""
+    slopes = CubicSpline(x, y)(x, 1)
+    if falls:
+        steep = np.abs(np.diff(y) / np.diff(x))
+        least = np.minimum(np.append(steep[0], steep), np.append(steep, steep[-1]))
+        slopes = -np.clip(-slopes, 0.1 * least, 3 * least)
+    return slopes
 
 
 def reversed_flow_apply(apply: Apply, *, offset: float = 0.0) -> Apply:

@@ -107,6 +107,16 @@ def _static_leaves(params: PyTree) -> PyTree:
     return None if all(arrays) else (treedef, others)
 
 
+def bind_as(score_fn: Network, level: Level, name: str) -> PyTree:
+    """`bind` for a named prediction; a network's own is its output, whatever the level says."""
+    w0, w1, g = predictions.weights(name, score_fn.process, level, score_fn.sigma_data)
+    with np.errstate(divide="ignore", invalid="ignore"):  # the score at sigma = 0
+        bound = score_fn.bind(level, (w0 / g, w1 / g))
+    if name == score_fn.prediction and isinstance(bound, Bound):
+        bound = bound._replace(r=0 * level.alpha, s=0 * level.alpha + 1)
+    return bound
+
+
 def ask(
     score_fn: Network, x: PyTree, t: Array, prediction: str | None, cond: Conditions | None
 ) -> PyTree:
@@ -119,18 +129,10 @@ def ask(
       prediction: as for `ScoreFn.__call__`.
       cond: keyword arguments for the network.
     """
-    own = score_fn.prediction
-    name = own if prediction is None else predictions.canonical_name(prediction)
     expect_state(x, "x", score_fn.batched)
     x = jax.tree.map(jnp.asarray, x)
     level = predictions.level_at(score_fn.process, t)
-    w0, w1, g = predictions.weights(name, score_fn.process, level, score_fn.sigma_data)
-    with np.errstate(divide="ignore", invalid="ignore"):  # the score at sigma = 0
-        bound = score_fn.bind(level, (w0 / g, w1 / g))
-    if name == own and isinstance(bound, Bound):
-        # the network's own output, whatever the level determines
-        xp = namespace(level.alpha)
-        bound = bound._replace(r=xp.zeros_like(level.alpha), s=xp.ones_like(level.alpha))
+    bound = bind_as(score_fn, level, predictions.canonical_name(prediction or score_fn.prediction))
     score_fn.check_bound(bound, level, np.ones(np.shape(t), bool))
     return score_fn.predict(x, bound, cond)
 

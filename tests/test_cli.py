@@ -1,7 +1,9 @@
 """The command line and the bundled model, end to end in a reduced size."""
 
 import importlib.resources
+import inspect
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,17 @@ def test_list_names_every_solver(capsys):
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [*ds.solvers.SOLVERS, *ds.discrete.SAMPLERS]
-    assert [line.split()[0] for line in lines] == names
+    found = [line.split()[0] for line in lines]
+    assert found[: len(names)] == names
+    # and every other kind of model and process that there is
+    folder = Path(ds.__file__).parent / "kinds"
+    kinds = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    values = (getattr(ds.processes, name) for name in ds.processes.__all__)
+    made = {v.__name__ for v in values if inspect.isfunction(v) and "process" in (v.__doc__ or "")}
+    others = {"expect_process", "reversed_flow_apply", "time_by_bisection", "beta_table"}
+    assert kinds <= set(found)
+    assert made - others <= set(found)
+    assert all(len(line.split()) > 3 for line in lines)
 
 
 def test_errors_are_one_line(tmp_path, capsys):

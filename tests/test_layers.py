@@ -43,7 +43,7 @@ EXTRAS = {
 # modules that may exceed the budget, and why
 LARGE = {
     "sampling.py": "the executor, whole, with its docstrings",
-    "processes.py": "six processes with their formulas",
+    "processes.py": "the processes with their formulas",
     "_steps.py": "the steps of diffusers' classes that are no solver of ours",
     "tableau.py": "arrays, checks, shapes and files of one class",
 }

@@ -230,7 +230,7 @@ def test_bad_input():
             "`method` must be one of",
         ),
         (lambda: phase_space.psld(gamma=5.0), "0 <= gamma < nu"),
-        (lambda: PROCESS.prior_sample(jax.random.key(0), (4, 3)), "x and m on the last axis"),
+        (lambda: PROCESS.prior_sample(jax.random.key(0), (4, 3)), "the parts on the last axis"),
         (
             lambda: phase_space.sampler(
                 ds.targets.gaussian([0.0], 1.0).score_fn(ds.processes.vp_linear()), [1.0, 0.1]
@@ -255,3 +255,131 @@ def test_bad_input():
     clipped = ds.guidance.static_thresholding(steps)
     with pytest.raises(ValueError, match="are no prediction of data"):
         ds.sample(clipped, tableau, jnp.zeros((1, 2)))
+
+
+# -- any linear diffusion -------------------------------------------------------------------------
+
+F3 = np.array([[-0.3, 1.0, 0.0], [-1.0, -2.5, 0.5], [0.0, -0.5, -3.0]])
+START3 = np.diag([0.0, 0.2, 0.3])
+NOISE3 = np.diag([0.3, 0.2, 2.8])
+
+
+def third(matrix=F3):
+    return phase_space.linear(matrix, NOISE3, start=START3, beta=(1.0, 4.0))
+
+
+def test_linear_with_pslds_matrices_is_psld():
+    F, GG = drift_and_spread(PROCESS)
+    start = np.diag([0.0, PROCESS.kappa * PROCESS.mass])
+    made = phase_space.linear(F, np.linalg.cholesky(GG), start=start)
+    times = np.array([1e-3, 0.1, 0.5, 1.0])
+    for name in ("alpha", "sigma", "alpha_dot", "sigma_dot", "log_snr"):
+        found, right = (getattr(p, name)(times) for p in (made, PROCESS))
+        np.testing.assert_allclose(found, right, rtol=1e-9, err_msg=name)
+    for t in times:
+        np.testing.assert_allclose(made.spread(t), PROCESS.spread(t), atol=1e-12)
+        np.testing.assert_allclose(made.transition(0.4, t), PROCESS.transition(0.4, t), atol=1e-10)
+    grid = np.linspace(1, 0.02, 6)
+    for method in (*NFE, "euler_maruyama"):
+        ours, theirs = (
+            phase_space.sampler(network(p) if p is PROCESS else plain(p), grid, method=method)
+            for p in (made, PROCESS)
+        )
+        for key in ("on_state", "on_noise", "basis"):
+            a, b = (getattr(made.network, key) for made in (ours, theirs))
+            assert (a is None) == (b is None)
+            if a is not None:
+                np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"'sscs' is made for phase_space.psld"):
+        phase_space.sampler(plain(made), grid, method="sscs")
+
+
+def plain(process):
+    return ds.ScoreFn(lambda p, z, t: z, None, process, prediction="noise")
+
+
+def test_moments_of_three_parts_with_a_rate_that_grows():
+    def rhs(t, y, F=F3):
+        rate, mean, cov = 1.0 + 3.0 * t, y[:9].reshape(3, 3), y[9:].reshape(3, 3)
+        change = F @ cov + cov @ F.T + NOISE3 @ NOISE3.T
+        return rate * np.concatenate([(F @ mean).ravel(), change.ravel()])
+
+    times = np.array([0.002, 0.1, 0.6, 1.0])
+    start = np.concatenate([np.eye(3).ravel(), START3.ravel()])
+    exact = solve_ivp(rhs, (0, 1), start, t_eval=times, rtol=1e-12, atol=1e-14).y
+    process = third()
+    mean, cov = process.moments(times)
+    np.testing.assert_allclose(mean.reshape(4, 9).T, exact[:9], atol=1e-10)
+    np.testing.assert_allclose(cov.reshape(4, 9).T, exact[9:], atol=1e-10)
+    wrong = third(F3 * np.where(F3 == 0.5, 1.02, 1)).moments(times)[1].reshape(4, 9).T
+    assert np.abs(wrong - exact[9:]).max() > 1e-4
+    on_device = jax.jit(lambda p, t: p.moments(t)[1])(process, jnp.asarray(times, jnp.float32))
+    np.testing.assert_allclose(on_device, cov, atol=3e-5)
+    h = 1e-6
+    for value, slope in ((process.alpha, process.alpha_dot), (process.sigma, process.sigma_dot)):
+        numeric = (value(times[:-1] + h) - value(times[:-1] - h)) / (2 * h)
+        np.testing.assert_allclose(slope(times[:-1]), numeric, rtol=1e-5)
+    np.testing.assert_allclose(process.time(process.log_snr(times)), times, rtol=1e-9)
+    z = process.prior_sample(jax.random.key(0), (20000, 3))
+    np.testing.assert_allclose(np.cov(np.asarray(z).T), process.spread(1.0), atol=0.05)
+
+
+def of_gaussian(process):
+    """eps = -L^T score for data N(MEAN, VARIANCE), of any number of parts."""
+
+    def apply(params, z, t):
+        mean, cov = process.moments(t[0])  # the same for all
+        first = mean[:, 0]
+        total = cov + VARIANCE * jnp.outer(first, first)
+        away = z - MEAN * first[None]
+        return (jnp.linalg.cholesky(cov).T @ jnp.linalg.solve(total, away.T)).T
+
+    return ds.ScoreFn(apply, None, process, prediction="noise")
+
+
+@pytest.mark.usefixtures("x64")
+def test_three_parts_with_a_constant_noise_prediction():
+    """One conjugate step of any length is the ODE's solution, Euler's is its tangent."""
+    process, eps, z_T = third(), np.array([0.4, -1.1, 0.7]), np.array([0.8, -0.5, 0.3])
+
+    def rhs(t, z):
+        root = np.linalg.cholesky(process.spread(t))
+        push = NOISE3 @ NOISE3.T @ np.linalg.inv(root).T @ eps / 2
+        return (1 + 3 * t) * (F3 @ z + push)
+
+    exact = solve_ivp(rhs, (1, 0.4), z_T, rtol=1e-9, atol=1e-11).y[:, -1]
+    score_fn = ds.ScoreFn(
+        lambda p, z, t: jnp.broadcast_to(eps, z.shape), None, process, prediction="noise"
+    )
+    for method, expected in (("conjugate", exact), ("euler", z_T - 0.6 * rhs(1.0, z_T))):
+        steps, tableau = phase_space.sampler(score_fn, [1.0, 0.4], method=method)
+        got = ds.sample(steps, tableau, jnp.asarray(z_T)[None])[0]
+        np.testing.assert_allclose(got, expected, atol=1e-7, err_msg=method)
+
+
+def test_the_sde_of_three_parts_has_the_datas_moments():
+    process = third()
+    grid = np.append(np.linspace(1, 0.1, 100) ** 1.5, 0.01)
+    steps, tableau = phase_space.sampler(of_gaussian(process), grid, method="euler_maruyama")
+    noise = process.prior_sample(jax.random.key(0), (4000, 3))
+    late = process.moments(np.float64(1.0))[0][:, 0]
+    data = MEAN + VARIANCE**0.5 * np.random.default_rng(0).normal(size=(4000, 1))
+    z_T = noise + jnp.asarray(data * late, jnp.float32)
+    x = np.asarray(ds.sample(steps, tableau, z_T, key=jax.random.key(1)))[:, 0]
+    mean, cov = process.moments(np.float64(grid[-1]))
+    assert x.mean() == pytest.approx(MEAN * mean[0, 0], abs=0.05)
+    assert x.var() == pytest.approx(VARIANCE * mean[0, 0] ** 2 + cov[0, 0], rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((np.eye(2)[:1], np.eye(2)), {}, r"`matrix` must be \(k, k\)"),
+        ((F3, NOISE3), {"start": np.eye(3)}, "0 in the row and column of the data"),
+        ((F3, NOISE3), {"beta": (0.0, 1.0)}, "`beta` must be two positive numbers"),
+        (([[0.0, 5.0], [-5.0, -0.1]], np.diag([0.0, 1.0])), {}, "An underdamped process swings"),
+    ],
+)
+def test_bad_linear_processes(arguments, options, words):
+    with pytest.raises(ValueError, match=words):
+        phase_space.linear(*arguments, **options)

@@ -13,7 +13,13 @@ from scipy.integrate import quad
 import diffsamp as ds
 from diffsamp import processes
 
-PROCESSES = all_processes()
+LEVELS = np.linspace(0, 1, 65)
+PROCESSES = {
+    **all_processes(),
+    "ouve": processes.ouve(),
+    "table": processes.table(LEVELS, 1 - LEVELS**2, LEVELS * (1.5 - LEVELS)),
+    "table_ends_noisy": processes.table(LEVELS, 1 - 0.9 * LEVELS, np.sqrt(2 * LEVELS)),
+}
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
 
@@ -540,3 +546,74 @@ def test_a_process_is_tried_once_and_never_taken_for_another():
         __hash__ = None
 
     expect_process(Slots())
+
+
+# -- a process from a table -----------------------------------------------------------------------
+
+
+def test_a_table_goes_through_its_levels_and_is_the_process_it_was_taken_from():
+    for process, error in ((processes.vp_linear(), 2e-3), (processes.flow(), 2e-6)):
+        t = np.linspace(0, 1, 61) ** 2
+        table = processes.table(t, process.alpha(t), process.sigma(t))
+        np.testing.assert_allclose(table.alpha(t), process.alpha(t), rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(table.sigma(t), process.sigma(t), rtol=1e-12, atol=1e-15)
+        between = np.linspace(0.001, 0.999, 777)
+        for name in ("alpha", "sigma", "log_snr"):
+            found, right = (getattr(p, name)(between) for p in (table, process))
+            assert np.max(np.abs(found - right)) < error, name
+        shifted = processes.table(t, process.alpha(t), 1.02 * process.sigma(t))
+        assert np.max(np.abs(shifted.sigma(between) - process.sigma(between))) > 4 * error
+
+
+def test_every_solver_builds_on_a_table():
+    """Those of one Gaussian are then exact in the limit: the spread of samples is the law's."""
+    table, variance = PROCESSES["table"], 0.3
+    times = np.linspace(1, 0.05, 6)
+    for solver in ds.solvers.SOLVERS.values():
+        solver(table, times)  # the tableau checks itself
+        if not solver.stochastic:
+            solver(table, np.append(times[1:], 0.0))
+
+    def spread(t):
+        return np.sqrt(table.alpha(t) ** 2 * variance + table.sigma(t) ** 2)
+
+    for name, order in (("dpmpp_2m", 2), ("unipc2", 2), ("heun", 2)):
+        errors = []
+        for n in (24, 48):
+            grid = np.linspace(0.95, 0.1, n + 1)
+            made = ds.evaluation.describe.gaussian_spread(
+                ds.solvers.get(name)(table, grid), [variance**0.5]
+            )
+            # of the exact start, relative to the exact end
+            errors.append(abs(float(made[0]) - 1))
+        assert errors[1] < 2e-3, name
+        assert np.log2(errors[0] / errors[1]) > order - 0.5, (name, errors)
+
+
+def test_a_path_of_least_kinetic_energy_is_a_table():
+    """For data N(0, s^2) it is the straight change of the deviation; a table of it stays so."""
+    t, s = np.linspace(0, 1, 41), 0.5
+    width = s + (1 - s) * t  # of x_t
+    alpha = np.cos(np.pi / 2 * t) * width / s
+    table = processes.table(t, np.where(t == 1, 0, alpha), np.sin(np.pi / 2 * t) * width)
+    between = np.linspace(0.01, 0.99, 200)
+    found = np.sqrt((s * table.alpha(between)) ** 2 + table.sigma(between) ** 2)
+    np.testing.assert_allclose(found, s + (1 - s) * between, rtol=2e-5)
+
+
+def test_bad_tables():
+    t = np.linspace(0, 1, 6)
+    for arguments, words in (
+        ((t, 1 - t, t[:-1]), "as long as each other"),
+        ((t[::-1], 1 - t, t), "`times` must rise"),
+        ((t, 1 - t, t + 0.1), "must begin at the clean end"),
+        ((t, 1 - 2 * t, t), "`alpha` must be positive before the last"),
+        (
+            (t, np.array([1, 1, 1, 1, 1, 1.0]), np.array([0, 1, 2, 2, 3, 4.0])),
+            "does not from 2 to 3",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            processes.table(*arguments)
+    with pytest.raises(ValueError, match="`t_min` must lie between"):
+        processes.table(t, 1 - t, t, t_min=2.0)

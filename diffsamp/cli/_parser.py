@@ -75,7 +75,24 @@ def list_solvers(arguments: argparse.Namespace) -> int:
     for name, sampler in ds.discrete.SAMPLERS.items():
         words = (sampler.__doc__ or "").partition("\n")[0].rstrip(".")
         print(f"{name:16s} discrete (masked models and uniform noise): {words}")
+    for name, text in _others():
+        print(f"{name:16s} {text}")
     return 0
+
+
+def _others() -> list[tuple[str, str]]:
+    """The other kinds of model and the processes, with what they say of themselves."""
+    kinds = ("bridges", "few_step", "joint", "known_mean", "phase_space")
+    made = ["edm", "flow", "ouve", "pfgmpp", "table", "trig", "ve"]
+    made += ["vp_cosine", "vp_discrete", "vp_linear"]
+    found: list[tuple[str, str, object]] = [
+        *((name, f"kind of model (ds.{name})", getattr(ds, name)) for name in kinds),
+        *((name, "process (ds.processes)", getattr(ds.processes, name)) for name in made),
+    ]
+    return [
+        (name, f"{what}: {(thing.__doc__ or '').partition(chr(10))[0].rstrip('.')}")
+        for name, what, thing in found
+    ]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

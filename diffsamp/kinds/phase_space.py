@@ -8,11 +8,13 @@ The state z has the two parts on its last axis, (batch, ..., 2). With b = beta t
 covariance S(b) are closed forms, with m_0 ~ N(0, kappa M) taken as noise. The network predicts
 eps of z = exp(F0 b) (x_0, 0) + L eps, L the lower Cholesky factor of S; the score is -L^-T eps.
 
-Every row of every method here is z' = z + P z + Q eps with matrices of 2 x 2 that depend on the
-row. They mix the parts, which a tableau's coefficients do not; so a transform of the network gives
-P z + Q eps, and the tableau adds it. A stochastic row adds R zeta with zeta standard normal and R
-triangular. Its state is therefore kept as y = R^-1 z, to which a tableau can add zeta itself; the
-transform goes from y to z and on to the next row's y.
+Any other linear diffusion of a data part and auxiliary ones is `linear`, by matrix exponentials.
+
+Every row of every method here is z' = z + P z + Q eps with matrices, 2 x 2 for PSLD, that depend on
+the row. They mix the parts, which a tableau's coefficients do not; so a transform of the network
+gives P z + Q eps, and the tableau adds it. A stochastic row adds R zeta with zeta standard normal
+and R triangular. Its state is therefore kept as y = R^-1 z, to which a tableau can add zeta itself;
+the transform goes from y to z and on to the next row's y.
 """
 
 from __future__ import annotations
@@ -35,18 +37,33 @@ from diffsamp._core.numeric import (
 )
 from diffsamp._core.types import Array, Bound, Conditions, DType, Network, PyTree, Times
 from diffsamp.guidance import Transform, per_row
-from diffsamp.kinds._phase_steps import METHODS, STOCHASTIC, deterministic_steps, stochastic_steps
+from diffsamp.kinds._linear import Linear, PhaseSpace, linear
+from diffsamp.kinds._phase_steps import (
+    METHODS,
+    ONLY_PSLD,
+    STOCHASTIC,
+    deterministic_steps,
+    stochastic_steps,
+)
 from diffsamp.predictions import Level, level_at
-from diffsamp.processes import Process
-from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.score import ScoreFn
 from diffsamp.tableau import Tableau
 
-__all__ = ["PSLD", "PhaseSpaceSampler", "PhaseSpaceSteps", "psld", "sampler"]
+__all__ = [
+    "PSLD",
+    "Linear",
+    "PhaseSpace",
+    "PhaseSpaceSampler",
+    "PhaseSpaceSteps",
+    "linear",
+    "psld",
+    "sampler",
+]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PSLD(Process):
+class PSLD(PhaseSpace):
     """The process; made by `psld`. `alpha` and `sigma` are those of x alone.
 
     Pandey & Mandt 2023, arXiv:2303.01748.
@@ -96,41 +113,26 @@ class PSLD(Process):
         change = self.beta * (-self.gamma * xx + xm / self.mass + self.gamma)
         return change / (2 * namespace(as_float(t)).sqrt(xx))
 
-    @silence
-    def time(self, log_snr: Array) -> Array:
-        log_snr = as_float(log_snr)
-        xp = namespace(log_snr)
-        low, high = xp.zeros_like(log_snr), xp.ones_like(log_snr)
-        for _ in range(60):  # no closed form; alpha / sigma falls with t
-            middle = (low + high) / 2
-            noisier = self.log_snr(middle) < log_snr
-            low, high = xp.where(noisier, low, middle), xp.where(noisier, middle, high)
-        return (low + high) / 2
-
     @property
-    def t_max(self) -> float:
-        return 1.0
+    def parts(self) -> int:
+        return 2
 
-    @property
-    def t_min(self) -> float:
-        return 1e-3
+    def drift(self, t: float) -> np.ndarray:
+        entries = [[-self.gamma, 1 / self.mass], [-1.0, -self.nu]]
+        return self.beta / 2 * np.array(entries)
 
-    @property
-    def prior_std(self) -> float:
-        return 1.0
+    def diffusion(self, t: float) -> np.ndarray:
+        return self.beta * np.diag([self.gamma, self.mass * self.nu])
 
-    def prior_sample(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: DType = float
-    ) -> jax.Array:
-        """Draw (x, m) ~ N(0, diag(1, M)); `shape` ends in 2. Else as for any process."""
-        if np.ndim(shape) != 1 or len(shape) < 2 or shape[-1] != 2:
-            raise ValueError(
-                f"`shape` must be (batch, .., 2), with x and m on the last axis; got {shape}."
-            )
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-        width = jnp.sqrt(jnp.asarray([1.0, self.mass], dtype))
-        noise = super().prior_sample(key, shape, dtype)
-        return noise * width.reshape((1,) * (len(shape) - 1) + (2,))
+    def transition(self, s: float, t: float) -> np.ndarray:
+        return np.array(self.mean(t - s)).reshape(2, 2)
+
+    def spread(self, t: float) -> np.ndarray:
+        xx, xm, mm = self.covariance(np.float64(t))
+        return np.array([[xx, xm], [xm, mm]])
+
+    def _widths(self, t: Array) -> Array:
+        return jnp.diag(jnp.sqrt(jnp.asarray([1.0, self.mass])))
 
     def start_sample(
         self, key: jax.Array, shape: tuple[int, ...], t: Array, dtype: DType = float
@@ -146,7 +148,7 @@ class PSLD(Process):
                 f"{float(np.min(to_host(t))):g}, where position and momentum are correlated. Pass "
                 "x_T of that level."
             )
-        return self.prior_sample(key, shape, dtype)
+        return super().start_sample(key, shape, t, dtype)
 
 
 def psld(beta: float = 8.0, gamma: float = 0.01, nu: float = 4.01, kappa: float = 0.04) -> PSLD:
@@ -171,9 +173,7 @@ def psld(beta: float = 8.0, gamma: float = 0.01, nu: float = 4.01, kappa: float 
 
 class _StepsBound(NamedTuple):
     inner: Bound
-    on_state: Array
-    on_noise: Array
-    basis: Array
+    row: Array
 
 
 @jax.tree_util.register_dataclass
@@ -183,7 +183,7 @@ class PhaseSpaceSteps(Transform):
 
     Attributes:
       score_fn: the network, of the noise prediction.
-      on_state: P as four arrays (N,): xx, xm, mx, mm.
+      on_state: (N, k, k) P of every row.
       on_noise: Q likewise.
       basis: R likewise, where the state is y = R^-1 z; None: it is z.
     """
@@ -194,31 +194,31 @@ class PhaseSpaceSteps(Transform):
     basis: Array = None
 
     def bind(self, level: Level, target: tuple[Array, Array]) -> _StepsBound:
-        """As `ScoreFn.bind`, with the matrices of every row."""
-        own = (*self.on_state, *self.on_noise, *(self.basis or ()))
-        numbers = per_row(level, "phase_space.sampler", *own)
+        """As `ScoreFn.bind`, with the number of every row."""
+        (row,) = per_row(level, "phase_space.sampler", np.arange(np.shape(self.on_state)[0]))
         if is_concrete(target) and np.any(to_host(target[0]) != 0):
             raise ValueError(
                 "the steps of phase_space.sampler are no prediction of data: sample them with the "
                 "tableau they came with, and nothing around them but guidance."
             )
-        inner = self.score_fn.bind(level, target)
-        return _StepsBound(inner, numbers[:4], numbers[4:8], numbers[8:] or None)
+        return _StepsBound(self.score_fn.bind(level, target), row)
 
     def predict(self, x: PyTree, bound: _StepsBound, cond: Conditions | None = None) -> PyTree:
         """P z + Q eps."""
 
-        def times(matrix: Array, v: jax.Array) -> jax.Array:
-            xx, xm, mx, mm = (scale_rows(entry, v[..., 0]) for entry in matrix)
-            first, second = (v[..., i].astype(working_dtype(v.dtype)) for i in (0, 1))
-            return jnp.stack([xx * first + xm * second, mx * first + mm * second], axis=-1)
+        def times(matrices: Array, v: jax.Array) -> jax.Array:
+            matrix = jnp.asarray(matrices, working_dtype(v.dtype))[bound.row]
+            size = matrix.shape[-1]
+            parts = [v[..., i].astype(matrix.dtype) for i in range(size)]
+            sums = [sum(matrix[i, j] * parts[j] for j in range(size)) for i in range(size)]
+            return jnp.stack(sums, axis=-1)
 
-        if bound.basis is not None:
-            x = jax.tree.map(lambda y: times(bound.basis, y).astype(y.dtype), x)
+        if self.basis is not None:
+            x = jax.tree.map(lambda y: times(self.basis, y).astype(y.dtype), x)
         noise = self.score_fn.predict(x, bound.inner, cond)
 
         def both(z: jax.Array, eps: jax.Array) -> jax.Array:
-            return (times(bound.on_state, z) + times(bound.on_noise, eps)).astype(z.dtype)
+            return (times(self.on_state, z) + times(self.on_noise, eps)).astype(z.dtype)
 
         return jax.tree.map(both, x, noise)
 
@@ -261,7 +261,9 @@ def sampler(
     The half step or friction of sscs and reduced_oba before the first evaluation is left out, as it
     does not change the prior; the last step adds no noise.
 
-    All are of order 1; at equal steps the split ones are closer.
+    All are of order 1; at equal steps the split ones are closer. "sscs" and "reduced_oba" are made
+    for PSLD; the others take any `linear` process, where "the data" is the first part and "the
+    momentum" all others.
 
     Examples:
       >>> import jax, diffsamp as ds
@@ -276,7 +278,8 @@ def sampler(
       (6, (4, 8, 8))
 
     Args:
-      score_fn: a network of the state (batch, ..., 2) on a `PSLD` process, prediction="noise".
+      score_fn: a network of the state (batch, ..., k) on a process of `psld` or `linear`,
+        prediction="noise".
       times: (n + 1,) decreasing times; the last above 0, where L is singular.
       method: one of the above.
       rate: of "conjugate"; 0 is the exponential integrator.
@@ -292,53 +295,53 @@ def sampler(
     Pandey & Mandt 2023, arXiv:2303.01748; sscs, Dockhorn, Vahdat & Kreis 2022, arXiv:2112.07068.
     """
     process = score_fn.process
-    if not isinstance(process, PSLD) or score_fn.prediction != "noise":
+    if not isinstance(process, PhaseSpace) or score_fn.prediction != "noise":
         raise ValueError(
-            "phase-space samplers take a ScoreFn with a phase_space.psld() process and "
-            f'prediction="noise"; got {type(process).__name__} and {score_fn.prediction!r}.'
+            "phase-space samplers take a ScoreFn with a phase_space.psld() process, or one of "
+            f'phase_space.linear, and prediction="noise"; got {type(process).__name__} and '
+            f"{score_fn.prediction!r}."
         )
     expect_choice(method, "method", METHODS)
+    if method in ONLY_PSLD and not isinstance(process, PSLD):
+        raise ValueError(
+            f"method={method!r} is made for phase_space.psld(); take 'euler_maruyama' or a "
+            "deterministic one."
+        )
     times = expect_times(times)
     if times[-1] <= 0 or times[0] > process.t_max:
         raise ValueError(
             f"`times` must lie in (0, {process.t_max:g}], such as down to process.t_min; got "
             f"{times[0]:g} .. {times[-1]:g}."
         )
-    if method in STOCHASTIC and not process.gamma > 0:
+    if method in STOCHASTIC and np.linalg.matrix_rank(process.diffusion(times[0])) < process.parts:
         raise ValueError(
-            f"method={method!r} adds noise to the data, of which a process with gamma = 0 has "
-            "none; take a deterministic method."
+            f"method={method!r} adds noise to all parts, of which this process (gamma = 0) leaves "
+            "one out; take a deterministic method."
         )
     stochastic = method in STOCHASTIC
     build = stochastic_steps if stochastic else deterministic_steps
     steps = build(process, times, method, rate)
-    spreads = [np.eye(2) if step.spread is None else step.spread for step in steps]
+    one = np.eye(process.parts)
+    spreads = [one if step.spread is None else step.spread for step in steps]
     # from y to the next y; the first and the last state are z itself
-    on_state = _entries(
-        [np.linalg.solve(r, step.on_state) for r, step in zip(spreads, steps, strict=True)]
+    on_state, on_noise = (
+        np.stack([np.linalg.solve(r, part) for r, part in zip(spreads, matrices, strict=True)])
+        for matrices in ([step.on_state for step in steps], [step.on_noise for step in steps])
     )
-    on_noise = _entries(
-        [np.linalg.solve(r, step.on_noise) for r, step in zip(spreads, steps, strict=True)]
-    )
-    basis = _entries([np.eye(2), *spreads[:-1]]) if stochastic else None
+    basis = np.stack([one, *spreads[:-1]]) if stochastic else None
     asked = np.array([step.time for step in steps] + [times[-1]])
     level = level_at(process, asked)
-    one = np.ones((len(steps), 1))
+    ones = np.ones((len(steps), 1))
     tableau = Tableau.create(
         times=asked,
         alpha=level.alpha,
         sigma=level.sigma,
-        target=one * [0.0, 1.0],
-        a=0 * one if stochastic else one,
-        b=one,
+        target=ones * [0.0, 1.0],
+        a=0 * ones if stochastic else ones,
+        b=ones,
         c=[step.spread is not None for step in steps],
         name=f"psld_{method}",
         source="arXiv:2303.01748" if stochastic else "arXiv:2310.07894",
         check="none",
     )
     return PhaseSpaceSampler(PhaseSpaceSteps(score_fn, on_state, on_noise, basis), tableau)
-
-
-def _entries(matrices: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """xx, xm, mx, mm of every row."""
-    return tuple(np.stack(matrices).reshape(-1, 4).T)
