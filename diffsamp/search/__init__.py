@@ -9,6 +9,7 @@ by step; `distill` learns times and coefficients by gradient;
 strengths of training-free guidance.
 """
 
+from diffsamp._core.paths import shortest_path
 from diffsamp.search import objective
 from diffsamp.search._cost import Estimate
 from diffsamp.search.align import align_costs, align_steps
@@ -17,7 +18,7 @@ from diffsamp.search.best import STAGES, best
 from diffsamp.search.canonical import can_distill, canonical, from_canonical
 from diffsamp.search.compare import Comparison, Entry, candidates, compare
 from diffsamp.search.distill import distill
-from diffsamp.search.dynamic import Costs, shortest_path, step_costs
+from diffsamp.search.dynamic import Costs, step_costs
 from diffsamp.search.evolve import Evolution, evolve
 from diffsamp.search.fine import fine_times
 from diffsamp.search.fit import (
