@@ -1,11 +1,31 @@
-"""Test settings: strict dtypes and ranks, warnings as errors, two CPU devices."""
+"""Test settings: strict dtypes and ranks, warnings as errors, two CPU devices, quick programs."""
 
 import gc
-import tempfile
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+
+# Most of a test's time is the compiler's, and most of that goes into kernels that run once: these
+# switches compile three times as fast. A flag that this jaxlib does not know would end the process,
+# so it is tried in another one, once a run. DIFFSAMP_TESTS_OPTIMISED=1 compiles as users do.
+_QUICK = "--xla_cpu_use_fusion_emitters=false"
+
+
+def _known(flag: str) -> bool:
+    program = "import jax; jax.jit(lambda x: x + 1)(1.0)"
+    environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    return told.returncode == 0
+
+
+if not os.environ.get("DIFFSAMP_TESTS_OPTIMISED"):
+    jax.config.update("jax_disable_most_optimizations", True)
+    if "XLA_FLAGS" not in os.environ and _known(_QUICK):  # the workers inherit it
+        os.environ["XLA_FLAGS"] = _QUICK
 
 # with 64-bit arrays networks of float32 weights meet inputs of float64, as a user's would
 PROMOTION = "standard" if jax.config.jax_enable_x64 else "strict"
@@ -13,12 +33,6 @@ jax.config.update("jax_numpy_dtype_promotion", PROMOTION)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_platforms", "cpu")
-
-# many tests write the same program anew; each worker has a folder of its own, for one run
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="diffsamp-programs-", ignore_cleanup_errors=True)
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
