@@ -230,11 +230,8 @@ def _move(network, rows, n, state, asked, prompt, keys, settings):
     streams = _streams(keys, n)
     tokens, log_p = _tokens(told, streams[:, 0], temperature, top_k)
 
-    # how sure the network is, position by position
-    top = jnp.sort(jnp.exp(told), axis=-1)
-    entropy = -jnp.sum(jnp.exp(told) * jnp.maximum(told, _FAR), axis=-1)
     noise = -jnp.log(-jnp.log(jnp.clip(_draw(keys, n, 1, (length,)), 1e-7, 1 - 1e-7)))
-    scores = jnp.stack([noise, jnp.log(top[..., -1]), top[..., -1] - top[..., -2], -entropy, log_p])
+    top, entropy, scores = _confidence(told, noise, log_p)
     score = scores[order] + jnp.where(order == 0, 0.0, row.noise) * noise
     free = masked & inside
     score = jnp.where(free, score, _FAR)
@@ -246,7 +243,7 @@ def _move(network, rows, n, state, asked, prompt, keys, settings):
     within = jnp.take_along_axis(within, jnp.argsort(by_entropy, axis=1), axis=1)
     coin = _draw(keys, n, 2, (2, length))
     chosen = (coin[:, 0] < row.unmask) | (rank < row.count)
-    chosen |= (top[..., -1] >= row.threshold) | within
+    chosen |= (top >= row.threshold) | within
     chosen &= free
     x = jnp.where(chosen, tokens, state.x)
     said = jnp.where(chosen, log_p, state.said)
@@ -259,6 +256,17 @@ def _move(network, rows, n, state, asked, prompt, keys, settings):
     drawn = _posterior(told, state.x, rows, n, streams[:, 0])
     x = jnp.where(row.uniform, jnp.where(inside, drawn, state.x), x)
     return _State(x, jnp.where(row.hitting, hit, state.t), said, state.evaluations)
+
+
+def _confidence(
+    told: jax.Array, noise: jax.Array, log_p: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How sure the network is, position by position: its largest probability, its entropy in nats,
+    and (orders, batch, length) what positions are ranked by, the largest first."""
+    top = lax.top_k(jnp.exp(told), 2)[0]
+    first, second = top[..., 0], top[..., 1]
+    entropy = -jnp.sum(jnp.exp(told) * jnp.maximum(told, _FAR), axis=-1)
+    return first, entropy, jnp.stack([noise, jnp.log(first), first - second, -entropy, log_p])
 
 
 def _tokens(

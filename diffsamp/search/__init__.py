@@ -6,7 +6,7 @@ which the best is; `step_costs` and `align_steps` optimise the schedule; `evolve
 by step; `distill` learns times and coefficients by gradient;
 `best` runs them one after another and returns a plan per budget. All judge a sampler by an
 `Objective`, by default its distance to a fine solution from the same noise. `tfg` looks for the
-strengths of training-free guidance.
+strengths of training-free guidance, `unmasking` for how many tokens a masked model unmasks when.
 """
 
 from diffsamp._core.paths import shortest_path
@@ -41,6 +41,7 @@ from diffsamp.search.strategy import evolution_strategy
 from diffsamp.search.strength import Strength, TrainingFree, tfg
 from diffsamp.search.suggest import Suggestion, suggest
 from diffsamp.search.transfer import interpolate, transfer
+from diffsamp.search.unmasking import Unmasking, unmasking
 
 __all__ = [
     "STAGES",
@@ -58,6 +59,7 @@ __all__ = [
     "Strength",
     "Suggestion",
     "TrainingFree",
+    "Unmasking",
     "align_costs",
     "align_steps",
     "best",
@@ -89,4 +91,5 @@ __all__ = [
     "suggest",
     "tfg",
     "transfer",
+    "unmasking",
 ]
