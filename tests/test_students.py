@@ -425,6 +425,102 @@ def test_the_policy_gradient_of_a_linear_reward():
     assert abs(float(pushed)) < abs(float(gradient))
 
 
+def test_a_baseline_a_row_and_two_rows_of_a_linear_critic():
+    """Shortcut fine-tuning: the gradient of E f(x_N), by nodes in place of samples."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(12)
+    z, w = np.meshgrid(nodes, nodes), np.outer(weights, weights).ravel() / weights.sum() ** 2
+    tableau, theta, slope = ds.solvers.ddpm(EDM, [2.0, 1.2, 0.7]), 0.3, 0.7
+    start = np.full(144, 1.5)
+    middle = tableau.a[0, 0] * start + tableau.b[0, 0] * theta + tableau.c[0] * z[0].ravel()
+    end = tableau.a[1, 0] * middle + tableau.b[1, 0] * theta + tableau.c[1] * z[1].ravel()
+    points = jnp.asarray(np.stack([start, middle, end])[..., None], jnp.float32)
+    path = ds.Trajectory(tableau.times, points, jnp.full((2, 144, 1), theta))
+
+    def objective(params, value, path=path):
+        network = ds.ScoreFn(lambda p, x, t: p + 0 * x, params, EDM, prediction="data")
+        each = students.shortcut_fine_tuning(
+            network, tableau, path, lambda x: slope * x[:, 0], value=value
+        )
+        return jnp.sum(each * jnp.asarray(w, each.dtype))
+
+    want = slope * (tableau.a[1, 0] * tableau.b[0, 0] + tableau.b[1, 0])
+    for value in (None, lambda x: 0.4 * x[..., 0] ** 2 - 1):
+        gradient = jax.grad(objective)(jnp.asarray(theta), value)
+        assert float(gradient) == pytest.approx(want, rel=3e-3)
+    wrong = path._replace(points=points.at[2].multiply(1.02))
+    assert abs(float(jax.grad(objective)(jnp.asarray(theta), None, wrong)) / want - 1) > 0.015
+
+
+def test_the_critic_of_two_gaussians():
+    """f = w x with a penalty: w = 1 + (distance of the means) / (2 lambda), in closed form."""
+    x_0, generated, penalty = data(64), 1.3 + 2 * data(64, seed=5), 0.8
+    gap = float(jnp.mean(generated) - jnp.mean(x_0))
+
+    def total(w):
+        each = students.critic_loss(lambda v: w * v[:, 0], x_0, generated, key=KEY, penalty=penalty)
+        assert each.shape == (64,)
+        return jnp.mean(each)
+
+    best = 1 + gap / (2 * penalty)
+    assert abs(float(jax.grad(total)(best))) < 1e-5
+    assert abs(float(jax.grad(total)(1.02 * best))) > 0.02
+    plain = students.critic_loss(lambda v: v[:, 0], x_0, generated)
+    close(jnp.mean(plain), -gap)
+    with pytest.raises(ValueError, match="a penalty needs a `key`"):
+        students.critic_loss(lambda v: v[:, 0], x_0, generated, penalty=1.0)
+
+
+def test_score_mismatching_halves_what_it_can_tell():
+    """Where the generator is right: regression on both gives half of E[eps | x], Gaussian."""
+    level = [0.6]
+    network = TARGET.score_fn(FLOW, "noise")
+    n = 200_000
+    real = students.score_mismatching(network, KEY, data(n), times=level, fake=False)
+    false = students.score_mismatching(
+        network, jax.random.key(7), data(n, seed=2), times=level, fake=True
+    )
+    close((real.x - 0.4 * data(n)) / 0.6, real.target, atol=1e-5)
+    added = (false.x - 0.4 * data(n, seed=2)) / 0.6
+    assert abs(np.corrcoef(np.asarray(added)[:, 0], np.asarray(false.target)[:, 0])[0, 1]) < 0.01
+    x = np.concatenate([real.x, false.x]).astype(np.float64)[:, 0]
+    y = np.concatenate([real.target, false.target]).astype(np.float64)[:, 0]
+    slope, offset = np.polyfit(x, y, 1)
+    half = 0.5 * 0.6 / (0.16 * STD**2 + 0.36)
+    assert slope == pytest.approx(half, rel=0.015)
+    assert offset == pytest.approx(-half * 0.4 * MEAN, abs=0.006)
+    spread_over = students.score_mismatching(
+        network, KEY, data(3000), times=[0.9, 0.6, 0.3], fake=False
+    )
+    assert all(900 < np.sum(np.isclose(spread_over.t, t)) < 1100 for t in (0.9, 0.6, 0.3))
+
+
+def test_a_generator_against_a_score_network_that_rests():
+    """Affine eps = a + b x, generator N(m, c^2): its loss and gradient in closed form."""
+    a, b, m, c, n = 0.2, 0.9, -0.5, 0.3, 100_000
+    alpha, sigma = 0.4, 0.6
+    z = jax.random.normal(jax.random.key(3), (n, 1))
+    z = (z - z.mean()) / z.std()
+
+    def apply(params, x, t):
+        return params[0] + params[1] * x
+
+    def loss(generator, params):
+        network = ds.ScoreFn(apply, params, FLOW, prediction="noise")
+        x_0 = generator[0] + generator[1] * z
+        return jnp.mean(students.mismatching_loss(network, KEY, x_0, times=[sigma]))
+
+    generator, params = jnp.asarray([m, c]), jnp.asarray([a, b])
+    value, (slope, none) = jax.value_and_grad(loss, (0, 1))(generator, params)
+    error = (a + b * alpha * m) ** 2 + (b * alpha * c) ** 2 + (b * sigma - 1) ** 2
+    assert float(value) == pytest.approx(error / 2, rel=0.015)
+    want = [b * alpha * (a + b * alpha * m), (b * alpha) ** 2 * c]
+    np.testing.assert_allclose(slope, want, atol=0.004)
+    np.testing.assert_array_equal(none, 0)
+    # the minimiser: one point, where the network says no noise
+    point = jnp.asarray([-a / (b * alpha), 0.0])
+    np.testing.assert_allclose(jax.grad(loss)(point, params), 0, atol=0.004)
+
+
 # -- all ------------------------------------------------------------------------------------------
 
 FINE = ds.solvers.dpmpp(FLOW, ds.schedules.logsnr(FLOW, 4), order=2)
@@ -441,6 +537,7 @@ METHODS = {
     "boss": (FLOW, None, {"times": [1.0, 0.4, 0.0]}),
     "reflow": (FLOW, None, {"tableau": FINE}),
     "dmd2": (FLOW, None, {"fake": FLOW}),
+    "score_mismatching": (FLOW, None, {"times": [0.9, 0.5, 0.2], "fake": True}),
 }
 
 
@@ -453,12 +550,12 @@ def test_a_sample_depends_on_its_own_key_and_condition(name):
         return 0.3 * x + 0.1 * (label + added)[:, None] + 0.05 * jnp.sin(t)[:, None]
 
     network = ds.ScoreFn(apply, None, process, prediction="velocity", time="t")
-    options = {k: network if k in ("teacher", "fake") else v for k, v in options.items()}
+    options = {k: network if k == "teacher" or v is FLOW else v for k, v in options.items()}
     method = functools.partial(getattr(students, name), network, **options)
     keys, x_0, label = jax.random.split(KEY, 5), data(5), {"label": jnp.arange(5.0)}
     method = jax.jit(method)
     whole = method(keys, x_0, label)
-    assert whole.prediction in ("data", "velocity")
+    assert whole.prediction in ("data", "noise", "velocity")
     assert jnp.all(jnp.isfinite(whole.target))
     part = method(keys[3:4], x_0[3:4], {"label": label["label"][3:4]})
     for field in ("x", "t", "target", "weight"):

@@ -100,6 +100,24 @@ def run(
     cond: Conditions | None = None,
 ) -> Result:
     """`sample`, with the evaluations that each sample took; arguments as there."""
+    x = jnp.asarray(x)
+    made, number = _prepared(network, rows, x, order, x.ndim == 2)
+    return _run(
+        network,
+        made,
+        x.astype(jnp.int32),
+        random.sample_keys(key, x.shape[0]),
+        number,
+        jnp.float32(temperature),
+        cond,
+        top_k=top_k,
+    )
+
+
+def _prepared(
+    network: TokenFn, rows: Rows, x: jax.Array, order: str, fits: bool
+) -> tuple[Rows, jax.Array]:
+    """The rows on the device and the order's number, after what a call may get wrong."""
     if not isinstance(network, TokenFn):
         raise TypeError(
             f"`network` must be a discrete.TokenFn(apply, params, vocabulary); got "
@@ -107,22 +125,12 @@ def run(
         )
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {ORDERS}; got {order!r}.")
-    x = jnp.asarray(x)
-    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+    if not fits or not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"`x` must be integers (batch, length); got {x.dtype} of shape {x.shape}.")
     single = jax.tree.map(
         lambda v: np.asarray(v, np.float32) if np.asarray(v).dtype == np.float64 else v, rows
     )
-    return _run(
-        network,
-        jax.tree.map(jnp.asarray, single),
-        x.astype(jnp.int32),
-        random.sample_keys(key, x.shape[0]),
-        jnp.int32(ORDERS.index(order)),
-        jnp.float32(temperature),
-        cond,
-        top_k=top_k,
-    )
+    return jax.tree.map(jnp.asarray, single), jnp.int32(ORDERS.index(order))
 
 
 class _State(NamedTuple):
@@ -134,64 +142,96 @@ class _State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="top_k")
 def _run(network, rows, x, keys, order, temperature, cond, *, top_k):
-    mask, count = network.mask, rows.unmask.shape[0]
-    prompt = x != mask
-    settings = (order, temperature, top_k)
-    alive = (rows.unmask > 0) | (rows.remask > 0) | (rows.count > 0)
-    alive |= jnp.isfinite(rows.threshold) | jnp.isfinite(rows.bound) | rows.uniform
+    count, prompt = rows.unmask.shape[0], x != network.mask
+    alive = _alive(rows)
 
     def body(state: _State, n: jax.Array) -> tuple[_State, None]:
-        row = jax.tree.map(lambda v: v[n], rows)
-        masked = state.x == mask
-        place = jnp.arange(x.shape[1])[None]
-        inside = (place >= row.block[0]) & (place < row.block[1])
-        wants = jnp.any(masked & inside, axis=1) | row.uniform | (row.remask > 0)
-        wants = wants & alive[n]
+        wants = _wants(network, rows, n, state) & alive[n]
 
         def go() -> _State:
-            return _row(network, rows, n, state, (prompt, inside), keys, settings, cond)
+            asked = _ask(network, rows, n, state, keys, cond)
+            return _move(network, rows, n, state, asked, prompt, keys, (order, temperature, top_k))
 
         new = lax.cond(jnp.any(wants), go, lambda: state)
-        # a sample that asks nothing stays as it is, whatever others of its batch do
-        new = jax.tree.map(
-            lambda a, b: jnp.where(wants.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, state
-        )
-        evaluations = state.evaluations + wants.astype(jnp.int32)
-        return new._replace(evaluations=evaluations), None
+        return _keep(wants, new, state), None
 
-    start = _State(
-        x,
-        jnp.ones(x.shape[0], jnp.float32),
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros(x.shape[0], jnp.int32),
-    )
-    final, _ = lax.scan(body, start, jnp.arange(count))
+    final, _ = lax.scan(body, _start(x), jnp.arange(count))
     return Result(final.x, final.evaluations)
 
 
-def _row(network, rows, n, state, places, keys, settings, cond):
-    """One row of every sample: ask, draw tokens, choose positions, mask again."""
-    row = jax.tree.map(lambda v: v[n], rows)
-    (prompt, inside), (order, temperature, top_k) = places, settings
-    mask, length = network.mask, state.x.shape[1]
-    masked = state.x == mask
-    own = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, n), 4))(keys)
+def _start(x: jax.Array) -> _State:
+    batch = x.shape[0]
+    return _State(
+        x,
+        jnp.ones(batch, jnp.float32),
+        jnp.zeros(x.shape, jnp.float32),
+        jnp.zeros(batch, jnp.int32),
+    )
 
-    def uniforms(i: int, shape: tuple[int, ...]) -> jax.Array:
-        return jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32))(own[:, i])
 
-    # the time: the row's, or each sample's own first-hitting time, (1 - alpha) U^(1 / masked)
+def _alive(rows: Rows) -> jax.Array:
+    """(rows,) whether a row does anything."""
+    alive = (rows.unmask > 0) | (rows.remask > 0) | (rows.count > 0)
+    return alive | jnp.isfinite(rows.threshold) | jnp.isfinite(rows.bound) | rows.uniform
+
+
+def _inside(rows: Rows, n: jax.Array, length: int) -> jax.Array:
+    place = jnp.arange(length)[None]
+    return (place >= rows.block[n, 0]) & (place < rows.block[n, 1])
+
+
+def _wants(network: TokenFn, rows: Rows, n: jax.Array, state: _State) -> jax.Array:
+    """(batch,) whether a sample asks the network in this row."""
+    masked = (state.x == network.mask) & _inside(rows, n, state.x.shape[1])
+    return jnp.any(masked, axis=1) | rows.uniform[n] | (rows.remask[n] > 0)
+
+
+def _keep(wants: jax.Array, new: _State, old: _State) -> _State:
+    """A sample that asks nothing stays as it is, whatever others of its batch do."""
+    new = jax.tree.map(
+        lambda a, b: jnp.where(wants.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, old
+    )
+    return new._replace(evaluations=old.evaluations + wants.astype(jnp.int32))
+
+
+def _draw(keys: Key, n: jax.Array, i: int, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform numbers of one of a row's streams."""
+    own = _streams(keys, n)[:, i]
+    return jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32))(own)
+
+
+def _streams(keys: Key, n: jax.Array) -> Key:
+    """(batch, 4): of tokens, of the order's noise, of coins, of the time."""
+    return jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, n), 4))(keys)
+
+
+def _ask(
+    network: TokenFn,
+    rows: Rows,
+    n: jax.Array,
+    state: _State,
+    keys: Key,
+    cond: Conditions | None,
+) -> tuple[jax.Array, jax.Array]:
+    """What the network says, and the time: the row's, or each sample's own first-hitting time."""
+    masked = state.x == network.mask
+    # (1 - alpha) U^(1 / masked)
     left = jnp.maximum(jnp.sum(masked, axis=1), 1).astype(jnp.float32)
-    hit = state.t * uniforms(3, ()) ** (1 / left)
-    t = jnp.where(row.hitting, hit, row.times)
-    told = network(state.x, t, cond)
-    tokens, log_p = _tokens(told, own[:, 0], temperature, top_k)
+    hit = state.t * _draw(keys, n, 3, ()) ** (1 / left)
+    return network(state.x, jnp.where(rows.hitting[n], hit, rows.times[n]), cond), hit
 
-    # how sure the network is, position by position
-    top = jnp.sort(jnp.exp(told), axis=-1)
-    entropy = -jnp.sum(jnp.exp(told) * jnp.maximum(told, _FAR), axis=-1)
-    noise = -jnp.log(-jnp.log(jnp.clip(uniforms(1, (length,)), 1e-7, 1 - 1e-7)))
-    scores = jnp.stack([noise, jnp.log(top[..., -1]), top[..., -1] - top[..., -2], -entropy, log_p])
+
+def _move(network, rows, n, state, asked, prompt, keys, settings):
+    """The rest of a row: draw tokens, choose positions, mask again."""
+    row = jax.tree.map(lambda v: v[n], rows)
+    (told, hit), (order, temperature, top_k) = asked, settings
+    mask, length = network.mask, state.x.shape[1]
+    masked, inside = state.x == mask, _inside(rows, n, length)
+    streams = _streams(keys, n)
+    tokens, log_p = _tokens(told, streams[:, 0], temperature, top_k)
+
+    noise = -jnp.log(-jnp.log(jnp.clip(_draw(keys, n, 1, (length,)), 1e-7, 1 - 1e-7)))
+    top, entropy, scores = _confidence(told, noise, log_p)
     score = scores[order] + jnp.where(order == 0, 0.0, row.noise) * noise
     free = masked & inside
     score = jnp.where(free, score, _FAR)
@@ -201,9 +241,9 @@ def _row(network, rows, n, state, places, keys, settings, cond):
     rising = jnp.take_along_axis(jnp.where(free, entropy, 0.0), by_entropy, axis=1)
     within = jnp.cumsum(rising, axis=1) - lax.cummax(rising, axis=1) <= row.bound
     within = jnp.take_along_axis(within, jnp.argsort(by_entropy, axis=1), axis=1)
-    coin = uniforms(2, (2, length))
+    coin = _draw(keys, n, 2, (2, length))
     chosen = (coin[:, 0] < row.unmask) | (rank < row.count)
-    chosen |= (top[..., -1] >= row.threshold) | within
+    chosen |= (top >= row.threshold) | within
     chosen &= free
     x = jnp.where(chosen, tokens, state.x)
     said = jnp.where(chosen, log_p, state.said)
@@ -213,9 +253,20 @@ def _row(network, rows, n, state, places, keys, settings, cond):
     weight = jax.nn.softmax(jnp.where(earlier, -jnp.exp(state.said), -jnp.inf), axis=1)
     again = jnp.where(row.confident, jnp.nan_to_num(weight) * row.remask, row.remask)
     x = jnp.where(earlier & (coin[:, 1] < again), mask, x)
-    drawn = _posterior(told, state.x, rows, n, own[:, 0])
+    drawn = _posterior(told, state.x, rows, n, streams[:, 0])
     x = jnp.where(row.uniform, jnp.where(inside, drawn, state.x), x)
     return _State(x, jnp.where(row.hitting, hit, state.t), said, state.evaluations)
+
+
+def _confidence(
+    told: jax.Array, noise: jax.Array, log_p: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How sure the network is, position by position: its largest probability, its entropy in nats,
+    and (orders, batch, length) what positions are ranked by, the largest first."""
+    top = lax.top_k(jnp.exp(told), 2)[0]
+    first, second = top[..., 0], top[..., 1]
+    entropy = -jnp.sum(jnp.exp(told) * jnp.maximum(told, _FAR), axis=-1)
+    return first, entropy, jnp.stack([noise, jnp.log(first), first - second, -entropy, log_p])
 
 
 def _tokens(

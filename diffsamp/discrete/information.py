@@ -15,9 +15,9 @@ import numpy as np
 
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
+from diffsamp._core.paths import shortest_path
 from diffsamp._core.types import Array, Conditions, Key
 from diffsamp.discrete.network import TokenFn
-from diffsamp.search.dynamic import shortest_path
 
 __all__ = ["best_counts", "excess", "token_entropies"]
 

@@ -6,9 +6,11 @@ which the best is; `step_costs` and `align_steps` optimise the schedule, `tors` 
 read it off the trajectory; `evolve` mixes solvers step by step; `distill` learns times and
 coefficients by gradient; `best` runs them one after another and returns a plan per budget. All
 judge a sampler by an `Objective`, by default its distance to a fine solution from the same noise.
-`tfg` looks for the strengths of training-free guidance.
+`tfg` looks for the strengths of training-free guidance, `unmasking` for how many tokens a masked
+model unmasks when.
 """
 
+from diffsamp._core.paths import shortest_path
 from diffsamp.search import objective
 from diffsamp.search._cost import Estimate
 from diffsamp.search.align import align_costs, align_steps
@@ -17,7 +19,7 @@ from diffsamp.search.best import STAGES, best
 from diffsamp.search.canonical import can_distill, canonical, from_canonical
 from diffsamp.search.compare import Comparison, Entry, candidates, compare
 from diffsamp.search.distill import distill
-from diffsamp.search.dynamic import Costs, shortest_path, step_costs
+from diffsamp.search.dynamic import Costs, step_costs
 from diffsamp.search.evolve import Evolution, evolve
 from diffsamp.search.fine import fine_times
 from diffsamp.search.fit import (
@@ -41,6 +43,7 @@ from diffsamp.search.strategy import evolution_strategy
 from diffsamp.search.strength import Strength, TrainingFree, tfg
 from diffsamp.search.suggest import Suggestion, suggest
 from diffsamp.search.transfer import interpolate, transfer
+from diffsamp.search.unmasking import Unmasking, unmasking
 
 __all__ = [
     "STAGES",
@@ -59,6 +62,7 @@ __all__ = [
     "Strength",
     "Suggestion",
     "TrainingFree",
+    "Unmasking",
     "align_costs",
     "align_steps",
     "best",
@@ -92,4 +96,5 @@ __all__ = [
     "tfg",
     "tors",
     "transfer",
+    "unmasking",
 ]

@@ -8,6 +8,7 @@ from diffsamp.steering.mcmc import hmc, mala
 from diffsamp.steering.particles import Steered, sample
 from diffsamp.steering.potentials import Potential, reward, scores, twist
 from diffsamp.steering.selection import best_of, search_noise
+from diffsamp.steering.tokens import sample_tokens
 
 __all__ = [
     "Potential",
@@ -17,6 +18,7 @@ __all__ = [
     "mala",
     "reward",
     "sample",
+    "sample_tokens",
     "scores",
     "search_noise",
     "twist",

@@ -17,12 +17,11 @@ from diffsamp._core.types import Array, Conditions, DType, Key, Network, PyTree,
 from diffsamp.guidance import Combined, Transform
 from diffsamp.predictions import Level
 from diffsamp.score import ScoreFn, expect_score_fn, scale_rows
+from diffsamp.steering._weights import normalised, particle_keys, resample, spread, take
 from diffsamp.steering.potentials import Potential, Told
 from diffsamp.tableau import Tableau
 
 __all__ = ["Steered", "sample"]
-
-_RESAMPLING = 0x5EED  # the stream of the resampling's draws, beside the rows' noise
 
 
 class Steered(NamedTuple):
@@ -139,7 +138,7 @@ def sample(
         )
     each = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), x_T) if fits else x_T
     if own_starts is None:
-        many = _spread(cond, batch, particles)
+        many = spread(cond, batch, particles)
         own_starts = fits and (
             _takes(network, rows.bound, each, many) or not _takes(network, rows.bound, x_T, cond)
         )
@@ -187,16 +186,6 @@ def _takes(network: Network, bound: PyTree, x: PyTree, cond: Conditions | None) 
     return True
 
 
-def _spread(cond: Conditions | None, batch: int, particles: int) -> Conditions | None:
-    """Conditions of samples, for each of their particles."""
-
-    def spread(leaf: PyTree) -> PyTree:
-        own = np.shape(leaf)[:1] == (batch,)
-        return jnp.repeat(jnp.asarray(leaf), particles, axis=0) if own else leaf
-
-    return jax.tree.map(spread, cond)
-
-
 def _says_both(proposal: PyTree, score_fn: Network) -> bool:
     return hasattr(proposal, "with_plain") and proposal.score_fn is score_fn
 
@@ -219,10 +208,8 @@ def _run(
     guided: bool,
 ) -> tuple[PyTree, PyTree, PyTree]:
     batch = keys.shape[0]
-    cond = _spread(cond, batch, particles)
-    numbered = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    own_keys = numbered(keys, jnp.arange(particles)).reshape(-1)
-    draws = jax.vmap(jax.random.fold_in, (0, None))(keys, _RESAMPLING)
+    cond = spread(cond, batch, particles)
+    own_keys, draws = particle_keys(keys, particles)
     state = sampling._initial(rows.a.shape[1], rows.b.shape[1], x_T, own_keys)
     dtype = working_dtype(jax.tree.leaves(x_T)[0].dtype)
     start = jnp.zeros(batch * particles, dtype)
@@ -266,16 +253,16 @@ def _run(
         )
         log_w = log_w + jnp.where(row.evaluates, grown, 0)
         memory = jnp.where(row.evaluates, kept, memory)
-        log_w, log_Z, index = _resample(
+        log_w, log_Z, index = resample(
             log_w, log_Z, draws, state.row, threshold, particles, select_one
         )
-        take = functools.partial(_take, index, batch, particles)
+        chosen = functools.partial(take, index)
         state = state._replace(
-            x=jax.tree.map(take, state.x),
-            points=jax.tree.map(jax.vmap(take), state.points),
-            outputs=jax.tree.map(jax.vmap(take), state.outputs),
+            x=jax.tree.map(chosen, state.x),
+            points=jax.tree.map(jax.vmap(chosen), state.points),
+            outputs=jax.tree.map(jax.vmap(chosen), state.outputs),
         )
-        told, memory = jax.tree.map(take, (told, memory))
+        told, memory = jax.tree.map(chosen, (told, memory))
         if guided:
             log_w = log_w + _shift(told, row, state, dtype)
         # the network has been asked; the executor makes the move
@@ -289,50 +276,7 @@ def _run(
         at = jax.tree.map(lambda v: jnp.asarray(v, dtype), end)
         log_w = log_w + potential.value(wide, at, cond) - memory
     x = jax.tree.map(lambda v: v.reshape(batch, particles, *v.shape[1:]), state.x)
-    log_w = log_w.reshape(batch, particles)
-    total = jax.nn.logsumexp(log_w, axis=1)
-    log_Z = log_Z + total - jnp.log(jnp.asarray(particles, total.dtype))
-    return x, log_w - total[:, None], log_Z
-
-
-def _take(index: jax.Array, batch: int, particles: int, leaf: jax.Array) -> jax.Array:
-    """Every sample's particles in the order of `index`; no sample reads another's."""
-    split = leaf.reshape(batch, particles, *leaf.shape[1:])
-    return jax.vmap(lambda v, i: v[i])(split, index).reshape(leaf.shape)
-
-
-def _resample(
-    log_w: PyTree,
-    log_Z: PyTree,
-    draws: PyTree,
-    row: Array,
-    threshold: PyTree,
-    particles: int,
-    select_one: bool,
-) -> tuple[PyTree, PyTree, PyTree]:
-    """Weights, the estimate so far and which particle each place takes, (batch, particles)."""
-    log_w = log_w.reshape(-1, particles)
-    total = jax.nn.logsumexp(log_w, axis=1, keepdims=True)
-    share = jnp.exp(log_w - total)
-    ess = 1 / jnp.sum(share * share, axis=1)
-    # equal weights need no resampling, whatever the threshold; one draw then is one draw still
-    low = (ess < jnp.asarray(threshold, ess.dtype) * particles) | (
-        jnp.full(ess.shape, select_one) & (jnp.asarray(threshold, ess.dtype) >= 1)
-    )
-
-    def pick(key: Key, share: PyTree) -> PyTree:
-        u = jax.random.uniform(jax.random.fold_in(key, row), dtype=share.dtype)
-        places = jnp.arange(particles, dtype=share.dtype)
-        places = jnp.full(particles, u) if select_one else (u + places) / particles
-        edges = jnp.cumsum(share)
-        return jnp.minimum(jnp.searchsorted(edges / edges[-1], places), particles - 1)
-
-    stay = jnp.arange(particles, dtype=jnp.int32)[None]
-    index = jnp.where(low[:, None], jax.vmap(pick)(draws, share).astype(jnp.int32), stay)
-    mean = total[:, 0] - jnp.log(jnp.asarray(particles, total.dtype))
-    log_Z = jnp.where(low, log_Z + mean, log_Z)
-    log_w = jnp.where(low[:, None], 0, log_w)
-    return log_w.reshape(-1), log_Z, index
+    return x, *normalised(log_w, log_Z, particles)
 
 
 def _shift(told: Told, row: Array, state: PyTree, dtype: DType) -> PyTree:

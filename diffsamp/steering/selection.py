@@ -13,6 +13,7 @@ from diffsamp._core import random
 from diffsamp._core.checks import expect_int
 from diffsamp._core.types import Conditions, PyTree
 from diffsamp.score import ScoreFn, scale_rows
+from diffsamp.steering._weights import particle_keys, spread
 from diffsamp.tableau import Tableau
 
 __all__ = ["best_of", "search_noise"]
@@ -46,15 +47,8 @@ def best_of(
     flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), x_T)
     keys = None
     if key is not None:
-        numbered = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        keys = numbered(random.sample_keys(key, batch), jnp.arange(n)).reshape(-1)
-
-    def spread(leaf: PyTree) -> PyTree:
-        own = np.shape(leaf)[:1] == (batch,)
-        return jnp.repeat(jnp.asarray(leaf), n, axis=0) if own else leaf
-
-    many = None if cond is None else jax.tree.map(spread, cond)
-    x = sampling.sample(score_fn, tableau, flat, key=keys, cond=many)
+        keys, _ = particle_keys(random.sample_keys(key, batch), n)
+    x = sampling.sample(score_fn, tableau, flat, key=keys, cond=spread(cond, batch, n))
     value = reward(x)
     if np.shape(value) != (batch * n,):
         raise ValueError(

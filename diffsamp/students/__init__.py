@@ -8,10 +8,16 @@ the mean of `students.loss(student, target)`:
         student = dataclasses.replace(score_fn, params=params)
         return jnp.mean(students.loss(student, target))
 
-Policy gradients (`policy_loss`) and distribution matching (`dmd2`, `f_distill`) train the sampler's
-own outcome; their pages say on what.
+Policy gradients (`policy_loss`, `shortcut_fine_tuning`), distribution matching (`dmd2`,
+`f_distill`) and score mismatching train the sampler's own outcome; their pages say on what.
 """
 
+from diffsamp.students.adversarial import (
+    critic_loss,
+    mismatching_loss,
+    score_mismatching,
+    shortcut_fine_tuning,
+)
 from diffsamp.students.consistency import (
     consistency_distillation,
     ect,
@@ -29,6 +35,7 @@ __all__ = [
     "Target",
     "boss",
     "consistency_distillation",
+    "critic_loss",
     "dmd2",
     "ect",
     "f_distill",
@@ -37,13 +44,16 @@ __all__ = [
     "lognormal_times",
     "loss",
     "mean_flow",
+    "mismatching_loss",
     "perflow",
     "policy_loss",
     "progressive_distillation",
     "pseudo_huber",
     "reflow",
     "scm",
+    "score_mismatching",
     "sfd",
     "shortcut",
+    "shortcut_fine_tuning",
     "squared_error",
 ]

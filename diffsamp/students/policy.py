@@ -36,7 +36,7 @@ def policy_loss(
       tableau: the sampler of the run, such as `solvers.ddpm`.
       trajectory: from `diffsamp.trajectory`, by the network as it was.
       advantages: (batch,) rewards less their mean, in units of their standard deviation; per
-        prompt, if there are several.
+        prompt, if there are several. Or (rows, batch), with a baseline of each row's own.
       cond: conditions, (batch, ...).
       old: (rows, batch) log-probabilities under the network as it was; None: the recorded outputs'.
       clip: how far from 1 a ratio still has a gradient.
@@ -48,7 +48,8 @@ def policy_loss(
     now = log_prob(tableau, trajectory, score_fn, cond=cond)
     rows = now.shape[0]
     factor = discount ** jnp.arange(rows - 1, -1, -1, dtype=now.dtype)[:, None]
-    advantages = jnp.asarray(advantages, now.dtype)[None]
+    advantages = jnp.asarray(advantages, now.dtype)
+    advantages = advantages[None] if advantages.ndim == 1 else advantages
     if clip is None:
         return -jnp.sum(factor * advantages * now, axis=0)
     before = log_prob(tableau, trajectory) if old is None else old
