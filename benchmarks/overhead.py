@@ -51,6 +51,7 @@ SOLVERS = (
     "heun",
     "dpm2",
     "rho_rk4",
+    "epd",
     "unipc3",
     "dual_solver",
     "dc_solver",
@@ -95,6 +96,8 @@ def composed(name: str, process: Any) -> ds.Tableau | None:
     if name == "skip":
         longer = solvers.dpmpp(process, ds.schedules.logsnr(process, NFE + 5), order=2)
         return solvers.skip(longer, range(3, 18, 3))
+    if name == "epd":  # 3 points in each of 5 steps
+        return solvers.epd(process, ds.schedules.logsnr(process, 5, final="t_min"), points=3)
     if name == "mixed":
         return solvers.mixed(process, times, steps=[solvers.MixedStep()] * NFE)
     if name == "dc_solver":

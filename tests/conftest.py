@@ -22,7 +22,8 @@ def _known(flag: str) -> bool:
     return told.returncode == 0
 
 
-if not os.environ.get("DIFFSAMP_TESTS_OPTIMISED"):
+_QUICKLY = not os.environ.get("DIFFSAMP_TESTS_OPTIMISED")
+if _QUICKLY:
     jax.config.update("jax_disable_most_optimizations", True)
     if "XLA_FLAGS" not in os.environ and _known(_QUICK):  # the workers inherit it
         os.environ["XLA_FLAGS"] = _QUICK
@@ -40,6 +41,15 @@ def x64():
     """Run one test with 64-bit JAX arrays."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def optimised():
+    """Compile as users do, where the last bits matter: two programs that are to agree in them."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", _QUICKLY)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -94,6 +94,7 @@ def test_one_sample_does_not_depend_on_its_batch():
     assert alone.nfe[0] == together.nfe[1]
 
 
+@pytest.mark.usefixtures("optimised")
 def test_float32_and_the_clean_end():
     """At t_clean: the data prediction at t_min, one evaluation more."""
     process, target = PROCESSES["vp_linear"], skewed_mixture()

@@ -39,6 +39,7 @@ def made(name, score_fn):
     }[name]()
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "name",
     [
