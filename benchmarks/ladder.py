@@ -658,7 +658,7 @@ def picture(rows: list[Row]) -> Any:
                         (-3, 4),
                         textcoords="offset points",
                     )
-        axis.set(xscale="log", xlabel="thousands of evaluations of the search", title=network)
+        axis.set(xscale="log", xlabel="thousand evaluations", title=network)
         low, high = axis.get_xlim()
         ticks = [n for n in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= n <= high]
         axis.set_xticks(ticks, [str(n) for n in ticks])
