@@ -626,8 +626,13 @@ def report(arguments: argparse.Namespace) -> None:
 
 @styled
 def picture(rows: list[Row]) -> Any:
-    """PSNR against the evaluations of the search, one panel a network, a line a method."""
+    """PSNR against the evaluations of the search, one panel a network, a line a method.
+
+    Networks of one budget have no lines and are left out, unless there are no others.
+    """
     networks = list(dict.fromkeys(row["network"] for row in rows))
+    budgets = {name: {r["nfe"] for r in rows if r["network"] == name} for name in networks}
+    networks = [name for name in networks if len(budgets[name]) > 1] or networks
     columns = min(3, len(networks))
     lines = -(-len(networks) // columns)
     drawn = figure(2.8 * lines + 0.5)
