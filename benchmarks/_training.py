@@ -1,6 +1,6 @@
-"""Training of diffusion networks with EDM's objective, for the scripts `train_*.py`.
+"""Training of diffusion networks, with EDM's objective or another, for the scripts `train_*.py`.
 
-The objective is that of Karras et al. 2022 (arXiv:2206.00364): the denoiser is
+EDM's objective is that of Karras et al. 2022 (arXiv:2206.00364): the denoiser is
 
     D(x; sigma) = c_skip x + c_out F(c_in x, log(sigma) / 4)
 
@@ -42,8 +42,21 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a network is trained for.
+
+    Attributes:
+        levels: (key, batch, arguments, held_out) -> (batch,) noise levels, in what `loss` takes.
+        loss: (network, params, images, labels, levels, noise) -> (batch,) losses.
+    """
+
+    levels: Callable[[jax.Array, int, argparse.Namespace, bool], jax.Array]
+    loss: Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Network:
-    """What is trained: `apply(params, x, c_noise, labels)` is the raw output F.
+    """What is trained: `apply(params, x, t, labels)` is the network, under EDM the raw output F.
 
     Attributes:
         init: key to parameters.
@@ -52,6 +65,7 @@ class Network:
         num_classes: its label itself means "no label".
         steps_per_call: steps in one compiled loop. A small network needs many, to hide dispatch; on
             CPU the gradient of a convolution is many times slower inside a loop.
+        objective: None: EDM's.
     """
 
     init: Callable[[jax.Array], Params]
@@ -59,6 +73,7 @@ class Network:
     sigma_data: float
     num_classes: int
     steps_per_call: int = 50
+    objective: Objective | None = None
 
 
 def edm_loss(
@@ -115,6 +130,15 @@ def sample_sigma(
     return jnp.exp(log_sigma)
 
 
+def _edm_levels(key: jax.Array, batch: int, args: argparse.Namespace, held_out: bool) -> jax.Array:
+    """As `sample_sigma`; held out they are log-normal only, whatever the share of the others."""
+    share = 0.0 if held_out else args.uniform_share
+    return sample_sigma(key, batch, args.p_mean, args.p_std, share)
+
+
+EDM = Objective(_edm_levels, edm_loss)
+
+
 def make_optimizer(
     steps: int, learning_rate: float, weight_decay: float
 ) -> optax.GradientTransformation:
@@ -150,6 +174,7 @@ def train(
         args: What `parser` read.
     """
     started = time.perf_counter()
+    objective = EDM if network.objective is None else network.objective
     order = np.random.default_rng(args.seed).permutation(len(images))
     num_heldout = min(len(images) // 10, 2000)
     heldout, fitted = order[:num_heldout], order[num_heldout:]
@@ -162,20 +187,19 @@ def train(
     optimizer = make_optimizer(args.steps, args.learning_rate, args.weight_decay)
 
     # The held-out loss always sees the same noise, 4 draws an image, so that its changes are
-    # those of the weights. Its noise levels are log-normal only, so that it does not depend on
-    # the share of log-uniform levels.
+    # those of the weights.
     repeats = 4
     heldout_images = jnp.asarray(np.tile(images[heldout], (repeats, 1, 1, 1)))
     heldout_labels = jnp.asarray(np.tile(labels[heldout], repeats))
     key_sigma, key_order, key_noise = jax.random.split(key_heldout, 3)
     heldout_sigma = jax.random.permutation(
-        key_order, sample_sigma(key_sigma, len(heldout_images), args.p_mean, args.p_std, 0.0)
+        key_order, objective.levels(key_sigma, len(heldout_images), args, True)
     )
     heldout_noise = jax.random.normal(key_noise, heldout_images.shape)
 
     @jax.jit
     def heldout_loss(params: Params, *batch: jax.Array) -> jax.Array:
-        return jnp.mean(edm_loss(network, params, *batch))
+        return jnp.mean(objective.loss(network, params, *batch))
 
     # arrays are arguments, not constants: XLA would spend minutes folding those
     heldout_batch = (heldout_images, heldout_labels, heldout_sigma, heldout_noise)
@@ -192,11 +216,12 @@ def train(
         batch_images = train_images[index]
         dropped = jax.random.bernoulli(key_label, 0.1, (args.batch,))
         batch_labels = jnp.where(dropped, network.num_classes, train_labels[index])
-        sigma = sample_sigma(key_sigma, args.batch, args.p_mean, args.p_std, args.uniform_share)
+        sigma = objective.levels(key_sigma, args.batch, args, False)
         noise = jax.random.normal(key_noise, batch_images.shape)
 
         def mean_loss(params: Params) -> jax.Array:
-            return jnp.mean(edm_loss(network, params, batch_images, batch_labels, sigma, noise))
+            losses = objective.loss(network, params, batch_images, batch_labels, sigma, noise)
+            return jnp.mean(losses)
 
         loss, gradient = jax.value_and_grad(mean_loss)(params)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)

@@ -1,5 +1,6 @@
 """The benchmarks run in a reduced size and write the tables they promise; no time is asserted."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -200,6 +201,65 @@ def test_peers(tmp_path):
     assert len(rows) == 3 * (7 + 6)
     assert all(float(row[4]) < 1e-4 for row in rows if "bare" not in row[1])
     assert all(float(row[2]) > 0 for row in rows)
+
+
+COUNTED = """
+import dataclasses, json
+import jax, numpy as np
+import diffsamp as ds, ladder
+from diffsamp import search
+
+process = ds.processes.edm(0.02, 20.0)
+means = np.random.default_rng(3).normal(size=(3, 4)) * 0.8
+exact = ds.targets.gaussian_mixture([0.5, 0.3, 0.2], means, [0.02, 0.05, 0.1]).score_fn(process)
+x_T = process.prior_sample(jax.random.key(0), (16, 4))
+reference = search.run(exact, search.reference_tableau(process, 40), x_T)
+calls = []
+
+def apply(params, x, t):
+    jax.debug.callback(lambda: calls.append(x.shape[0]))
+    return exact.apply(params, x, t)
+
+network = dataclasses.replace(exact, apply=apply)
+problem = ladder.Problem(network, x_T, None, reference, 1000.0)
+effort = ladder.Effort(steps=4, batch=4, few=8, evolved=8, population=4, rounds=1)
+said = {}
+for name, method in ladder.METHODS.items():
+    calls.clear()
+    found = method.run(problem, 3, effort)
+    jax.effects_barrier()
+    x = search.run(exact, found.tableau, x_T)
+    psnr = float(ds.metrics.psnr(x, reference))
+    said[name] = [found.tableau.nfe, found.forward, found.gradient, sum(calls), psnr]
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.long
+def test_every_rung_of_the_ladder_runs_and_counts_what_it_spends():
+    """On an exact target, against the calls of the network itself."""
+    said = json.loads(python("-c", COUNTED))
+    by_gradient = {"LD3", "S4S-Alt", "DSS", "DyWeight", "DyWeight, features", "GS"}
+    assert said.keys() > by_gradient
+    for name, (nfe, forward, gradient, calls, psnr) in said.items():
+        assert nfe == 3, name
+        starts = 16 if name in by_gradient | {"AYS"} else 8  # whose fine solutions count 1000 each
+        if name == "AYS":  # the points of its later rounds are not said
+            assert abs(forward - 1000 * starts - calls) < 0.02 * calls
+        else:
+            # the way back computes the network once more
+            assert forward - 1000 * starts == calls - gradient, name
+        assert gradient == (4 * 4 * 3 if name in by_gradient else 0), name
+        assert psnr > 5, name
+
+
+def test_the_page_of_searches_says_what_the_ladder_measured():
+    """The first table of its section is that of the results."""
+    measured = tables(ROOT / "benchmarks" / "results" / "ladder.md")
+    verdict = [row for row in measured if len(row) == 10]
+    assert verdict
+    shown = [row for row in tables(ROOT / "docs" / "search.md") if len(row) == 10]
+    assert [row for row in shown if row[0] in {own[0] for own in verdict}] == verdict
 
 
 def test_accuracy(tmp_path):

@@ -71,7 +71,7 @@ def distill(
     learning_rate: float = 1e-2,
     optimizer: Value = None,
     objective: Objective | None = None,
-    learn: str = "all",
+    learn: str | Sequence[str] = "all",
     memory: int | None = None,
     radius: float = 0.0,
     consistent: bool = True,
@@ -111,8 +111,8 @@ def distill(
       learning_rate: peak of Adam's rate, which decays to 0 along a cosine.
       optimizer: an optax GradientTransformation; None: Adam as said, gradients clipped to norm 1.
       objective: what to descend, and to choose by; it must have a `loss`. None: `log_mse`.
-      learn: "all", or only "times", "weights", "noise", or "labels" (the conditioning times: what
-        the network is told apart from the state's level, LD3 and S4S; part of "all").
+      learn: "all", or only some of "times", "weights", "noise" and "labels" (the conditioning
+        times: what the network is told apart from the state's level, LD3 and S4S; part of "all").
       memory: learn the weights of the last `memory` evaluations in each row only (S4S's bands, a
         linear multistep method); those further back keep the start's. None: of all (BNS).
       radius: each start may move within a ball of this radius, in units of its own norm, to where
@@ -148,12 +148,17 @@ def distill(
             f"objective {objective.name!r} is no mean over samples and cannot be descended; use "
             "one with a `loss`, or search with `evolve`."
         )
-    expect_choice(learn, "learn", tuple(_LEARNED))
+    parts = (learn,) if isinstance(learn, str) else tuple(learn)
+    for part in parts:
+        expect_choice(part, "learn", tuple(_LEARNED))
+    free = set().union(*(_LEARNED[part] for part in parts))
+    if not free:
+        raise ValueError(f"`learn` must name at least one of {tuple(_LEARNED)}.")
     if memory is not None:
         memory = expect_int(memory, "memory", at_least=1)
     if not 0 <= radius < np.inf:
         raise ValueError(f"`radius` must be at least 0 and finite; got {radius}.")
-    if not consistent and learn != "all":
+    if not consistent and free != _LEARNED["all"]:
         raise ValueError('`consistent=False` frees every number; leave `learn` at "all".')
     steps = expect_int(steps, "steps", at_least=1)
     evaluate_every = expect_int(evaluate_every, "evaluate_every", at_least=1)
@@ -228,7 +233,7 @@ def distill(
         key,
         optimizer,
         objective,
-        _LEARNED[learn] if consistent else None,
+        free if consistent else None,
         memory,
         float(radius),
         checkpoint,
@@ -283,7 +288,7 @@ def distill(
         "batch": batch,
         "learning_rate": learning_rate,
         "objective": objective.name,
-        "learn": learn,
+        "learn": list(parts) if len(parts) > 1 else parts[0],
         "memory": memory,
         "radius": radius,
         "consistent": consistent,

@@ -182,3 +182,20 @@ def test_a_sampler_with_them_has_a_canonical_form():
     np.testing.assert_allclose(again["asked"], tableau.asked, rtol=1e-9)
     assert "labels" not in search.canonical(tableau)
     assert search.can_distill(tableau)
+
+
+def test_times_and_labels_are_learned_together_and_nothing_else():
+    """What LD3 learns: the weights, in units of the step, stay."""
+    tableau, x_T = build(), start(24)
+    learned = search.distill(
+        exact(), x_T, start=tableau, key=KEY, learn=("times", "labels"), steps=8, batch=8
+    )
+    assert learned.settings["learn"] == ["times", "labels"]
+    before, after = (search.canonical(t, PROCESS) for t in (tableau, learned.tableau))
+    np.testing.assert_allclose(after["weights"], before["weights"], atol=1e-9)
+    assert np.abs(after["log_snr"] - before["log_snr"]).max() > 1e-3
+    assert np.abs(after["labels"]).max() > 1e-3
+    with pytest.raises(ValueError, match="at least one"):
+        search.distill(exact(), x_T, start=tableau, key=KEY, learn=())
+    with pytest.raises(ValueError, match="must be one of"):
+        search.distill(exact(), x_T, start=tableau, key=KEY, learn=("times", "sums"))
