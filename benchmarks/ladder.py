@@ -296,17 +296,23 @@ def regressed(problem: Problem, nfe: int, effort: Effort) -> Found:
     return Found(plan.tableau, plan.settings["evaluations"] + problem.cost * size)
 
 
-def best(problem: Problem, nfe: int, effort: Effort, **options: Any) -> Found:
-    """`best` as it is: `regress`, then `refine`."""
+CONSISTENT = ("times", "labels", "weights")  # with these alone a constant stays exact
+
+
+def best(
+    problem: Problem, nfe: int, effort: Effort, numbers: tuple[str, ...] = CONSISTENT
+) -> Found:
+    """`best` of consistent rows: `regress`, then `refine`."""
     size = problem.size(effort.few)
-    front = search.best(problem.score_fn, nfe=[nfe], key=KEY, **problem.first(size), **options)
+    options = problem.first(size) | {"numbers": numbers}
+    front = search.best(problem.score_fn, nfe=[nfe], key=KEY, **options)
     plan = front.plans[nfe]
     return Found(plan.tableau, plan.settings["evaluations"] + problem.cost * size)
 
 
 def best_with_sums(problem: Problem, nfe: int, effort: Effort) -> Found:
     """The same, which also frees the sums of the rows."""
-    return best(problem, nfe, effort, numbers=("times", "labels", "weights", "sums"))
+    return best(problem, nfe, effort, numbers=(*CONSISTENT, "sums"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,7 +400,7 @@ METHODS = {
         "PSNR for LPIPS; no discriminator",
     ),
     "regress": Method(regressed, "`regress`"),
-    "best": Method(best, "`best`: `regress`, then `refine`"),
+    "best": Method(best, "`best` of consistent rows"),
     "best, sums": Method(best_with_sums, '`best(numbers=(.., "sums"))`'),
 }
 OURS = ("regress", "best", "best, sums")

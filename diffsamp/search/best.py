@@ -51,7 +51,7 @@ def best(
     population: int = 32,
     rounds: int = 8,
     steps: int = 400,
-    numbers: Sequence[str] = ("times", "labels", "weights"),
+    numbers: Sequence[str] | None = None,
     held_out: int | None = None,
     batch: int = 64,
     together: int = 1,
@@ -84,7 +84,8 @@ def best(
       population: candidates a round of `evolve`.
       rounds: of `evolve`.
       steps: gradient steps of `distill`.
-      numbers: what `refine` frees.
+      numbers: what `refine` frees; None: times, labels and weights, and for budgets of up to 4 also
+        the rows' sums, which pay there.
       held_out: starts kept from fitting; None: a quarter.
       batch: samples of one candidate at a time, and of a gradient step.
       together: candidates at a time.
@@ -130,7 +131,7 @@ def best(
         "population": population,
         "rounds": rounds,
         "steps": steps,
-        "numbers": list(numbers),
+        "numbers": numbers and list(numbers),
         "distill": distill_options,
     }
     settings = {
