@@ -21,6 +21,7 @@ def data(n=64):
     return jnp.asarray(skewed_mixture().sample(jax.random.key(0), n), jnp.float32)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("steps", [10, 50])
 @pytest.mark.parametrize("schedule", ["uniform", "logsnr", "karras"])
 @pytest.mark.parametrize("name", PROCESSES)

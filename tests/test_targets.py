@@ -80,6 +80,7 @@ def mixture_2d():
     )
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("target", "dim"),

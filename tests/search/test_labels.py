@@ -142,6 +142,7 @@ def test_guidance_passes_them_on():
         ds.sample(shifted, tableau, x_T, cond=cond)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_refine_and_distill_find_how_far_a_network_is_off():
     """A network told wrong labels equals the right one if it is told SHIFT less."""
     network, wrong, x_T = exact(), late(exact()), start(48)

@@ -158,6 +158,7 @@ def test_it_is_never_worse_than_the_start(score_fn):
     assert min(decided) <= decided[0]
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("function", ["regress", "refine"])
 def test_the_batch_changes_nothing(score_fn, regressed, function):
     x_T = start(20)
