@@ -357,6 +357,7 @@ def test_three_parts_with_a_constant_noise_prediction():
         np.testing.assert_allclose(got, expected, atol=1e-7, err_msg=method)
 
 
+@pytest.mark.long
 def test_the_sde_of_three_parts_has_the_datas_moments():
     process = third()
     grid = np.append(np.linspace(1, 0.1, 100) ** 1.5, 0.01)

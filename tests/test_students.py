@@ -590,6 +590,7 @@ def test_distances():
     close(students.pseudo_huber()(difference)[0], 5.0, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_robust_weights_move_a_skewed_minimiser():
     """What a Gaussian cannot show: the minimiser of a robust distance is no mean."""
     values = np.concatenate([np.zeros(90), np.full(10, 5.0)])[:, None]

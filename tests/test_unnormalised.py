@@ -46,6 +46,7 @@ def test_posterior_means_are_those_of_the_mixture():
 TABLEAU = ds.solvers.dpmpp(EDM, ds.schedules.logsnr(EDM, 24), order=2)
 
 
+@pytest.mark.long
 def test_modes_and_weights_of_its_samples():
     x_T = EDM.prior_sample(KEY, (500, 2))
     exact = ds.targets.gaussian_mixture(WEIGHTS, MODES, np.full(2, SPREAD**2))

@@ -62,7 +62,7 @@ def psnr(x: PyTree, reference: PyTree, *, data_range: float = 2.0) -> jax.Array:
     if not data_range > 0:
         raise ValueError(f"`data_range` must be positive; got {data_range}.")
     # float32's smallest normal number stands for "equal"
-    error = jnp.maximum(mean_squared_error(x, reference), jnp.finfo(jnp.float32).tiny)
+    error = jnp.maximum(mean_squared_error(x, reference), float(np.finfo(np.float32).tiny))
     return jnp.mean(20 * jnp.log10(jnp.asarray(data_range, error.dtype)) - 10 * jnp.log10(error))
 
 

@@ -132,6 +132,7 @@ def test_several_starts_are_tried(score_fn):
         search.distill(score_fn, x_T, start=[], key=jax.random.key(0))
 
 
+@pytest.mark.long
 def test_distill_is_reproducible_and_frees_more_when_asked(score_fn):
     x_T = start(64)
     options = {"nfe": 3, "key": jax.random.key(1), "steps": 15, "batch": 24}

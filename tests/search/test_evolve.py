@@ -84,6 +84,7 @@ def test_evolution_improves_on_what_it_started_from(score_fn):
     assert psnr(best) > psnr(table.best(5).tableau) + 0.5
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_evolution_however_it_is_cut(score_fn, tmp_path):
     options = {"nfe": 4, "population": 6, "rounds": 3}
     x_T = start(24)

@@ -213,6 +213,7 @@ def test_fits_on_a_flow_to_the_clean_end(prediction):
         assert float(ds.metrics.rmse(ds.sample(network, tableau, x_T), fine)) < 0.7 * error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
 def test_restart_on_a_flow_counts_as_it_says(prediction):
     process = ds.processes.flow()

@@ -158,18 +158,24 @@ def test_it_is_never_worse_than_the_start(score_fn):
     assert min(decided) <= decided[0]
 
 
-@pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("function", ["regress", "refine"])
-def test_the_batch_changes_nothing(score_fn, regressed, function):
-    x_T = start(20)
-    plans = [
-        search.regress(score_fn, x_T, nfe=3, key=KEY, points=30, batch=batch)
-        if function == "regress"
-        else search.refine(score_fn, regressed.tableau, x_T, key=KEY, batch=batch, iterations=2)
+def test_the_batch_changes_nothing(score_fn):
+    one, other = (
+        search.regress(score_fn, start(20), nfe=3, key=KEY, points=30, batch=batch).tableau
         for batch in (7, 64)
-    ]
-    np.testing.assert_allclose(plans[0].tableau.b, plans[1].tableau.b, atol=2e-3)
-    np.testing.assert_allclose(plans[0].tableau.times, plans[1].tableau.times, rtol=1e-3)
+    )
+    np.testing.assert_allclose(one.b, other.b, atol=2e-3)
+    np.testing.assert_allclose(one.times, other.times, rtol=1e-3)
+
+
+def test_nor_does_that_of_refine(score_fn, regressed, x64):
+    """In 64 bits: there are directions in which little changes, and rounding moves along them."""
+    x_T = start(20).astype(jnp.float64)
+    one, other = (
+        search.refine(score_fn, regressed.tableau, x_T, key=KEY, batch=batch, iterations=2).tableau
+        for batch in (7, 64)
+    )
+    np.testing.assert_allclose(one.b, other.b, atol=1e-7)
+    np.testing.assert_allclose(one.times, other.times, rtol=1e-7)
 
 
 def test_a_network_without_gradient(score_fn):

@@ -275,6 +275,7 @@ def test_evaluations_are_counted_and_limited(score_fn):
     np.testing.assert_allclose(again.tableau.b, plan.tableau.b, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_sampler_with_noise_by_a_distance_between_sets():
     target = ds.targets.gaussian_mixture([1.0], [[0.0]], [0.09])
     network = target.score_fn(PROCESS, "data")

@@ -412,7 +412,7 @@ def test_dpm_solver_v3_with_trivial_statistics_is_older_solvers():
         pytest.param(1, False, marks=pytest.mark.long),
         pytest.param(2, False, marks=pytest.mark.long),
         (3, False),
-        (2, True),
+        pytest.param(2, True, marks=pytest.mark.long),
     ],
 )
 def test_dpm_solver_v3_converges_with_any_statistics(order, corrector):

@@ -63,7 +63,7 @@ def test_order(case, where):
 @pytest.mark.parametrize(
     "case",
     [
-        c if i % 4 == 0 else pytest.param(c, marks=pytest.mark.long)
+        c if i % 8 == 0 else pytest.param(c, marks=pytest.mark.long)
         for i, c in enumerate(DETERMINISTIC)
     ],
     ids=str,
