@@ -222,7 +222,8 @@ def _ask(
     # (1 - alpha) U^(1 / masked)
     left = jnp.maximum(jnp.sum(masked, axis=1), 1).astype(jnp.float32)
     hit = state.t * _uniform(_streams(keys, n)[:, 3], ()) ** (1 / left)
-    return network(state.x, jnp.where(rows.hitting[n], hit, rows.times[n]), cond), hit
+    told = network(state.x, jnp.where(rows.hitting[n], hit, rows.times[n]), cond)
+    return told.astype(jnp.float32), hit
 
 
 def _move(network, rows, n, state, asked, prompt, keys, settings):

@@ -257,7 +257,7 @@ def _teacher(
 
     def row(x: jax.Array, count: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         masked = x == network.mask
-        told = network(x, jnp.mean(masked.astype(jnp.float32), axis=1), cond)
+        told = network(x, jnp.mean(masked.astype(jnp.float32), axis=1), cond).astype(jnp.float32)
         said = jnp.take_along_axis(told, x_0[..., None], axis=2)[..., 0]
         score = executor._scores(told, noise, said, order)
         ranked = jnp.argsort(-jnp.where(masked, score, executor._FAR), axis=1)
