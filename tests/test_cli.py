@@ -59,6 +59,8 @@ def test_list_names_every_solver(capsys):
     others = {"expect_process", "reversed_flow_apply", "time_by_bisection", "beta_table"}
     assert kinds <= set(found)
     assert made - others <= set(found)
+    assert {"consistency_distillation", "dmd2", "mean_flow", "policy_loss"} <= set(found)
+    assert not {"loss", "Target", "squared_error"} & set(found)
     assert all(len(line.split()) > 3 for line in lines)
 
 

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.linalg import expm
 
 import diffsamp as ds
 from diffsamp import discrete
+from diffsamp.discrete import executor
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(3)
@@ -231,6 +233,7 @@ def test_maskgit_keeps_its_counts_and_is_biased_as_defined():
     assert found[0, 0] == pytest.approx(1 - 0.3**2, abs=0.01)
     assert drawn(joint, one, "max")[0, 0] == pytest.approx(0.7, abs=0.01)
     assert np.all(np.diff(discrete.maskgit(16, 4).noise) < 0)
+    assert list(discrete.maskgit(2, 4).count) == [1, 1, 0, 0]  # more rows than tokens
 
 
 # -- the executor ---------------------------------------------------------------------------------
@@ -252,6 +255,47 @@ def test_rare_tokens_are_as_rare_as_they_are():
     expected = 4_000_000 * p
     assert abs(counts[1] - expected[1]) < 5 * np.sqrt(expected[1])
     assert abs(counts[2] - expected[2]) < 5 * np.sqrt(expected[2])
+
+
+def test_a_rate_of_1e_7_is_right_to_5_percent():
+    """Of 10^6 draws in which the rare token's uniform number begins with zeros or with ones only.
+
+    Such numbers are a share of 2^-17, and no others let a token of 1e-7 win: it needs an
+    exponential number below 1e-7 of the likely token's, which is below 16.
+    """
+    fixed = 18
+    threefry = jax.extend.random.threefry_prng_impl
+
+    def random_bits(key, width, shape):
+        assert width == 32
+        coin, bits = threefry.split(key, (2,))
+        bits = threefry.random_bits(bits, width, shape)
+        ones = threefry.random_bits(coin, 32, (shape[-2],)) >= np.uint32(1 << 31)
+        start = jnp.where(ones, np.uint32(2**32 - 2 ** (32 - fixed)), np.uint32(0))
+        high = (0,) * (len(shape) - 2)  # with more than one word a number, the first of them
+        rare = bits[(*high, slice(None), 1)]
+        return bits.at[(*high, slice(None), 1)].set(start | (rare >> fixed))
+
+    tails = jax.extend.random.define_prng_impl(
+        key_shape=threefry.key_shape,
+        seed=threefry.seed,
+        split=threefry.split,
+        fold_in=threefry.fold_in,
+        random_bits=random_bits,
+        name="tails",
+        tag="tails",
+    )
+    p = np.array([1 - 1e-7, 1e-7])
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (1, 1_000_000, 2))
+    key = jax.random.key(0, impl=tails)
+
+    def rate(drawn):
+        return float(jnp.mean(drawn == 1)) * 2.0 ** (1 - fixed)
+
+    draw = jax.jit(executor._categorical)
+    assert rate(draw(key[None], logits)) == pytest.approx(1e-7, rel=0.05)
+    single = jax.random.categorical(key, logits[0], mode="low")
+    assert 0.4e-7 < rate(single) < 0.6e-7  # 2^-23 times the sum of exp(-k 2^-23 / 1e-7)
 
 
 def test_one_program_for_all_samplers_and_budgets():

@@ -81,13 +81,16 @@ def list_solvers(arguments: argparse.Namespace) -> int:
 
 
 def _others() -> list[tuple[str, str]]:
-    """The other kinds of model and the processes, with what they say of themselves."""
+    """Other kinds of model, processes and students, with what they say of themselves."""
     kinds = ("bridges", "few_step", "joint", "known_mean", "phase_space")
     made = ["edm", "flow", "ouve", "pfgmpp", "table", "trig", "ve"]
     made += ["vp_cosine", "vp_discrete", "vp_linear"]
+    helpers = {"f_weight", "lognormal_times", "loss", "pseudo_huber", "squared_error", "Target"}
+    taught = sorted(set(ds.students.__all__) - helpers)
     found: list[tuple[str, str, object]] = [
         *((name, f"kind of model (ds.{name})", getattr(ds, name)) for name in kinds),
         *((name, "process (ds.processes)", getattr(ds.processes, name)) for name in made),
+        *((name, "training (ds.students)", getattr(ds.students, name)) for name in taught),
     ]
     return [
         (name, f"{what}: {(thing.__doc__ or '').partition(chr(10))[0].rstrip('.')}")

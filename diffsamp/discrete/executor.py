@@ -194,10 +194,14 @@ def _keep(wants: jax.Array, new: _State, old: _State) -> _State:
     return new._replace(evaluations=old.evaluations + wants.astype(jnp.int32))
 
 
-def _draw(keys: Key, n: jax.Array, i: int, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform numbers of one of a row's streams."""
-    own = _streams(keys, n)[:, i]
-    return jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32))(own)
+def _uniform(keys: Key, shape: tuple[int, ...]) -> jax.Array:
+    """(batch, *shape) uniform numbers of one of a row's streams."""
+    return jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32))(keys)
+
+
+def _order_noise(keys: Key, length: int) -> jax.Array:
+    """(batch, length) noise of the order."""
+    return -jnp.log(-jnp.log(jnp.clip(_uniform(keys, (length,)), 1e-7, 1 - 1e-7)))
 
 
 def _streams(keys: Key, n: jax.Array) -> Key:
@@ -217,33 +221,61 @@ def _ask(
     masked = state.x == network.mask
     # (1 - alpha) U^(1 / masked)
     left = jnp.maximum(jnp.sum(masked, axis=1), 1).astype(jnp.float32)
-    hit = state.t * _draw(keys, n, 3, ()) ** (1 / left)
-    return network(state.x, jnp.where(rows.hitting[n], hit, rows.times[n]), cond), hit
+    hit = state.t * _uniform(_streams(keys, n)[:, 3], ()) ** (1 / left)
+    told = network(state.x, jnp.where(rows.hitting[n], hit, rows.times[n]), cond)
+    return told.astype(jnp.float32), hit
 
 
 def _move(network, rows, n, state, asked, prompt, keys, settings):
     """The rest of a row: draw tokens, choose positions, mask again."""
     row = jax.tree.map(lambda v: v[n], rows)
-    (told, hit), (order, temperature, top_k) = asked, settings
+    told, hit = asked
+    streams = _streams(keys, n)
+
+    def anew() -> tuple[jax.Array, jax.Array]:
+        drawn = _posterior(told, state.x, rows, n, streams[:, 0])
+        return jnp.where(_inside(rows, n, state.x.shape[1]), drawn, state.x), state.said
+
+    def unmasked() -> tuple[jax.Array, jax.Array]:
+        return _unmasked(network, rows, n, state, told, prompt, streams, settings)
+
+    x, said = lax.cond(row.uniform, anew, unmasked)
+    return _State(x, jnp.where(row.hitting, hit, state.t), said, state.evaluations)
+
+
+def _unmasked(network, rows, n, state, told, prompt, streams, settings):
+    """Tokens after a row that unmasks and masks again, and what the network said of them."""
+    row, (order, temperature, top_k) = jax.tree.map(lambda v: v[n], rows), settings
     mask, length = network.mask, state.x.shape[1]
     masked, inside = state.x == mask, _inside(rows, n, length)
-    streams = _streams(keys, n)
+    free = masked & inside
     tokens, log_p = _tokens(told, streams[:, 0], temperature, top_k)
 
-    noise = -jnp.log(-jnp.log(jnp.clip(_draw(keys, n, 1, (length,)), 1e-7, 1 - 1e-7)))
-    top, entropy, scores = _confidence(told, noise, log_p)
-    score = scores[order] + jnp.where(order == 0, 0.0, row.noise) * noise
-    free = masked & inside
-    score = jnp.where(free, score, _FAR)
-    rank = jnp.argsort(jnp.argsort(-score, axis=1), axis=1)
-    sure = jnp.where(free, entropy, jnp.inf)
-    by_entropy = jnp.argsort(sure, axis=1)
-    rising = jnp.take_along_axis(jnp.where(free, entropy, 0.0), by_entropy, axis=1)
-    within = jnp.cumsum(rising, axis=1) - lax.cummax(rising, axis=1) <= row.bound
-    within = jnp.take_along_axis(within, jnp.argsort(by_entropy, axis=1), axis=1)
-    coin = _draw(keys, n, 2, (2, length))
-    chosen = (coin[:, 0] < row.unmask) | (rank < row.count)
-    chosen |= (top >= row.threshold) | within
+    # what a row does not ask is not computed: beside a small network, sorting and entropies show
+    def first() -> jax.Array:
+        noise = _order_noise(streams[:, 1], length)
+        score = _scores(told, noise, log_p, order) + jnp.where(order == 0, 0.0, row.noise) * noise
+        ranked = jnp.argsort(-jnp.where(free, score, _FAR), axis=1)
+        return _put_back(ranked, jnp.arange(length)[None] < row.count)
+
+    def certain() -> jax.Array:
+        return jnp.exp(jnp.max(told, axis=-1)) >= row.threshold
+
+    def bounded() -> jax.Array:
+        entropy = _entropy(told)
+        by_entropy = jnp.argsort(jnp.where(free, entropy, jnp.inf), axis=1)
+        rising = jnp.take_along_axis(jnp.where(free, entropy, 0.0), by_entropy, axis=1)
+        within = jnp.cumsum(rising, axis=1) - lax.cummax(rising, axis=1) <= row.bound
+        return _put_back(by_entropy, within)
+
+    def none() -> jax.Array:
+        return jnp.zeros(free.shape, bool)
+
+    coin = _uniform(streams[:, 2], (2, length))
+    chosen = coin[:, 0] < row.unmask
+    chosen |= lax.cond(row.count > 0, first, none)
+    chosen |= lax.cond(jnp.isfinite(row.threshold), certain, none)
+    chosen |= lax.cond(jnp.isfinite(row.bound), bounded, none)
     chosen &= free
     x = jnp.where(chosen, tokens, state.x)
     said = jnp.where(chosen, log_p, state.said)
@@ -252,21 +284,28 @@ def _move(network, rows, n, state, asked, prompt, keys, settings):
     earlier = ~masked & ~prompt & inside
     weight = jax.nn.softmax(jnp.where(earlier, -jnp.exp(state.said), -jnp.inf), axis=1)
     again = jnp.where(row.confident, jnp.nan_to_num(weight) * row.remask, row.remask)
-    x = jnp.where(earlier & (coin[:, 1] < again), mask, x)
-    drawn = _posterior(told, state.x, rows, n, streams[:, 0])
-    x = jnp.where(row.uniform, jnp.where(inside, drawn, state.x), x)
-    return _State(x, jnp.where(row.hitting, hit, state.t), said, state.evaluations)
+    return jnp.where(earlier & (coin[:, 1] < again), mask, x), said
 
 
-def _confidence(
-    told: jax.Array, noise: jax.Array, log_p: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How sure the network is, position by position: its largest probability, its entropy in nats,
-    and (orders, batch, length) what positions are ranked by, the largest first."""
-    top = lax.top_k(jnp.exp(told), 2)[0]
-    first, second = top[..., 0], top[..., 1]
-    entropy = -jnp.sum(jnp.exp(told) * jnp.maximum(told, _FAR), axis=-1)
-    return first, entropy, jnp.stack([noise, jnp.log(first), first - second, -entropy, log_p])
+def _put_back(index: jax.Array, values: jax.Array) -> jax.Array:
+    """What is in the order of `index`, (batch, length), at its own positions."""
+    values = jnp.broadcast_to(values, index.shape)
+    return jnp.put_along_axis(jnp.zeros_like(values), index, values, axis=1, inplace=False)
+
+
+def _entropy(told: jax.Array) -> jax.Array:
+    return -jnp.sum(jnp.exp(told) * jnp.maximum(told, _FAR), axis=-1)
+
+
+def _scores(told: jax.Array, noise: jax.Array, log_p: jax.Array, order: jax.Array) -> jax.Array:
+    """(batch, length) what positions are ranked by, the largest first."""
+
+    def margin() -> jax.Array:
+        top = lax.top_k(jnp.exp(told), 2)[0]
+        return top[..., 0] - top[..., 1]
+
+    ways = (lambda: noise, lambda: jnp.max(told, axis=-1), margin)
+    return lax.switch(order, (*ways, lambda: -_entropy(told), lambda: log_p))
 
 
 def _tokens(
@@ -277,16 +316,24 @@ def _tokens(
     if top_k is not None:
         least = lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < least, _FAR, logits)
-    tempered = logits / jnp.maximum(temperature, 1e-6)
-    drawn = _categorical(keys, tempered)
-    drawn = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
+    # the noise by itself: fused into the search for the largest it is made one number at a time
+    scores = lax.cond(
+        temperature > 0,
+        lambda: logits / jnp.maximum(temperature, 1e-6) + _gumbels(keys, logits),
+        lambda: logits,
+    )
+    drawn = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return drawn, jnp.take_along_axis(told, drawn[..., None], axis=-1)[..., 0]
 
 
 def _categorical(keys: Key, logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits + _gumbels(keys, logits), axis=-1).astype(jnp.int32)
+
+
+def _gumbels(keys: Key, like: jax.Array) -> jax.Array:
     """Without the bias of single-precision Gumbel noise, which cuts off probabilities of 1e-7."""
-    draw = functools.partial(jax.random.categorical, mode="high")
-    return jax.vmap(lambda k, v: draw(k, v))(keys, logits).astype(jnp.int32)
+    draw = functools.partial(jax.random.gumbel, shape=like.shape[1:], dtype=like.dtype, mode="high")
+    return jax.vmap(lambda k: draw(k))(keys)
 
 
 def _posterior(told: jax.Array, x: jax.Array, rows: PyTree, n: jax.Array, keys: Key) -> jax.Array:

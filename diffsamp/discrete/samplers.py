@@ -141,7 +141,7 @@ def maskgit(length: int, n: int = 12, *, temperature: float = 4.5) -> Rows:
     left[-1] = 0
     masked, counts = length, []
     for n_left in left:
-        keep = min(max(n_left, 0), masked - 1) if n_left else 0
+        keep = min(n_left, max(masked - 1, 0))
         counts.append(masked - keep)
         masked = keep
     noise = temperature * (1 - ratio)

@@ -253,14 +253,14 @@ def _teacher(
     """
     batch, length = x_0.shape
     # one random order a sequence, so that two ways to cut it are compared in the same order
-    noise = executor._draw(keys, jnp.int32(0), 1, (length,))
+    noise = executor._uniform(executor._streams(keys, jnp.int32(0))[:, 1], (length,))
 
     def row(x: jax.Array, count: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         masked = x == network.mask
-        told = network(x, jnp.mean(masked.astype(jnp.float32), axis=1), cond)
+        told = network(x, jnp.mean(masked.astype(jnp.float32), axis=1), cond).astype(jnp.float32)
         said = jnp.take_along_axis(told, x_0[..., None], axis=2)[..., 0]
-        _, _, scores = executor._confidence(told, noise, said)
-        ranked = jnp.argsort(-jnp.where(masked, scores[order], executor._FAR), axis=1)
+        score = executor._scores(told, noise, said, order)
+        ranked = jnp.argsort(-jnp.where(masked, score, executor._FAR), axis=1)
         lost = jnp.where(masked, -said, 0.0)
         rising = jnp.cumsum(jnp.take_along_axis(lost, ranked, axis=1), axis=1)
         rank = jnp.argsort(ranked, axis=1)

@@ -57,6 +57,7 @@ def resample(
     log_Z: jax.Array,
     draws: Key,
     row: Array,
+    asked: Array,
     threshold: Array,
     particles: int,
     select_one: bool,
@@ -68,6 +69,8 @@ def resample(
       log_Z: (batch,), the estimate so far.
       draws: a key per sample.
       row: number of the row, for its draw.
+      asked: (batch,) or one for all, whether the network was; where it was not there is nothing new
+        to resample for.
       threshold: share of the particles below which the effective number must be.
       particles: of each sample.
       select_one: copies of one particle, drawn by its weight.
@@ -83,6 +86,7 @@ def resample(
     low = (ess < jnp.asarray(threshold, ess.dtype) * particles) | (
         jnp.full(ess.shape, select_one) & (jnp.asarray(threshold, ess.dtype) >= 1)
     )
+    low &= asked
 
     def pick(key: Key, share: jax.Array) -> jax.Array:
         u = jax.random.uniform(jax.random.fold_in(key, row), dtype=share.dtype)

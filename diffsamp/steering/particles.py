@@ -254,7 +254,7 @@ def _run(
         log_w = log_w + jnp.where(row.evaluates, grown, 0)
         memory = jnp.where(row.evaluates, kept, memory)
         log_w, log_Z, index = resample(
-            log_w, log_Z, draws, state.row, threshold, particles, select_one
+            log_w, log_Z, draws, state.row, row.evaluates, threshold, particles, select_one
         )
         chosen = functools.partial(take, index)
         state = state._replace(

@@ -169,12 +169,10 @@ def _run(
         seen = value(state, asked[0], n, level)
         log_w = log_w + jnp.where(wants, seen - memory, 0)
         memory = jnp.where(wants, seen, memory)
-        new_w, new_Z, index = resample(log_w, log_Z, draws, n, threshold, particles, select_one)
-        # a sample none of whose particles asks has nothing new to be resampled for
-        whole = jnp.any(wants.reshape(batch, particles), axis=1)
-        log_w = jnp.where(jnp.repeat(whole, particles), new_w, log_w)
-        log_Z = jnp.where(whole, new_Z, log_Z)
-        index = jnp.where(whole[:, None], index, jnp.arange(particles, dtype=index.dtype)[None])
+        any_asks = jnp.any(wants.reshape(batch, particles), axis=1)
+        log_w, log_Z, index = resample(
+            log_w, log_Z, draws, n, any_asks, threshold, particles, select_one
+        )
         state, asked, memory, wants = jax.tree.map(
             functools.partial(take, index), (state, asked, memory, wants)
         )

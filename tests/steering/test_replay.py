@@ -191,6 +191,24 @@ def test_it_is_the_papers_loop(kind, threshold, one, x64):
     assert max(np.abs(a - b).max() for a, b in zip(off, want, strict=True)) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("kind", "threshold", "one"), [("reward", 1.0, True), ("twist", 0.99, False)]
+)
+def test_rows_that_ask_nothing_choose_nothing(kind, threshold, one, x64):
+    score_fn, cond, options, *_ = setting(kind)
+    times = ds.schedules.logsnr(PROCESS, 6, final="t_min")  # the last row draws noise, too
+    tableau = ds.solvers.ddpm(PROCESS, times)
+    keys = jax.random.split(jax.random.key(1), BATCH)
+    x_T = PROCESS.prior_sample(jax.random.key(0), (BATCH, PARTICLES, 1), dtype=jnp.float64)
+    options |= {"particles": PARTICLES, "threshold": threshold, "select_one": one, "key": keys}
+    got, want = (
+        steering.sample(score_fn, rows, x_T, cond=cond, **options)
+        for rows in (tableau.pad(9), tableau)
+    )
+    for mine, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-12)
+
+
 def weighted(betas, rows, factor=1.0):
     """Mean and variance of the weighted particles, infinitely many, of `rows` ancestral rows.
 

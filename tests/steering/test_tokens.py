@@ -206,7 +206,7 @@ def test_a_call_a_row_and_nobody_else_matters():
             network, rows, x[i : i + 1], key=keys[i : i + 1], cond=own, **options
         )
         for one, other in zip(alone, whole, strict=True):
-            np.testing.assert_allclose(one[0], other[i], atol=1e-6)
+            np.testing.assert_allclose(one[0], other[i], atol=4e-6)  # 2 ulp of weights of 16
     spread = jnp.broadcast_to(x[:, None], (3, 4, 2))
     again = steering.sample_tokens(network, rows, spread, key=keys, cond=cond, **options)
     np.testing.assert_array_equal(again.x, whole.x)
