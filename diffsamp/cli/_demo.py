@@ -18,7 +18,6 @@ __all__ = ["BUDGETS", "demo"]
 _DEMO_SOLVERS = (
     "ddim",
     "dpmpp_2m",
-    "deis_tab3",
     "ipndm3",
     "unipc2",
     "unipc3",
@@ -79,7 +78,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
     nfe = arguments.nfe
     print(f"\nSearching for {nfe} evaluations: least squares, then Gauss-Newton steps ...")
-    x_fit, cond_fit = start(key_fit, 96)
+    x_fit, cond_fit = start(key_fit, 64)
     options: dict[str, PyTree] = {"key": key_order, "cond": cond_fit, "progress": bar}
     searched = time.perf_counter()
     fitted = ds.search.regress(score_fn, x_fit, nfe=nfe, **options)
