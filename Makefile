@@ -47,7 +47,7 @@ demo: $(VENV)/demo.stamp  ## sample the bundled network, compare solvers, search
 	$(BIN)/diffsamp demo
 
 test: lint types  ## lint, types and the tests, in ten minutes
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: test test-interop  ## and the long matrices, and those with PyTorch
 	$(BIN)/python -m pytest -q -n 2 -m 'long and not peers and not interop'
