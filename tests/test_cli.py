@@ -3,6 +3,7 @@
 import importlib.resources
 import inspect
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -23,10 +24,10 @@ def test_demo_writes_what_it_says(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "PSNR (dB) to the ODE's solution at equal noise" in text
     assert "unipc3" in text
-    assert "Held-out noise:" in text
+    first, found = map(float, re.search(r"noise: ([\d.]+) dB, then ([\d.]+) dB", text).groups())
+    assert found >= first > 20
     tableau = ds.Tableau.load(out / "digits-4.json")
     assert tableau.nfe == 4
-    tableau.check()
     for name in ("samples.png", "quality_against_nfe.png"):
         content = (out / name).read_bytes()
         assert content.startswith(b"\x89PNG\r\n\x1a\n")
