@@ -69,6 +69,8 @@ def inverse_problems(truth: Any) -> tuple[list[list[str]], list[tuple[str, Any]]
             ("ddnm, noise kept", guidance.ddnm(NETWORK, operator, y, DDPM), DDPM),
             ("ddnm, noise derived", guidance.ddnm(NETWORK, operator, y), DDPM),
             ("ddnm, share 0.85", *inverse.ddnm(NETWORK, operator, y, TIMES)),
+            ("ddnm_plus", *inverse.ddnm_plus(NETWORK, operator, y, 0.05, TIMES, KEY)),
+            ("ddrm", *inverse.ddrm(NETWORK, operator, y, 0.05, TIMES, KEY)),
             ("diffpir", *inverse.diffpir(NETWORK, operator, y, 0.05, TIMES)),
             (
                 "measurement, scalar",

@@ -45,7 +45,7 @@ def x64():
 
 @pytest.fixture
 def optimised():
-    """Compile as users do, where the last bits matter: two programs that are to agree in them."""
+    """With the compiler's passes, where the last bits matter: two programs that agree in them."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield

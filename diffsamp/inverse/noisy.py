@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def ddnm_plus(
 
     Reference: Wang, Yu & Zhang 2023, arXiv:2212.00490, section 3.3, with eta = 1.
     """
-    return _redrawn(score_fn, operator, y, noise, times, key, _ddnm_plus, ())
+    return _redrawn(score_fn, operator, y, noise, times, key, _ddnm_plus)
 
 
 def ddrm(
@@ -99,7 +100,32 @@ def ddrm(
     for name, value in (("eta", eta), ("eta_b", eta_b)):
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1]; got {value}.")
-    return _redrawn(score_fn, operator, y, noise, times, key, _ddrm, (float(eta), float(eta_b)))
+    shares = (float(eta), float(eta_b))
+    return _redrawn(score_fn, operator, y, noise, times, key, _ddrm, *shares)
+
+
+class _Measured(NamedTuple):
+    """What is known: y = A x_0 + noise, and sigma / alpha after every row."""
+
+    operator: PyTree
+    y: PyTree
+    noise: Array
+    rho: Array
+
+    def missing(self, data: PyTree) -> PyTree:
+        """A^+ (y - A D)."""
+        measured = self.operator(data)
+        less = jax.tree.map(lambda v, got: jnp.asarray(v, got.dtype) - got, self.y, measured)
+        return self.operator.pinv(less)
+
+    def own(self, s: jax.Array) -> jax.Array:
+        """The measurement's noise in a direction of singular value s, where s > 0."""
+        return jnp.asarray(self.noise, s.dtype) / jnp.where(s > 0, s, 1)
+
+    def level(self, told: Fresh) -> tuple[jax.Array, jax.Array]:
+        """sigma / alpha after this row, and a number to divide by in its place."""
+        now = jnp.asarray(self.rho, jax.tree.leaves(told.data)[0].dtype)[told.row]
+        return now, jnp.where(now > 0, now, 1)
 
 
 def _redrawn(
@@ -110,7 +136,7 @@ def _redrawn(
     times: Times,
     key: jax.Array,
     f: Callable[..., PyTree],
-    numbers: tuple[float, ...],
+    *shares: float,
 ) -> tuple[Transform, Tableau]:
     """Rows x' = alpha' D + sigma' f; what f adds to noise is divided by sigma'."""
     if not (np.isfinite(noise) and noise > 0):
@@ -120,100 +146,61 @@ def _redrawn(
     if not callable(getattr(operator, "filter", None)):
         raise TypeError(
             "this method weighs singular values: it needs an operator with `filter(h, x)`, as "
-            "those of `diffsamp.inverse` have; got "
-            f"{type(operator).__name__}."
+            f"those of `diffsamp.inverse` have; got {type(operator).__name__}."
         )
     rows = solvers.renoise(score_fn.process, times, share=1.0)
-    sigma = np.asarray(rows.sigma)[1:]
-    rho = sigma / np.asarray(rows.alpha)[1:]
-    shared = (float(noise), rho, numbers)
-    if isinstance(y, str):
-        return guidance.redraw(
-            score_fn, rows, Partial(_named(f, y), operator, *shared), key, names=(y,)
-        )
-    return guidance.redraw(score_fn, rows, Partial(f, operator, y, *shared), key)
+    rho = np.asarray(rows.sigma)[1:] / np.asarray(rows.alpha)[1:]
+    name = y if isinstance(y, str) else None
+    known = _Measured(operator, None if name else y, float(noise), rho)
+    f = _named(f, name) if name else f
+    names = (name,) if name else ()
+    return guidance.redraw(score_fn, rows, Partial(f, known, *shares), key, names=names)
 
 
 @functools.cache
 def _named(f: Callable[..., PyTree], name: str) -> Callable[..., PyTree]:
     """f with an entry of the conditions as its measurement."""
 
-    def g(
-        operator: PyTree, noise: Array, rho: Array, numbers: Array, z: PyTree, told: Fresh
-    ) -> PyTree:
-        assert told.cond is not None  # redraw was told its name
-        return f(operator, told.cond[name], noise, rho, numbers, z, told)
+    def g(known: _Measured, *rest: PyTree) -> PyTree:
+        return f(known._replace(y=rest[-1].cond[name]), *rest)
 
     return g
 
 
-def _missing(operator: PyTree, y: PyTree, data: PyTree) -> PyTree:
-    """A^+ (y - A D)."""
-    less = jax.tree.map(lambda v, got: jnp.asarray(v, got.dtype) - got, y, operator(data))
-    return operator.pinv(less)
-
-
-def _level(rho: Array, told: Fresh) -> tuple[jax.Array, jax.Array]:
-    """Next row's sigma / alpha, and a number to divide by in its place."""
-    now = jnp.asarray(rho, jax.tree.leaves(told.data)[0].dtype)[told.row]
-    return now, jnp.where(now > 0, now, 1)
-
-
-def _ddnm_plus(
-    operator: PyTree,
-    y: PyTree,
-    noise: Array,
-    rho: Array,
-    numbers: tuple[Array, ...],
-    z: PyTree,
-    told: Fresh,
-) -> PyTree:
-    del numbers
-    now, by = _level(rho, told)
+def _ddnm_plus(known: _Measured, z: PyTree, told: Fresh) -> PyTree:
+    now, by = known.level(told)
 
     def share(s: jax.Array) -> jax.Array:
-        return jnp.minimum(1, now * s / jnp.asarray(noise, s.dtype))
+        return jnp.where(s > 0, jnp.minimum(1, now / known.own(s)), 0)
 
     def left(s: jax.Array) -> jax.Array:
-        own = jnp.where(s > 0, share(s) * jnp.asarray(noise, s.dtype) / jnp.where(s > 0, s, 1), 0)
-        return jnp.sqrt(jnp.maximum(1 - (own / by) ** 2, 0))
+        return jnp.sqrt(jnp.maximum(1 - (share(s) * known.own(s) / by) ** 2, 0))
 
-    towards = operator.filter(lambda s: share(s) / by, _missing(operator, y, told.data))
-    return jax.tree.map(jnp.add, towards, operator.filter(left, z))
+    towards = known.operator.filter(lambda s: share(s) / by, known.missing(told.data))
+    return jax.tree.map(jnp.add, towards, known.operator.filter(left, z))
 
 
-def _ddrm(
-    operator: PyTree,
-    y: PyTree,
-    noise: Array,
-    rho: Array,
-    numbers: tuple[Array, ...],
-    z: PyTree,
-    told: Fresh,
-) -> PyTree:
-    now, by = _level(rho, told)
-    eta, eta_b = (jnp.asarray(v, now.dtype) for v in numbers)
+def _ddrm(known: _Measured, eta: Array, eta_b: Array, z: PyTree, told: Fresh) -> PyTree:
+    now, by = known.level(told)
+    eta, eta_b = (jnp.asarray(v, now.dtype) for v in (eta, eta_b))
     kept = jnp.sqrt(1 - eta**2)
 
-    def own(s: jax.Array) -> jax.Array:  # the measurement's noise in this direction
-        return jnp.asarray(noise, s.dtype) / jnp.where(s > 0, s, 1)
-
     def towards(s: jax.Array) -> jax.Array:
-        return jnp.where(s > 0, jnp.where(now < own(s), kept / own(s), eta_b / by), 0)
+        own = known.own(s)
+        return jnp.where(s > 0, jnp.where(now < own, kept / own, eta_b / by), 0)
 
     def fresh(s: jax.Array) -> jax.Array:
-        left = jnp.sqrt(jnp.maximum(1 - (eta_b * own(s) / by) ** 2, 0))
-        return jnp.where((s > 0) & (now >= own(s)), left, eta)
+        left = jnp.sqrt(jnp.maximum(1 - (eta_b * known.own(s) / by) ** 2, 0))
+        return jnp.where((s > 0) & (now >= known.own(s)), left, eta)
 
     def noise_of(x: jax.Array, d: jax.Array) -> jax.Array:
         at = told.level
         return (x - scale_rows(at.alpha, d) * d) / scale_rows(at.sigma, d)
 
+    noise = jax.tree.map(noise_of, told.x, told.data)
     terms = (
-        operator.filter(
-            lambda s: jnp.where(s > 0, 0, kept), jax.tree.map(noise_of, told.x, told.data)
-        ),
-        operator.filter(towards, _missing(operator, y, told.data)),
-        operator.filter(fresh, z),
+        known.operator.filter(lambda s: jnp.where(s > 0, 0, kept), noise),
+        known.operator.filter(towards, known.missing(told.data)),
+        known.operator.filter(fresh, z),
     )
     return jax.tree.map(lambda *v: sum(v[1:], v[0]), *terms)
