@@ -7,6 +7,8 @@ what a user sees; it needs thousands of samples.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 
+@jax.jit
 def mean_squared_error(x: PyTree, reference: PyTree) -> jax.Array:
     """Mean squared difference of each sample over its own axes; (batch, ...) -> (batch,).
 
@@ -62,8 +65,13 @@ def psnr(x: PyTree, reference: PyTree, *, data_range: float = 2.0) -> jax.Array:
     if not data_range > 0:
         raise ValueError(f"`data_range` must be positive; got {data_range}.")
     # float32's smallest normal number stands for "equal"
+    return _decibels(x, reference, 20 * math.log10(data_range))
+
+
+@jax.jit
+def _decibels(x: PyTree, reference: PyTree, peak: float) -> jax.Array:
     error = jnp.maximum(mean_squared_error(x, reference), float(np.finfo(np.float32).tiny))
-    return jnp.mean(20 * jnp.log10(jnp.asarray(data_range, error.dtype)) - 10 * jnp.log10(error))
+    return jnp.mean(jnp.asarray(peak, error.dtype) - 10 * jnp.log10(error))
 
 
 def _sets(least: int, **named: Array) -> list[np.ndarray]:

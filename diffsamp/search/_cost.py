@@ -55,11 +55,11 @@ def ask_data(score_fn: Network, x: PyTree, bound: Bound, cond: Conditions | None
 
 
 def at_row(bound: Bound, i: int) -> Bound:
-    """One row of bound numbers that were made for several, in single precision."""
+    """One row of bound numbers that were made for several, in the precision of a program."""
 
     def one(values: np.ndarray) -> np.ndarray:
         value = np.asarray(values)[i]
-        return value.astype(np.float32) if value.dtype == np.float64 else value
+        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
 
     return jax.tree.map(one, bound)
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from diffsamp import schedules, solvers
-from diffsamp._core.types import Array, Conditions, Key, PyTree, Value
-from diffsamp.score import ScoreFn
+from diffsamp import solvers
+from diffsamp._core.types import Array, Key, PyTree, Value
 from diffsamp.search._folder import Folder, Running
 from diffsamp.search._network import describe_network
 from diffsamp.search.canonical import can_distill
@@ -25,22 +24,18 @@ from diffsamp.search.distill import distill
 from diffsamp.search.dynamic import step_costs
 from diffsamp.search.evolve import evolve
 from diffsamp.search.explicit import from_largest_level
-from diffsamp.search.objective import Objective, finite_psnr
+from diffsamp.search.objective import finite_psnr
 from diffsamp.search.plan import Plan
-from diffsamp.search.refine import NUMBERS, refine
+from diffsamp.search.refine import NUMBERS, refine_on
 from diffsamp.search.regress import Regression
-from diffsamp.search.running import run_many, slice_batch
+from diffsamp.search.running import slice_batch
+from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 
-__all__ = ["RUN", "Search"]
+__all__ = ["RUN", "Search", "begin"]
 
 _WEIGHTS = (1.0, 1.2, 1.4)  # of the later steps, in the dynamic programs
 _KEPT = 16  # samplers a budget that go on from "compare"
-# without the stage "compare" the start of a plan is the best of these
-_USUAL = {
-    "solver": ("ddim", "dpmpp_2m", "unipc2", "ipndm3"),
-    "schedule": ("logsnr", "uniform", "karras", "quadratic", "trailing"),
-}
 
 
 @dataclasses.dataclass
@@ -48,14 +43,9 @@ class Search:
     """What the stages share, and what they have found.
 
     Attributes:
-      score_fn: the network.
-      x_T: the starts; [0, fit) fit, [fit, stop) decide, [stop, size) report.
-      cond: keyword arguments for the network.
-      reference: where samplers should end.
-      objective: what is minimised.
+      starts: the network, its starts, what is minimised, and the evaluations so far.
       budgets: numbers of evaluations.
       key: random key.
-      spans: fit, stop, size.
       running: how searches run.
       effort: numbers of the stages: screen, solver, schedule, population, rounds, steps, distill.
       settings: what the plans say of the search.
@@ -65,19 +55,13 @@ class Search:
       tables: {budget: what was compared}.
       discarded: samplers that gave something not finite.
       left_out: what could not be built.
-      spent: network evaluations so far, one per sample and call.
       limit: of these.
       tasks: stages times budgets that are still to come, which share what is left.
     """
 
-    score_fn: ScoreFn
-    x_T: PyTree
-    cond: Conditions | None
-    reference: PyTree
-    objective: Objective
+    starts: Starts
     budgets: list[int]
     key: Key
-    spans: tuple[int, int, int]
     running: Running
     effort: Mapping[str, Value]
     settings: Mapping[str, Value]
@@ -87,48 +71,45 @@ class Search:
     tables: dict[int, Comparison] = dataclasses.field(default_factory=dict)
     discarded: int = 0
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
-    spent: float = 0
     limit: float = np.inf
     tasks: int = 1
 
     def part(self, first: int, last: int) -> dict[str, PyTree]:
         """Arguments of a search on samples first .. last - 1."""
         return {
-            name: slice_batch(getattr(self, name), first, last)
+            name: slice_batch(getattr(self.starts, name), first, last)
             for name in ("x_T", "cond", "reference")
         }
 
     def share(self) -> int | None:
         """The limit of the next of the tasks that are left; None for none."""
-        judging = 8 * self.spans[2] * sum(self.budgets)  # what the plans themselves will take
-        left = (self.limit - judging - self.spent) / max(self.tasks, 1)
+        judging = 8 * self.starts.size * sum(self.budgets)  # what the plans themselves will take
+        left = (self.limit - judging - self.starts.spent) / max(self.tasks, 1)
         self.tasks -= 1
         return max(1, int(left)) if np.isfinite(left) else None
 
     def measure(self, tableaux: Sequence[Tableau], first: int, last: int) -> list[dict[str, float]]:
         """The objective and the PSNR of each on samples first .. last - 1."""
-        own = self.part(first, last)
-        samples = run_many(
-            self.score_fn,
-            tableaux,
-            own["x_T"],
-            cond=own["cond"],
-            population=self.running.together,
-            batch=self.running.batch,
-            sharding=self.running.sharding,
-        )
-        self.spent += sum(self.score_fn.nfe(t) for t in tableaux) * (last - first)
+        reference = slice_batch(self.starts.reference, first, last)
         found = []
-        for x in samples:
-            value = self.objective(x, own["reference"], own["cond"])
-            psnr = finite_psnr(x, own["reference"], self.running.data_range)
-            found.append({self.objective.name: value, "psnr": psnr})
+        for x in self.starts.many(tableaux, first, last, together=self.running.together):
+            value = self.starts.judge(x, first, last)
+            psnr = finite_psnr(x, reference, self.running.data_range)
+            found.append({self.starts.objective.name: value, "psnr": psnr})
         return found
+
+    def stage(self, name: str, search: Callable[[], Plan]) -> Plan:
+        """The plan of a search on these starts, from the folder if it was made before."""
+        before = self.starts.spent
+        self.starts.begin()
+        plan = Plan.from_dict(self.folder.stage(name, lambda: search().to_dict()))
+        self.starts.spent = before + plan.settings["evaluations"]
+        return plan
 
     def add(self, nfe: int, tableau: Tableau, name: str) -> None:
         """Put a sampler into the pool of a budget, by what it is on the starts that fit."""
         named = dataclasses.replace(tableau, name=name)
-        value = self.measure([named], 0, self.spans[0])[0][self.objective.name]
+        value = self.measure([named], 0, self.starts.fit)[0][self.starts.objective.name]
         if math.isfinite(value):
             self.pools[nfe].append((value, named))
         else:
@@ -140,8 +121,11 @@ class Search:
 
     def plan(self, nfe: int, seconds: float) -> Plan:
         """The best few of the pool on the deciding samples, as a plan."""
-        fit, stop, size = self.spans
-        objective, pool = self.objective.name, sorted(self.pools[nfe], key=lambda row: row[0])
+        fit, stop, size = self.starts.fit, self.starts.stop, self.starts.size
+        objective, pool = (
+            self.starts.objective.name,
+            sorted(self.pools[nfe], key=lambda row: row[0]),
+        )
         # what is learned from all starts that fit may be best of all, or fitted to them
         learned = [t for _, t in pool[4:] if t.name.endswith(("distill", "refine", "regress"))]
         shortlist = [t for _, t in pool[:4]] + learned
@@ -155,35 +139,31 @@ class Search:
             for sampler, one in zip(("start", "found"), both, strict=True):
                 for name, value in one.items():
                     scores[name].setdefault(span, {})[sampler] = value
-        settings = {**self.settings, "evaluations": self.spent}
+        settings = {**self.settings, "evaluations": self.starts.spent}
         key = list(self.settings["key"])
         network = describe_network(
-            self.score_fn, tableau, x_T=self.x_T, data_range=self.running.data_range
+            self.starts.score_fn, tableau, x_T=self.starts.x_T, data_range=self.running.data_range
         )
         return Plan(
             tableau, tableau.name, fixed.name, scores, (), seconds, settings, key, network=network
         )
 
 
-def run_compare(search: Search, usual: bool = False) -> None:
-    """All solvers x schedules on a few starts, the best of them on all; `usual`: a few of them."""
-    effort, objective = search.effort, search.objective
+def run_compare(search: Search) -> None:
+    """All solvers x schedules on a few starts, the best of them on all."""
+    effort, objective, fit = search.effort, search.starts.objective, search.starts.fit
     chosen = {name: effort[name] for name in ("solver", "schedule")}
-    if usual:
-        fitting = schedules.names(search.score_fn.process)
-        grids = [name for name in _USUAL["schedule"] if name in fitting]
-        chosen = {"solver": _USUAL["solver"], "schedule": grids or None}
 
     def screening() -> dict[str, PyTree]:
         table = compare(
-            search.score_fn,
-            **search.part(0, search.spans[0]),
+            search.starts.score_fn,
+            **search.part(0, fit),
             **chosen,
             nfe=search.budgets,
             data_range=search.running.data_range,
             scores={objective.name: objective},
             by=objective.name,
-            halving=min(effort["screen"], search.spans[0]),
+            halving=min(effort["screen"], fit),
             population=search.running.together,
             **search.running.options,
         )
@@ -205,13 +185,20 @@ def run_compare(search: Search, usual: bool = False) -> None:
             "left_out": [list(one) for one in table.left_out],
         }
 
-    screened = search.folder.stage("compare", screening)
-    search.spent += screened.get("evaluations", 0)
+    begin(search, search.folder.stage("compare", screening))
+
+
+def begin(search: Search, screened: dict[str, PyTree]) -> None:
+    """What was compared begins the pools."""
+    objective = search.starts.objective
+    search.starts.spent += screened.get("evaluations", 0)
     search.discarded += screened["discarded"]
     # a folder of an earlier version does not say
     search.left_out += [LeftOut(*one) for one in screened.get("left_out", [])]
     for n in search.budgets:
-        search.tables[n] = Comparison(_entries(screened["entries"][str(n)], n), search.reference)
+        search.tables[n] = Comparison(
+            _entries(screened["entries"][str(n)], n), search.starts.reference
+        )
         search.pools[n] = [
             (
                 e.scores[objective.name],
@@ -224,16 +211,21 @@ def run_compare(search: Search, usual: bool = False) -> None:
 
 def run_dynamic(search: Search) -> None:
     """Dynamic programming: the schedules of two costs, for the best solvers."""
-    process, objective = search.score_fn.process, search.objective
+    process, fit = search.starts.score_fn.process, search.starts.fit
+    objective = search.starts.objective
 
     def programming() -> dict[str, PyTree]:
-        own = search.part(0, min(search.effort["screen"], search.spans[0]))
+        own = search.part(0, min(search.effort["screen"], fit))
         made: dict[str, PyTree] = {}
         unfit: list[LeftOut] = []
-        lost = 0
+        lost, measured = 0, 0.0
         costs = {
             kind: step_costs(
-                search.score_fn, own["x_T"], cond=own["cond"], kind=kind, **search.running.options
+                search.starts.score_fn,
+                own["x_T"],
+                cond=own["cond"],
+                kind=kind,
+                **search.running.options,
             )
             for kind in ("local", "distance")
         }
@@ -257,7 +249,9 @@ def run_dynamic(search: Search) -> None:
                 label = f"dynamic ({name}, {kind} cost{later}, weight {weight:g})"
                 used.append((name, kind))
                 tableaux.append(dataclasses.replace(tableau, name=label))
-            values = search.measure(tableaux, 0, search.spans[0])
+            before = search.starts.spent
+            values = search.measure(tableaux, 0, fit)
+            measured += search.starts.spent - before
             lost += sum(not math.isfinite(v["psnr"]) for v in values)
             made[str(n)] = [
                 [*names, v, t.to_dict()]
@@ -268,18 +262,19 @@ def run_dynamic(search: Search) -> None:
             "entries": made,
             "discarded": lost,
             "left_out": [list(one) for one in unfit],
-            "evaluations": sum(one.evaluations for one in costs.values()),
+            "evaluations": sum(one.evaluations for one in costs.values()) + measured,
         }
 
+    before = search.starts.spent
     programmed = search.folder.stage("dynamic", programming)
     search.discarded += programmed["discarded"]
-    search.spent += programmed.get("evaluations", 0)
+    search.starts.spent = before + programmed.get("evaluations", 0)
     search.left_out += [LeftOut(*one) for one in programmed.get("left_out", [])]
     for n in search.budgets:
         entries = _entries(programmed["entries"][str(n)], n)
         search.pools[n] += [(e.scores[objective.name], e.tableau) for e in entries]
         both = search.tables[n].entries + entries
-        search.tables[n] = Comparison(both, search.reference)
+        search.tables[n] = Comparison(both, search.starts.reference)
 
 
 def run_regress(search: Search) -> None:
@@ -288,33 +283,28 @@ def run_regress(search: Search) -> None:
     for n in search.budgets:
         limit = search.share()
 
-        def regression(n: int = n, limit: int | None = limit) -> Value:
+        def regression(n: int = n, limit: int | None = limit) -> Plan:
+            progress = search.running.progress
             if not recorded:
-                made = Regression.prepare(
-                    search.score_fn,
-                    **search.part(0, search.spans[0]),
-                    key=search.key,
-                    budgets=search.budgets,
-                    evaluations=None if limit is None else limit * len(search.budgets),
-                    **search.running.options,
+                whole = None if limit is None else limit * len(search.budgets)
+                recorded.append(
+                    Regression.on(
+                        search.starts, search.budgets, evaluations=whole, progress=progress
+                    )
                 )
-                recorded.append(made)
-            return (
-                recorded[0]
-                .plan(
-                    n,
-                    evaluations=limit,
-                    data_range=search.running.data_range,
-                    progress=search.running.progress,
-                )
-                .to_dict()
+            return recorded[0].plan(
+                n,
+                evaluations=limit,
+                data_range=search.running.data_range,
+                progress=progress,
+                thorough=n < _MANY or "refine" not in search.settings["stages"],
             )
 
-        plan = Plan.from_dict(search.folder.stage(f"regress-{n}", regression))
-        search.spent += plan.settings["evaluations"]
+        plan = search.stage(f"regress-{n}", regression)
         search.add(n, plan.tableau, f"{plan.start}, regress")
 
 
+_MANY = 6  # evaluations: from there on `refine` ends as well from a quick regression
 _SUMS_PAY = 4  # evaluations: 0.8 to 1.7 dB there on four networks, at most 0.3 from 6 on
 
 
@@ -323,34 +313,32 @@ def run_refine(search: Search) -> None:
     for n in search.budgets:
         start = search.best(n)
 
-        def refinement(n: int = n, start: Tableau = start) -> Value:
-            return refine(
-                search.score_fn,
+        def refinement(n: int = n, start: Tableau = start) -> Plan:
+            return refine_on(
+                search.starts,
                 start,
-                **search.part(0, search.spans[0]),
-                key=jax.random.fold_in(search.key, n),
-                together=search.running.together,
                 numbers=search.effort["numbers"] or NUMBERS[: 4 if n <= _SUMS_PAY else 3],
-                data_range=search.running.data_range,
                 evaluations=search.share(),
-                **search.running.options,
-            ).to_dict()
+                together=search.running.together,
+                data_range=search.running.data_range,
+                progress=search.running.progress,
+            )
 
-        plan = Plan.from_dict(search.folder.stage(f"refine-{n}", refinement))
-        search.spent += plan.settings["evaluations"]
+        plan = search.stage(f"refine-{n}", refinement)
         search.add(n, plan.tableau, f"{start.name}, refine")
 
 
 def run_evolve(search: Search) -> None:
     """Solvers mixed step by step, from what was compared."""
+    process = search.starts.score_fn.process
     for n in search.budgets:
         evolution = evolve(
-            search.score_fn,
-            **search.part(0, search.spans[0]),
+            search.starts.score_fn,
+            **search.part(0, search.starts.fit),
             nfe=n,
             key=jax.random.fold_in(search.key, n),
             start=search.tables[n],
-            objective=search.objective,
+            objective=search.starts.objective,
             population=search.effort["population"],
             rounds=search.effort["rounds"],
             together=search.running.together,
@@ -359,10 +347,10 @@ def run_evolve(search: Search) -> None:
             **search.running.options,
         )
         search.discarded += evolution.discarded
-        search.spent += evolution.evaluations
+        search.starts.spent += evolution.evaluations
         found = zip(evolution.genomes, evolution.values, strict=True)
         search.pools[n] += [
-            (value, dataclasses.replace(g.tableau(search.score_fn.process), name=f"evolve ({i})"))
+            (value, dataclasses.replace(g.tableau(process), name=f"evolve ({i})"))
             for i, (g, value) in enumerate(found, 1)
             if i <= 4 and math.isfinite(value)
         ]
@@ -370,7 +358,7 @@ def run_evolve(search: Search) -> None:
 
 def run_distill(search: Search) -> None:
     """Gradient descent from the best sampler of each stage."""
-    if search.objective.loss is None:
+    if search.starts.objective.loss is None:
         return
     for n in search.budgets:
         starts = _starts(sorted(search.pools[n], key=lambda row: row[0]))
@@ -379,23 +367,21 @@ def run_distill(search: Search) -> None:
 
         def learning(n: int = n, starts: list[Tableau] = starts) -> Value:
             return distill(
-                search.score_fn,
-                search.x_T,
-                cond=search.cond,
-                reference=search.reference,
+                search.starts.score_fn,
+                **search.part(0, search.starts.size),
                 nfe=n,
                 key=jax.random.fold_in(search.key, n),
                 start=starts,
-                objective=search.objective,
+                objective=search.starts.objective,
                 steps=search.effort["steps"],
-                held_out=search.spans[2] - search.spans[0],
+                held_out=search.starts.size - search.starts.fit,
                 data_range=search.running.data_range,
                 **search.running.options,
                 **search.effort["distill"],
             ).to_dict()
 
         learned = Plan.from_dict(search.folder.stage(f"distill-{n}", learning))
-        search.spent += learned.settings["evaluations"]
+        search.starts.spent += learned.settings["evaluations"]
         search.add(n, learned.tableau, f"{learned.start}, distill")
 
 

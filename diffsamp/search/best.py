@@ -15,15 +15,16 @@ import jax
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.digest import digest, fingerprint, seed_of
-from diffsamp._core.sharding import on_mesh
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
 from diffsamp.search._folder import Folder, Running
-from diffsamp.search._stages import RUN, Search, run_compare
-from diffsamp.search.objective import Objective, cost_of_reference, log_mse, make_reference
+from diffsamp.search._stages import RUN, Search
+from diffsamp.search._usual import run_usual
+from diffsamp.search.objective import Objective, cost_of_reference, log_mse
 from diffsamp.search.plan import Front
 from diffsamp.search.running import Progress, expect_batch
+from diffsamp.search.starts import Starts
 
 __all__ = ["STAGES", "best"]
 
@@ -117,8 +118,7 @@ def best(
     objective = log_mse() if objective is None else objective
     size = expect_batch(x_T, cond)
     held = max(2, size // 4) if held_out is None else expect_int(held_out, "held_out", at_least=2)
-    fit, stop = size - held, size - held + held // 2
-    if fit < 2:
+    if size - held < 2:
         raise ValueError(
             f"`x_T` has {size} starts, of which {held} are held out: too few are left."
         )
@@ -149,36 +149,33 @@ def best(
     if state is not None:
         job = {"starts": digest(x_T, cond), "reference": digest(reference)}
         job["network"] = fingerprint(score_fn)
-    score_fn = on_mesh(score_fn, sharding)
+    starts = Starts.split(score_fn, x_T, cond, key, held, batch, sharding, shuffled=False)
+    starts.objective = objective
+    starts.widen(max(budgets))
     folder = Folder(state, {**settings, **job})
-    running = Running(batch, together, sharding, data_range, progress)
-    given = reference
 
     def make() -> PyTree:
-        return make_reference(score_fn, given, x_T, cond=cond, **running.options)
+        starts.expect_reference(reference, progress)
+        return starts.reference
 
+    starts.reference = folder.array("reference", make)
+    starts.spent = cost_of_reference(score_fn, reference) * size
     search = Search(
-        score_fn,
-        x_T,
-        cond,
-        folder.array("reference", make),
-        objective,
+        starts,
         budgets,
         key,
-        (fit, stop, size),
-        running,
+        Running(batch, together, sharding, data_range, progress),
         effort,
         settings,
         folder,
-        spent=cost_of_reference(score_fn, given) * size,
         limit=expect_limit(evaluations),
         tasks=len(budgets) * sum(stage in _SHARING for stage in stages),
     )
     if "compare" not in stages:
-        run_compare(search, usual=True)  # what the plans are held against
+        run_usual(search)  # what the plans are held against
     for stage, run in RUN.items():
         in_time = seconds is None or time.perf_counter() - began < seconds
-        in_limit = search.spent < search.limit and (stage != "distill" or evaluations is None)
+        in_limit = starts.spent < search.limit and (stage != "distill" or evaluations is None)
         if stage in stages and ((in_time and in_limit) or stage == "compare"):
             run(search)
     plans = {n: search.plan(n, time.perf_counter() - began) for n in budgets}

@@ -26,7 +26,13 @@ from diffsamp.search.canonical import can_distill
 from diffsamp.search.explicit import from_largest_level
 from diffsamp.search.objective import cost_of_reference, finite_psnr, make_reference
 from diffsamp.search.plan import Plan
-from diffsamp.search.running import Progress, expect_batch, run_many, slice_batch
+from diffsamp.search.running import (
+    Progress,
+    expect_asked,
+    expect_batch,
+    run_many,
+    slice_batch,
+)
 from diffsamp.tableau import Tableau
 
 __all__ = ["Comparison", "Entry", "LeftOut", "candidates", "compare"]
@@ -282,7 +288,9 @@ def compare(
                     continue
                 try:
                     times = spacing.get(grid, schedules.get(s.schedule))(process, steps)
-                    todo.append((s.name, grid, from_largest_level(s(process, times), process)))
+                    tableau = from_largest_level(s(process, times), process)
+                    expect_asked(score_fn, tableau)
+                    todo.append((s.name, grid, tableau))
                 except ValueError as error:
                     left_out.append(LeftOut(s.name, grid, budget, str(error)))
     if not todo and left_out:

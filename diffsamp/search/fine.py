@@ -9,12 +9,12 @@ import numpy as np
 
 from diffsamp import schedules, solvers
 from diffsamp._core.checks import expect_int
-from diffsamp._core.sharding import put
 from diffsamp.processes import Process
-from diffsamp.sampling import trajectory
+from diffsamp.search._tails import run_table
 from diffsamp.search.dynamic import Costs, pair_costs
+from diffsamp.search.explicit import Explicit
 from diffsamp.search.objective import teacher
-from diffsamp.search.running import Progress, slice_batch
+from diffsamp.search.running import Progress
 from diffsamp.search.starts import Starts
 
 __all__ = ["Recorded", "fine_times", "start_grids"]
@@ -40,7 +40,7 @@ class Recorded:
 
     @classmethod
     def make(cls, starts: Starts, times: np.ndarray, progress: Progress | None) -> Recorded:
-        """Record it, on these starts; their reference is where it ends, if they have none.
+        """Record it on the starts that fit; on all, if where it ends is to be their reference.
 
         Args:
           starts: of the search.
@@ -50,32 +50,30 @@ class Recorded:
         Raises:
           ValueError: a trajectory that is not finite.
         """
-        network = teacher(starts.score_fn)
-        tableau = solvers.unipc(network.process, times, order=3)
-        states, answers = [], []
-        for low in range(0, starts.size, starts.batch):
-            high = min(low + starts.batch, starts.size)
-            x, cond = (
-                put(slice_batch(v, low, high), starts.sharding) for v in (starts.x_T, starts.cond)
-            )
-            path = trajectory(network, tableau, x, cond=cond)
-            states.append(np.asarray(path.points, np.float32))
-            answers.append(np.asarray(path.outputs, np.float32))
+        tableau = solvers.unipc(starts.score_fn.process, times, order=3)
+        table = Explicit.of(tableau)
+        whole = starts.reference is None
+        # as the search asks: those that fit at once, in the program that all its grids share
+        spans = [(0, starts.fit), (starts.fit, starts.size)][: 1 + whole]
+        paths = []
+        for low, high in spans:
+            paths.append(run_table(starts, table, low, high, network=teacher(starts.score_fn)))
             if progress is not None:
-                progress("recording the trajectory", high, starts.size)
-        starts.spent += starts.size * network.nfe(tableau)
-        joined = np.concatenate(states, axis=1)
-        if not np.all(np.isfinite(joined)):
+                progress("recording the trajectory", high, spans[-1][1])
+        states, answers = (
+            np.concatenate([np.asarray(getattr(path, name), np.float32) for path in paths], axis=1)
+            for name in ("states", "answers")
+        )
+        if not np.all(np.isfinite(states)):
             raise ValueError(
                 "the fine trajectory is not finite: the network returned NaN or inf. Look at its "
                 "samples with a fine solver first."
             )
-        if starts.reference is None:
-            starts.reference = jnp.asarray(joined[-1], starts.x_T.dtype)
+        if whole:
+            starts.reference = jnp.asarray(states[-1], starts.x_T.dtype)
         else:
-            joined[-1] = np.asarray(starts.reference, np.float32)
-        levels = tableau.times, tableau.alpha, tableau.sigma
-        return cls(*levels, joined, np.concatenate(answers, axis=1))
+            states[-1] = np.asarray(starts.reference[: starts.fit], np.float32)
+        return cls(tableau.times, tableau.alpha, tableau.sigma, states, answers)
 
     def step(self, i: int, j: int) -> tuple[float, float]:
         """(sigma'/sigma, kappa) of a step from point i to point j."""
@@ -83,7 +81,7 @@ class Recorded:
         return ratio, self.alpha[j] - self.alpha[i] * ratio
 
 
-def fine_times(process: Process, points: int = 95) -> np.ndarray:
+def fine_times(process: Process, points: int = 95, *, first: float | None = None) -> np.ndarray:
     """A grid that is fine wherever any schedule puts points: (M + 1,) falling times, M <= points.
 
     Three parts in five uniform in log-SNR, two in t, without pairs closer than 0.02 in log-SNR.
@@ -91,11 +89,14 @@ def fine_times(process: Process, points: int = 95) -> np.ndarray:
     Args:
       process: the noise process.
       points: how many at most, at least 4.
+      first: where it begins; None: at t_max.
     """
     points = expect_int(points, "points", at_least=4)
     one = schedules.logsnr(process, max(2, 3 * points // 5))
     two = schedules.uniform(process, max(2, points - len(one) + 1))
     times = np.unique(np.concatenate([one, two]))[::-1]
+    if first is not None:
+        times = np.append(first, times[times < first * (1 - 1e-12)])
     with np.errstate(divide="ignore"):
         log_snr = np.log(process.alpha(times)) - np.log(process.sigma(times))
     kept = [0]

@@ -19,8 +19,10 @@ import numpy as np
 from diffsamp import schedules, solvers
 from diffsamp._core.types import Array, Conditions, Key, PyTree, Sharding
 from diffsamp.evaluation import metrics
+from diffsamp.predictions import level_at
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
+from diffsamp.search.explicit import from_largest_level
 from diffsamp.search.running import Progress, run
 from diffsamp.tableau import Tableau
 
@@ -81,7 +83,7 @@ def _log_mse(x: PyTree, reference: PyTree) -> jax.Array:
 @functools.cache
 def log_mse() -> Objective:
     """Mean over samples of the log of the mean squared error, as in BNS (arXiv:2403.01329)."""
-    return Objective("log_mse", lambda x, r: jnp.mean(_log_mse(x, r)), _log_mse)
+    return Objective("log_mse", jax.jit(lambda x, r: jnp.mean(_log_mse(x, r))), _log_mse)
 
 
 @functools.cache
@@ -233,13 +235,43 @@ def sliced_wasserstein(
     )
 
 
-def reference_tableau(process: Process, nfe: int = 200) -> Tableau:
+def reference_tableau(process: Process, nfe: int = 100, *, first: float | None = None) -> Tableau:
     """A fine deterministic tableau, whose samples stand for the ODE's solution.
 
-    UniPC of order 3 on Karras's grid; at 200 evaluations its own error is far below that of any
-    sampler of 20 (check with twice as many for a new network).
+    UniPC of order 3 on Karras's grid, from t_max on: at 100 evaluations 88 to 104 dB from the
+    solution on four networks, and its own error is far below that of any sampler of 20 (check with
+    twice as many for a new network).
+
+    Args:
+      process: the noise process.
+      nfe: evaluations.
+      first: where it begins, see `first_time`; None: at t_max.
     """
-    return solvers.unipc(process, schedules.karras(process, nfe), order=3)
+    first = float(process.t_max) if first is None else first
+    times = schedules.karras(process, nfe)
+    if times[0] < first * (1 - 1e-12):  # no schedule begins where there is no signal left
+        later = schedules.karras(process, nfe - 1) if nfe > 1 else times[-1:]
+        times = np.append(first, later)
+    return from_largest_level(solvers.unipc(process, times, order=3), process)
+
+
+def first_time(score_fn: ScoreFn) -> float:
+    """The largest time at which the network says anything about the data.
+
+    t_max, but for a network that predicts noise where nothing else is left (alpha = 0): there the
+    largest that schedules use.
+    """
+    process = score_fn.process
+    largest = float(process.t_max)
+    if float(process.alpha(largest)) > 0:
+        return largest
+    network, level = teacher(score_fn), level_at(process, np.array([largest]))
+    try:
+        bound = network.bind(level, (np.ones(1), np.zeros(1)))
+        network.check_bound(bound, level, np.ones(1, bool))
+    except ValueError:
+        return float(schedules.logsnr(process, 2)[0])
+    return largest
 
 
 def teacher(score_fn: ScoreFn) -> ScoreFn:
@@ -250,7 +282,7 @@ def teacher(score_fn: ScoreFn) -> ScoreFn:
 def cost_of_reference(score_fn: ScoreFn, reference: Tableau | PyTree) -> float:
     """Network evaluations per sample of the reference; none if its samples are given."""
     if reference is None:
-        reference = reference_tableau(score_fn.process)
+        reference = reference_tableau(score_fn.process, first=first_time(score_fn))
     return teacher(score_fn).nfe(reference) if isinstance(reference, Tableau) else 0
 
 
@@ -282,7 +314,7 @@ def make_reference(
       ValueError: the network's samples, or the given ones, are not all finite.
     """
     if reference is None:
-        reference = reference_tableau(score_fn.process)
+        reference = reference_tableau(score_fn.process, first=first_time(score_fn))
     if isinstance(reference, Tableau):
         reference = run(
             teacher(score_fn),

@@ -22,6 +22,7 @@ from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.processes import Process
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import expect_limit
+from diffsamp.search._tails import Path, count_tail, run_table, run_variants
 from diffsamp.search.explicit import Explicit, from_largest_level, label_offsets, told_times
 from diffsamp.search.objective import cost_of_reference
 from diffsamp.search.plan import Plan
@@ -37,6 +38,9 @@ NUMBERS = ("times", "labels", "weights", "sums")
 "sums" gives up that a constant data prediction stays exact.
 """
 
+_GAIN = 0.01  # 0.04 dB: an iteration that gains less is the last,
+_WORTH = 60  # where it takes up to so many evaluations of a start; in proportion where more
+_FARTHEST = 0.5  # in log-SNR, in an iteration
 _DIFFERENCE = 2e-3  # of log-SNR and of weights in units of the step: far above float32's rounding
 
 
@@ -91,24 +95,59 @@ def refine(
       ValueError: a stochastic tableau, unknown numbers, too few starts, waves that cannot be kept,
         or a tableau whose samples are not finite.
     """
+    starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
+    return refine_on(
+        starts,
+        tableau,
+        reference=reference,
+        numbers=numbers,
+        keep_waves=keep_waves,
+        iterations=iterations,
+        evaluations=evaluations,
+        together=together,
+        data_range=data_range,
+        progress=progress,
+    )
+
+
+def refine_on(
+    starts: Starts,
+    tableau: Tableau,
+    *,
+    reference: Tableau | PyTree = None,
+    numbers: Sequence[str],
+    keep_waves: bool = False,
+    iterations: int = 8,
+    evaluations: int | None,
+    together: int,
+    data_range: float,
+    progress: Progress | None,
+) -> Plan:
+    """`refine` on starts that are split, whose reference is made if they have none."""
     unknown = [name for name in numbers if name not in NUMBERS]
     if unknown or not numbers:
         raise ValueError(f"`numbers` must be of {NUMBERS}; got {tuple(numbers)}.")
     iterations = expect_int(iterations, "iterations", at_least=1)
-    process = score_fn.process
+    process = starts.score_fn.process
     given = from_largest_level(tableau, process)
     table = _Numbers.of(Explicit.of(given), process, tuple(numbers), _used(given, keep_waves))
-    starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
-    limit = expect_limit(evaluations)
+    limit = starts.counted + expect_limit(evaluations)
     fit, cost = starts.fit, starts.cost(given)
-    likely = cost * fit * iterations * (len(table.start) + 2)
-    if reference is None or isinstance(reference, Tableau):
-        likely += cost_of_reference(score_fn, reference) * starts.size
-    starts.announce(f"refine, {given.nfe} NFE", min(likely, limit), 2.0, given)
-    starts.expect_reference(reference, progress)
-
     present = table.start
-    value = starts.value(table.tableau(present), 0, fit)
+    whole = table.explicit(present)
+    tails = sum(count_tail(table.explicit(v), whole) for v in table.moved(present))
+    enough = _GAIN * max(1.0, tails / _WORTH)
+    likely = cost * fit * iterations * (2 + tails / given.nfe)
+    starts.widen(max(given.nfe, starts.shape[2]))
+    wanted = starts.reference is None
+    if wanted and (reference is None or isinstance(reference, Tableau)):
+        likely += cost_of_reference(starts.score_fn, reference) * starts.size
+    starts.announce(f"refine, {given.nfe} NFE", min(likely, limit), 2.0 * given.nfe)
+    if wanted:
+        starts.expect_reference(reference, progress)
+
+    path = run_table(starts, whole, 0, fit)
+    value = starts.judge(path.end, 0, fit)
     if not np.isfinite(value):
         raise ValueError(
             f"tableau {tableau.name!r} gives samples that are not finite on this network; refine "
@@ -118,27 +157,28 @@ def refine(
     history = [(0, value, least)]
     damping, taken = 1e-2, 0
     while taken < iterations and starts.spent < limit and damping < 1e8:
-        normal, gradient = _equations(starts, table, present, together)
+        normal, gradient = _equations(starts, table, present, path, together)
         while damping < 1e8:
             move = _solve(normal, gradient, damping)
-            trial = present + move
-            new = np.inf
+            trial = present + np.clip(move, -table.farthest, table.farthest)
+            new, tried = np.inf, path
             if table.is_valid(trial) and starts.cost(table.tableau(trial)) <= cost:
-                new = starts.value(table.tableau(trial), 0, fit)
+                tried = run_table(starts, table.explicit(trial), 0, fit)
+                new = starts.judge(tried.end, 0, fit)
             if new < value - 1e-6:
                 break
             damping *= 4
         else:
             break
         gain = value - new
-        present, value, damping, taken = trial, new, damping / 4, taken + 1
+        present, path, value, damping, taken = trial, tried, new, damping / 4, taken + 1
         decided = starts.decide(table.tableau(present))
         history.append((taken, value, decided))
         if decided < least:
             best, least = present, decided
         if progress is not None:
             progress("refining", taken, iterations)
-        if gain < 1e-3:
+        if gain < enough:
             break
 
     found = given
@@ -216,6 +256,20 @@ class _Numbers:
             parts.append(self.sums)
         return np.concatenate(parts)
 
+    @property
+    def farthest(self) -> np.ndarray:
+        """How far each may move at once: times and labels not far, weights, on which all is linear.
+
+        One of little effect would be sent to where it has none at all, and stay there.
+        """
+        parts = self._split(self.start)
+        far = {"times": _FARTHEST, "labels": _FARTHEST}
+        return np.concatenate([np.full(len(v), far.get(name, np.inf)) for name, v in parts.items()])
+
+    def moved(self, vector: np.ndarray) -> np.ndarray:
+        """The vector with each of its numbers moved a little, one row each."""
+        return vector + _DIFFERENCE * np.eye(len(vector))
+
     def _split(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         count = self.base.nfe
         sizes = dict.fromkeys(("times", "labels"), len(self._movable))
@@ -248,6 +302,11 @@ class _Numbers:
 
     def tableau(self, vector: np.ndarray, *, name: str = "", source: str = "") -> Tableau:
         """The sampler of a vector, for starts at t_max."""
+        table = self.explicit(vector)
+        return table.tableau(self.process, name=name, source=source, check="none")
+
+    def explicit(self, vector: np.ndarray) -> Explicit:
+        """The table of a vector."""
         base, parts = self.base, self._split(vector)
         levels = {"times": base.times, "alpha": base.alpha, "sigma": base.sigma}
         if "times" in parts:
@@ -275,9 +334,7 @@ class _Numbers:
         weights = np.where(self.learned, units, 0.0) * _unit(explicit)[:, None]
         wanted = explicit.kappa + _unit(explicit) * parts.get("sums", self.sums)
         weights[np.arange(base.nfe), self.rest] = wanted - weights.sum(axis=1)
-        return dataclasses.replace(explicit, weights=weights).tableau(
-            self.process, name=name, source=source, check="none"
-        )
+        return dataclasses.replace(explicit, weights=weights)
 
 
 def _used(tableau: Tableau, keep_waves: bool) -> np.ndarray:
@@ -302,21 +359,18 @@ def _unit(table: Explicit) -> np.ndarray:
 
 
 def _equations(
-    starts: Starts, table: _Numbers, vector: np.ndarray, together: int
+    starts: Starts, table: _Numbers, vector: np.ndarray, path: Path, together: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """J'J and J'r over the fitting starts, in float64, a batch of starts at a time."""
-    vectors = [vector]
-    for i in range(len(vector)):
-        shifted = vector.copy()
-        shifted[i] += _DIFFERENCE
-        vectors.append(shifted)
-    tableaux = [table.tableau(v) for v in vectors]
+    tables = [table.explicit(v) for v in table.moved(vector)]
     normal, gradient = np.zeros((len(vector),) * 2), np.zeros(len(vector))
     for low in range(0, starts.fit, starts.batch):
         high = min(low + starts.batch, starts.fit)
         reference = starts.reference[low:high]
-        ends = starts.many(tableaux, low, high, together=together)
-        base, *moved = (np.asarray(end, np.float64).reshape(high - low, -1) for end in ends)
+        part = path.part(low, high)
+        ends = run_variants(starts, part, tables, together=together)
+        moved = (np.asarray(end, np.float64).reshape(high - low, -1) for end in ends)
+        base = np.asarray(part.end, np.float64).reshape(high - low, -1)
         residual = base - np.asarray(reference, np.float64).reshape(base.shape)
         size = np.linalg.norm(residual, axis=1, keepdims=True)
         size = np.sqrt(starts.fit) * np.maximum(size, np.finfo(np.float32).tiny)

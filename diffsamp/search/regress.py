@@ -18,22 +18,23 @@ import numpy as np
 
 from diffsamp import solvers
 from diffsamp._core.checks import expect_int, expect_times
-from diffsamp._core.sharding import put
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
 from diffsamp.predictions import level_at
 from diffsamp.score import ScoreFn
-from diffsamp.search._cost import ask_data, at_row, expect_limit
+from diffsamp.search._cost import at_row, expect_limit
 from diffsamp.search.explicit import Explicit
 from diffsamp.search.fine import Recorded, fine_times, start_grids
-from diffsamp.search.objective import cost_of_reference, teacher
+from diffsamp.search.objective import cost_of_reference, first_time, teacher
 from diffsamp.search.plan import Plan
-from diffsamp.search.running import Progress, slice_batch
+from diffsamp.search.running import Progress
 from diffsamp.search.starts import Starts
 from diffsamp.tableau import Tableau
 
 __all__ = ["Regression", "likely", "regress"]
 
 _MOVES = (8, 4, 2, 1)
+# where `refine` follows: rounds that gain less than 0.05 dB and moves of single points only cost
+_QUICK_MOVES, _QUICK_GAIN = (8, 4, 2), 0.012
 _WALKS = 100  # grids that are solved, as a rule: for the estimate
 
 
@@ -145,25 +146,53 @@ class Regression:
     ) -> Regression:
         """Record the trajectory; arguments as for `regress`, for all of `budgets` together."""
         starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
-        process = score_fn.process
-        times = fine_times(process, points) if np.ndim(points) == 0 else expect_times(points)
+        return cls.on(
+            starts,
+            budgets,
+            reference=reference,
+            points=points,
+            evaluations=evaluations,
+            progress=progress,
+        )
+
+    @classmethod
+    def on(
+        cls,
+        starts: Starts,
+        budgets: Sequence[int],
+        *,
+        reference: Tableau | PyTree = None,
+        points: int | PyTree = 95,
+        evaluations: int | None,
+        progress: Progress | None,
+    ) -> Regression:
+        """Record the trajectory on starts that are split, with a reference of their own or None."""
+        score_fn = starts.score_fn
+        if np.ndim(points) == 0:
+            times = fine_times(score_fn.process, points, first=first_time(score_fn))
+        else:
+            times = expect_times(points)
         fine = len(times) - 1
         if max(budgets) > fine:
             raise ValueError(
                 f"{max(budgets)} evaluations need as many points; the fine grid has {fine}."
             )
         limit = expect_limit(evaluations)
-        before = starts.size * (
-            fine + cost_of_reference(score_fn, reference) * (reference is not None)
-        )
+        recorded = starts.size
+        if reference is not None or starts.reference is not None:
+            recorded = starts.fit
+        before: float = recorded * fine
+        if reference is not None:
+            before += starts.size * cost_of_reference(score_fn, reference)
         if limit < before:
             raise ValueError(
                 f"`evaluations` is too low: trajectory and reference alone take {before:.0f}; give "
                 "more, or fewer starts or points."
             )
         expected = before + likely(starts.fit, 0, budgets)
+        starts.widen(max(budgets))
         what = f"regress, {', '.join(map(str, budgets))} NFE"
-        starts.announce(what, min(expected, limit), 2 * len(times))
+        starts.announce(what, min(expected, limit), 2 * len(times) * recorded / starts.size)
         if reference is not None:
             starts.expect_reference(reference, progress)
         record = Recorded.make(starts, times, progress)
@@ -177,8 +206,18 @@ class Regression:
         evaluations: int | None,
         data_range: float,
         progress: Progress | None,
+        thorough: bool = True,
     ) -> Plan:
-        """The plan of one budget; arguments as for `regress`."""
+        """The plan of one budget; arguments as for `regress`.
+
+        Args:
+          nfe: the budget.
+          ridge: as there.
+          evaluations: as there.
+          data_range: as there.
+          progress: as there.
+          thorough: False: leave the last fractions of a dB to a search of all numbers.
+        """
         starts, record = self.starts, self.record
         process = starts.score_fn.process
         search = _Walker(starts, record, ridge, starts.counted + expect_limit(evaluations))
@@ -202,7 +241,7 @@ class Regression:
                 "fine solver."
             )
         first, name = min(walked, key=lambda pair: pair[0].error)
-        found = [first, *search.descend(first, progress)]
+        found = [first, *search.descend(first, progress, thorough)]
         tableaux = [
             _table(record, walk).tableau(
                 process,
@@ -264,7 +303,6 @@ class _Walker:
 
     def __init__(self, starts: Starts, record: Recorded, ridge: float, limit: float) -> None:
         self.starts, self.record, self.fit = starts, record, starts.fit
-        self.cond = slice_batch(starts.cond, 0, starts.fit)
         self.ridge, self.limit = ridge, limit
         self.walks = self.discarded = 0
         self.budget = np.inf  # network evaluations of a sampler, at most
@@ -280,14 +318,8 @@ class _Walker:
 
     def ask(self, x: np.ndarray, i: int) -> np.ndarray:
         """What the network says about the data at state x and fine point i."""
-        bound = at_row(self.bound, i)
-        batch, sharding, answers = self.starts.batch, self.starts.sharding, []
-        for low in range(0, self.fit, batch):
-            high = min(low + batch, self.fit)
-            own = put(slice_batch(self.cond, low, high), sharding)
-            answers.append(ask_data(self.starts.score_fn, put(x[low:high], sharding), bound, own))
         self.starts.spent += self.fit * self.costs[i]
-        return np.concatenate([np.asarray(a, np.float32) for a in answers])
+        return self.starts.ask(x, at_row(self.bound, i), 0, self.fit)
 
     def cost(self, grid: Sequence[int]) -> float:
         """Network evaluations of a sampler on a grid, per sample."""
@@ -357,13 +389,14 @@ class _Walker:
         new = base + kappa * (weights @ others).reshape(base.shape)
         return np.append(weights, 1 - weights.sum()), new.astype(np.float32)
 
-    def descend(self, start: _Walk, progress: Progress | None) -> list[_Walk]:
+    def descend(self, start: _Walk, progress: Progress | None, thorough: bool) -> list[_Walk]:
         """Move one point at a time while that helps; what was kept, a walk per round."""
-        best, kept = start, []
-        for stage, step in enumerate(_MOVES):
+        moves, least = (_MOVES, 0.0) if thorough else (_QUICK_MOVES, _QUICK_GAIN)
+        best, kept, tried = start, [], {start.grid}
+        for stage, step in enumerate(moves):
             moved = True
             while moved and self.starts.spent < self.limit:
-                moved = False
+                moved, before = False, best.error
                 # late points first: what lies before them need not be asked again
                 for i in reversed(range(len(best.grid) - 1)):
                     for shift in (-step, step):
@@ -371,15 +404,17 @@ class _Walker:
                         trial[i] += shift
                         if trial[0] < 0 or np.any(np.diff(trial) <= 0):
                             continue
-                        if self.cost(trial) > self.budget:
+                        if tuple(trial) in tried or self.cost(trial) > self.budget:
                             continue
                         if self.starts.spent >= self.limit:
                             break
+                        tried.add(tuple(trial))
                         walk = self(trial, best)
                         if walk.error < best.error:
                             best, moved = walk, True
                 if moved:
                     kept.append(best)
+                moved = before - best.error > least
             if progress is not None:
-                progress("moving times", stage + 1, len(_MOVES))
+                progress("moving times", stage + 1, len(moves))
         return kept

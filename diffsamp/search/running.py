@@ -12,7 +12,7 @@ from diffsamp._core import random
 from diffsamp._core.checks import expect_cond, expect_int, expect_state
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding
-from diffsamp.sampling import sample
+from diffsamp.sampling import row_levels, sample
 from diffsamp.score import ScoreFn, for_samples
 from diffsamp.tableau import Tableau
 
@@ -31,6 +31,20 @@ def slice_batch(tree: PyTree, start: int, stop: int) -> PyTree:
       stop: one past the last.
     """
     return jax.tree.map(lambda leaf: leaf[start:stop], tree)
+
+
+def expect_asked(score_fn: ScoreFn, tableau: Tableau) -> None:
+    """Raise unless the network determines what every row of a tableau wants of it.
+
+    Args:
+      score_fn: the network.
+      tableau: the sampler, of concrete numbers.
+
+    Raises:
+      ValueError: it predicts noise, say, and is asked for data where nothing but noise is left.
+    """
+    level, target = row_levels(tableau), (tableau.target[:, 0], tableau.target[:, 1])
+    score_fn.check_bound(score_fn.bind(level, target), level, tableau.evaluates)
 
 
 def run(

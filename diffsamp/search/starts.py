@@ -12,10 +12,10 @@ import numpy as np
 
 from diffsamp._core.checks import expect_int
 from diffsamp._core.digest import seed_of
-from diffsamp._core.sharding import expect_sharding, on_mesh
-from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Value
-from diffsamp.score import ScoreFn
-from diffsamp.search._cost import Estimate, announce
+from diffsamp._core.sharding import expect_sharding, on_mesh, put
+from diffsamp._core.types import Bound, Conditions, Key, PyTree, Sharding, Value
+from diffsamp.score import ScoreFn, for_samples
+from diffsamp.search._cost import Estimate, announce, ask_data
 from diffsamp.search._network import describe_network
 from diffsamp.search.objective import (
     Objective,
@@ -53,6 +53,7 @@ class Starts:
       estimate: what was said of the cost before the search began.
       began: when the search began, or the last plan was made.
       counted: evaluations that earlier plans report.
+      shape: rows, p and q to which samplers are padded, so that all are one program.
     """
 
     score_fn: ScoreFn
@@ -71,6 +72,7 @@ class Starts:
     estimate: Estimate | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
     counted: float = 0
+    shape: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
     def split(
@@ -82,6 +84,8 @@ class Starts:
         held_out: int | None,
         batch: int,
         sharding: Sharding,
+        *,
+        shuffled: bool = True,
     ) -> Starts:
         """Split and shuffle, without a reference yet.
 
@@ -93,6 +97,7 @@ class Starts:
           held_out: how many do not fit, half of them to decide; None: a quarter, at least 2.
           batch: samples at a time.
           sharding: as for `run`.
+          shuffled: False: in the caller's order.
 
         Raises:
           ValueError: too few starts.
@@ -106,11 +111,27 @@ class Starts:
             )
         batch = expect_int(batch, "batch", at_least=1)
         expect_sharding(sharding, batch if batch < size else None)
-        order = np.asarray(jax.random.permutation(key, size))
-        x_T, cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], (x_T, cond))
+        order = np.arange(size)
+        if shuffled:
+            order = np.asarray(jax.random.permutation(key, size))
+            x_T, cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], (x_T, cond))
         fit, stop = size - held, size - held + held // 2
         network = on_mesh(score_fn, sharding)
         return cls(network, x_T, cond, None, fit, stop, batch, sharding, order, seed=seed_of(key))
+
+    def begin(self) -> None:
+        """A new plan begins: what was spent and what time passed before is not its own."""
+        self.counted, self.began = self.spent, time.perf_counter()
+
+    def widen(self, nfe: int) -> None:
+        """Tables of up to `nfe` evaluations, and the usual samplers, are to be one program."""
+        self.shape = (nfe + 1, 2, max(nfe, 4))
+
+    def _padded(self, tableau: Tableau) -> Tableau:
+        if not any(self.shape):
+            return tableau
+        own = (tableau.rows, tableau.p, tableau.q)
+        return tableau.pad(*(max(pair) for pair in zip(self.shape, own, strict=True)))
 
     @property
     def size(self) -> int:
@@ -124,15 +145,23 @@ class Starts:
     def announce(
         self, what: str, evaluations: float, states: float, tableau: Tableau | None = None
     ) -> None:
-        """Say what a search on these starts will cost; see `_cost.announce`."""
+        """Say what a search on these starts will cost; see `_cost.announce`.
+
+        Args:
+          what: the search.
+          evaluations: how many it will make.
+          states: how many states of every start it keeps.
+          tableau: a sampler to time; None: one evaluation of the starts that fit.
+        """
+        some = self.fit if tableau is None else self.size
         self.estimate, spent = announce(
             what,
             self.score_fn,
-            self.x_T,
-            self.cond,
+            slice_batch(self.x_T, 0, some),
+            slice_batch(self.cond, 0, some),
             evaluations=evaluations,
             batch=self.batch,
-            states=states,
+            states=states * self.size / some,
             sharding=self.sharding,
             tableau=tableau,
             key=self.noise,
@@ -163,9 +192,8 @@ class Starts:
         """Samples low .. high - 1."""
         self.spent += self.cost(tableau) * (high - low)
         x, cond, key = (slice_batch(v, low, high) for v in (self.x_T, self.cond, self.noise))
-        return run(
-            self.score_fn, tableau, x, key=key, cond=cond, batch=self.batch, sharding=self.sharding
-        )
+        options = {"key": key, "cond": cond, "batch": self.batch, "sharding": self.sharding}
+        return run(self.score_fn, self._padded(tableau), x, **options)
 
     def many(
         self,
@@ -189,7 +217,7 @@ class Starts:
         x, cond, noise = (slice_batch(v, low, high) for v in (self.x_T, self.cond, self.noise))
         return run_many(
             self.score_fn,
-            tableaux,
+            [self._padded(tableau) for tableau in tableaux],
             x,
             key=noise if key is None else key,
             cond=cond,
@@ -197,6 +225,40 @@ class Starts:
             population=together,
             sharding=self.sharding,
         )
+
+    def ask(
+        self,
+        x: np.ndarray,
+        bound: Bound,
+        low: int,
+        high: int,
+        *,
+        network: ScoreFn | None = None,
+    ) -> np.ndarray:
+        """What is bound, of states of starts low .. high - 1; what it costs is not counted.
+
+        Args:
+          x: (copies * (high - low), ...) states, one set of starts after the other; several only
+            where `batch` holds the starts.
+          bound: numbers for all, or one per state.
+          low: the first start.
+          high: one past the last.
+          network: another than that of the search.
+        """
+        network = self.score_fn if network is None else network
+        count = high - low
+        copies, answers = len(x) // count, []
+        for first in range(low, high, self.batch):
+            last = min(first + self.batch, high)
+            numbered = for_samples(network, np.tile(np.arange(first, last), copies))
+            own = slice_batch(self.cond, first, last)
+            if copies > 1:
+                assert count <= self.batch, (count, self.batch)
+                own = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * copies), own)
+            states = x if copies > 1 else x[first - low : last - low]
+            answer = ask_data(numbered, put(states, self.sharding), bound, put(own, self.sharding))
+            answers.append(np.asarray(answer))
+        return np.concatenate(answers)
 
     def judge(self, x: PyTree, low: int, high: int) -> float:
         """The objective of samples low .. high - 1; inf if anything is not finite."""

@@ -1,0 +1,60 @@
+"""What the plans of `best` are held against where its stage "compare" is left out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from diffsamp import schedules, solvers
+from diffsamp._core.types import PyTree
+from diffsamp.search._stages import Search, begin
+from diffsamp.search.explicit import from_largest_level
+from diffsamp.search.running import expect_asked
+
+__all__ = ["run_usual"]
+
+_USUAL = ("ddim", "dpmpp_2m", "unipc2", "ipndm3")
+_USUAL_GRIDS = ("logsnr", "uniform", "karras", "quadratic", "trailing")
+
+
+def run_usual(search: Search) -> None:
+    """A few usual samplers, which the plans are held against where nothing else is compared."""
+    process, objective = search.starts.score_fn.process, search.starts.objective.name
+    fitting = schedules.names(process)
+    grids = [name for name in _USUAL_GRIDS if name in fitting] or fitting
+
+    def measuring() -> dict[str, PyTree]:
+        before = search.starts.spent
+        kept: dict[str, PyTree] = {}
+        lost, unfit = 0, []
+        for n in search.budgets:
+            made = []
+            for solver, grid in itertools.product(_USUAL, grids):
+                try:
+                    times = schedules.get(grid)(process, n)
+                    tableau = from_largest_level(solvers.get(solver)(process, times), process)
+                    expect_asked(search.starts.score_fn, tableau)
+                except ValueError as error:
+                    unfit.append([solver, grid, n, str(error)])
+                else:
+                    made.append((solver, grid, tableau))
+            values = search.measure([tableau for *_, tableau in made], 0, search.starts.fit)
+            rows = [
+                [solver, grid, value, tableau.to_dict()]
+                for (solver, grid, tableau), value in zip(made, values, strict=True)
+                if math.isfinite(value["psnr"])
+            ]
+            if not rows:
+                raise ValueError(
+                    f"all {len(made)} samplers of {n} evaluations gave samples that are not "
+                    "finite; look at the network first."
+                )
+            lost += len(made) - len(rows)
+            kept[str(n)] = sorted(rows, key=lambda row: row[2][objective])
+        spent = search.starts.spent - before
+        return {"entries": kept, "discarded": lost, "evaluations": spent, "left_out": unfit}
+
+    before = search.starts.spent
+    measured = search.folder.stage("compare", measuring)
+    search.starts.spent = before
+    begin(search, measured)
