@@ -24,6 +24,7 @@ def _known(flag: str) -> bool:
 
 _QUICKLY = not os.environ.get("DIFFSAMP_TESTS_OPTIMISED")
 if _QUICKLY:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start, too
     jax.config.update("jax_disable_most_optimizations", True)
     if "XLA_FLAGS" not in os.environ and _known(_QUICK):  # the workers inherit it
         os.environ["XLA_FLAGS"] = _QUICK
@@ -34,6 +35,9 @@ jax.config.update("jax_numpy_dtype_promotion", PROMOTION)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_platforms", "cpu")
+
+# a search for garbage goes through all that was ever compiled
+gc.set_threshold(10_000, 20, 50)
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def law(transform, tableau, dim, *, start=None, cond=None):
     def ask(one):
         return transform.predict(points, one, cond)
 
-    told = np.asarray(jax.vmap(ask)(jax.tree.map(jnp.asarray, bound)))
+    told = np.asarray(jax.jit(jax.vmap(ask))(jax.tree.map(jnp.asarray, bound)))
     offset, slope = told[:, 0], np.swapaxes(told[:, 1:] - told[:, :1], 1, 2)
     scale = float(tableau.sigma[0])
     mean, cov = (np.zeros(dim), scale**2 * np.eye(dim)) if start is None else start

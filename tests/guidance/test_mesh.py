@@ -75,7 +75,7 @@ def test_a_batch_stays_where_it_is(name):
     program = jax.jit(run).lower(score_fn, *arguments).compile()
     text = program.as_text()
     assert not [word for word in COLLECTIVES if f"{word}(" in text]
-    got, want = program(score_fn, *arguments), run(score_fn, x_T, keys, cond)
+    got, want = program(score_fn, *arguments), jax.jit(run)(score_fn, x_T, keys, cond)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert one.sharding.is_equivalent_to(sharding, one.ndim)
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -25,7 +25,7 @@ def test_every_child_meets_the_budget_exactly(process, nfe):
     rng = np.random.default_rng(nfe)
     pool = [genome.random_genome(rng, nfe, process, ("logsnr", "uniform")) for _ in range(12)]
     mixed_costs = lost = 0
-    for _ in range(120):
+    for _ in range(60):
         one, two = (pool[i] for i in rng.integers(0, len(pool), 2))
         child = genome.crossover(rng, one, two) or one
         child = genome.mutate(rng, child)
@@ -40,7 +40,7 @@ def test_every_child_meets_the_budget_exactly(process, nfe):
         mixed_costs += {step.stages for step in child.steps} == {1, 2}
         pool[int(rng.integers(len(pool)))] = child
     assert mixed_costs > 5 or nfe < 3
-    assert lost < 6
+    assert lost < 3
 
 
 @pytest.mark.parametrize("name", list(genome.KINDS))
@@ -69,9 +69,9 @@ def test_evolution_improves_on_what_it_started_from(score_fn):
     x_T, fresh = start(96), start(256, 7)
     table = search.compare(score_fn, x_T, nfe=(5,))
     result = search.evolve(
-        score_fn, x_T, nfe=5, key=jax.random.key(0), start=table, population=16, rounds=10
+        score_fn, x_T, nfe=5, key=jax.random.key(0), start=table, population=16, rounds=6
     )
-    assert len(result.values) == 11 * 16
+    assert len(result.values) == 7 * 16
     assert list(result.values) == sorted(result.values)
     assert len(set(result.genomes)) == len(result.genomes)
     reference = ds.sample(score_fn, search.reference_tableau(PROCESS), fresh)

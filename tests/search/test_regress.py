@@ -58,9 +58,8 @@ def test_a_gaussian_of_two_variances_is_exact_in_three_evaluations(name):
     np.testing.assert_allclose(own, solution(fresh), atol=2e-3)
 
 
-def test_as_many_evaluations_as_points_give_the_reference():
-    x_T = start(12)
-    network = mixture().score_fn(PROCESS, "edm_f")
+def test_as_many_evaluations_as_points_give_the_reference(score_fn):
+    x_T, network = start(24), score_fn
     times = ds.schedules.karras(PROCESS, 12)
     plan = search.regress(network, x_T, nfe=12, key=KEY, points=times)
     own = ds.sample(network, plan.tableau, x_T)
@@ -101,7 +100,7 @@ def regressed(score_fn):
 
 
 def test_it_beats_every_fixed_sampler(score_fn, regressed):
-    x_T = start(64, seed=5)
+    x_T = start(48, seed=5)
     table = search.compare(score_fn, x_T, nfe=(4,))
     found = ds.sample(score_fn, regressed.tableau, x_T)
     best = table.best(4)
@@ -148,9 +147,9 @@ def test_refine_solves_a_gaussian():
 
 def test_it_is_never_worse_than_the_start(score_fn):
     """With one start to fit, what fits it is worse elsewhere: the start stays the best there."""
-    x_T = start(40)
+    x_T = start(24)
     given = search.regress(score_fn, x_T, nfe=3, key=KEY).tableau
-    plan = search.refine(score_fn, given, x_T, key=KEY, held_out=39, iterations=6)
+    plan = search.refine(score_fn, given, x_T, key=KEY, held_out=23, iterations=6)
     decided = [row[2] for row in plan.history]
     found = plan.tableau
     if min(decided) == decided[0]:
@@ -160,7 +159,7 @@ def test_it_is_never_worse_than_the_start(score_fn):
 
 def test_the_batch_changes_nothing(score_fn):
     one, other = (
-        search.regress(score_fn, start(20), nfe=3, key=KEY, points=30, batch=batch).tableau
+        search.regress(score_fn, start(24), nfe=3, key=KEY, points=30, batch=batch).tableau
         for batch in (7, 64)
     )
     np.testing.assert_allclose(one.b, other.b, atol=2e-3)
@@ -192,14 +191,13 @@ def test_a_network_without_gradient(score_fn):
     assert np.isfinite(refined.psnr["held_out"]["found"])
 
 
-def test_the_first_time_is_free_and_starts_are_scaled(regressed, tmp_path):
+def test_the_first_time_is_free_and_starts_are_scaled(score_fn, regressed, tmp_path):
     """A sampler that begins below t_max scales x_T by a row that asks nothing."""
     times = ds.schedules.karras(PROCESS, 4, t_max=10.0)
     tableau = solvers.dpmpp(PROCESS, times, order=2)
     longer = from_largest_level(tableau, PROCESS)
     assert (longer.nfe, longer.rows) == (4, 5)
-    network = mixture().score_fn(PROCESS, "edm_f")
-    x_T = start(8)
+    network, x_T = score_fn, start(24)
     np.testing.assert_allclose(
         ds.sample(network, longer, x_T), ds.sample(network, tableau, x_T / 2), rtol=1e-5, atol=1e-6
     )
@@ -219,7 +217,7 @@ def test_grids_that_give_nan_are_left_out_and_counted(score_fn, monkeypatch):
         return real(self, x, i) * (np.nan if i in (7, 8) else 1)
 
     monkeypatch.setattr(walker, "ask", ask)
-    plan = search.regress(score_fn, start(12), nfe=3, key=KEY, points=30)
+    plan = search.regress(score_fn, start(24), nfe=3, key=KEY, points=30)
     assert plan.settings["discarded"] > 0
     assert np.isfinite(plan.psnr["held_out"]["found"])
 
@@ -260,7 +258,7 @@ def test_refine_begins_at_the_sampler_that_it_was_given(score_fn):
 
 def test_refine_keeps_parallel_stages_parallel(score_fn):
     """Weights between rows of one wave stay 0 if asked, and what is left still gains."""
-    x_T = start(32)
+    x_T = start(24)
     reference = search.run(score_fn, search.reference_tableau(PROCESS), x_T)
     given = ds.solvers.epd(PROCESS, ds.schedules.karras(PROCESS, 3))
     assert (given.nfe, given.latency) == (7, 5)

@@ -28,8 +28,8 @@ def slope(case, process, t_start, t_end, grid, change=None):
     level = float(np.hypot(process.alpha(t_start), process.sigma(t_start)))
     x = np.linspace(-2, 2, 33)[:, None] * level
     truth = target.ode_solution(x, process, t_start, t_end)
-    errors = []
-    for n in case.steps:
+    usable = []
+    for n in reversed(case.steps):
         times = grid(t_start, t_end, n + 1)
         tableau = case.solver(process, times, **case.free)
         if change is not None:
@@ -39,10 +39,12 @@ def slope(case, process, t_start, t_end, grid, change=None):
             for k in range(case.exact_start)
         ]
         x_end = twin(tableau, target.posterior, x, exact)
-        errors.append(np.sqrt(np.mean((x_end - truth) ** 2)))
-    usable = [(n, e) for n, e in zip(case.steps, errors, strict=True) if e > ROUND_OFF]
-    assert len(usable) >= 2, errors
-    (n_1, e_1), (n_2, e_2) = usable[-2:]
+        error = np.sqrt(np.mean((x_end - truth) ** 2))
+        if error > ROUND_OFF:
+            usable.append((n, error))
+        if len(usable) == 2:
+            break
+    (n_2, e_2), (n_1, e_1) = usable
     return float(np.log(e_1 / e_2) / np.log(n_2 / n_1))
 
 
