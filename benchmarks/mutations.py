@@ -82,8 +82,8 @@ MUTATIONS = [
     Mutation(
         "executor: condition dropped",
         SAMPLING,
-        "score_fn.predict(x, row.bound, cond)",
-        "score_fn.predict(x, row.bound, None)",
+        "output = predict(x, row.bound, cond)",
+        "output = predict(x, row.bound, None)",
         EXECUTOR,
     ),
     Mutation(
@@ -124,22 +124,22 @@ MUTATIONS = [
     Mutation(
         "guidance x 1.01",
         "diffsamp/guidance/linear.py",
-        "scale_rows(bound.scale, free) *",
-        "1.01 * scale_rows(bound.scale, free) *",
+        "terms = [scale_rows(w, m) * m",
+        "terms = [1.01 * scale_rows(w, m) * m",
         ("tests/test_guidance.py",),
     ),
     Mutation(
         "thresholding: not scaled back",
         "diffsamp/guidance/data.py",
-        "jnp.clip(data, -size, size) * (high / size)",
-        "jnp.clip(data, -size, size)",
+        "jnp.clip(leaf, -size, size) * (high / size)",
+        "jnp.clip(leaf, -size, size)",
         ("tests/test_guidance.py",),
     ),
     Mutation(
         "thresholding: state's share x 1.01",
         "diffsamp/guidance/data.py",
-        "value = scale_rows(bound.on_state",
-        "value = 1.01 * scale_rows(bound.on_state",
+        "scale_rows(bound.r, new) * wide_state",
+        "1.01 * scale_rows(bound.r, new) * wide_state",
         ("tests/test_guidance.py",),
     ),
     Mutation(
@@ -172,7 +172,7 @@ MUTATIONS = [
     ),
     Mutation(
         "compare: samples of another tableau",
-        "diffsamp/search/objective.py",
+        "diffsamp/search/running.py",
         "for place, i in enumerate(group):",
         "for place, i in enumerate(group[::-1]):",
         ("tests/search/test_compare.py",),
@@ -278,8 +278,8 @@ MUTATIONS = [
     Mutation(
         "unfold: the null row's weight with the wrong sign",
         "diffsamp/guidance/unfolded.py",
-        "+= (1 - w[k]) * weight",
-        "+= (w[k] - 1) * weight",
+        "running = given[n] - free[n] + momentum",
+        "running = given[n] + free[n] + momentum",
         ("tests/guidance/test_unfold.py",),
     ),
     Mutation(
@@ -298,7 +298,7 @@ MUTATIONS = [
     ),
     Mutation(
         "steering: a resampled weight is kept",
-        "diffsamp/steering/particles.py",
+        "diffsamp/steering/_weights.py",
         "log_w = jnp.where(low[:, None], 0, log_w)",
         "log_w = log_w",
         ("tests/steering/test_steering.py",),
@@ -467,13 +467,18 @@ MUTATIONS = [
 ]
 
 
-def apply(mutation: Mutation, folder: Path) -> None:
-    """Write the fault into the copy; it must still fit the code."""
-    path = folder / mutation.path
-    text = path.read_text(encoding="utf-8")
+def faulty(mutation: Mutation, folder: Path = ROOT) -> str:
+    """The text of its file with the fault; it must still fit the code."""
+    text = (folder / mutation.path).read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
         raise ValueError(f"{mutation.what}: {mutation.old!r} is not once in {mutation.path}.")
-    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    return text.replace(mutation.old, mutation.new)
+
+
+def apply(mutation: Mutation, folder: Path) -> None:
+    """Write the fault into the copy."""
+    path, text = folder / mutation.path, faulty(mutation, folder)
+    path.write_text(text, encoding="utf-8")
 
 
 def caught_by(mutation: Mutation) -> str | None:

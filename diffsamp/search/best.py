@@ -85,7 +85,7 @@ def best(
       population: candidates a round of `evolve`.
       rounds: of `evolve`.
       steps: gradient steps of `distill`.
-      numbers: what `refine` frees; None: times, labels and weights, and for budgets of up to 4 also
+      numbers: what `refine` frees; None: times, labels and weights, and for budgets of up to 6 also
         the rows' sums, which pay there.
       held_out: starts kept from fitting; None: a quarter.
       batch: samples of one candidate at a time, and of a gradient step.

@@ -359,16 +359,16 @@ MESH = textwrap.dedent(
 
 BEST = textwrap.dedent(
     """
-    options = dict(nfe=(2, 3), solver=("ddim", "dpmpp_2m", "ipndm3"), schedule=("karras", "logsnr"),
+    # of two evaluations the free sums have a valley so flat that rounding chooses the place in it
+    options = dict(nfe=(3,), solver=("ddim", "dpmpp_2m", "ipndm3"), schedule=("karras", "logsnr"),
                    population=4, rounds=1, steps=10, batch=16, screen=16, held_out=29,
                    key=jax.random.key(1))
     one = search.best(score_fn, x_T, **options)
     many = search.best(score_fn, x_T, sharding=spread, **options)
     together = search.best(score_fn, x_T, sharding=spread, together=4, **options)
-    for n in (2, 3):
-        for other in (many, together):
-            held, want = (f.plans[n].psnr["held_out"]["found"] for f in (other, one))
-            assert abs(held - want) < 0.3, (n, held, want)
+    for other in (many, together):
+        held, want = (f.plans[3].psnr["held_out"]["found"] for f in (other, one))
+        assert abs(held - want) < 0.1, (held, want)
     """
 )
 

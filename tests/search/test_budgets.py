@@ -81,7 +81,7 @@ LIMITS = {
     "align": 60,
     "evolve": 550,
     "regress": 600,
-    "refine": 600,
+    "refine": 400,
 }
 
 
