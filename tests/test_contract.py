@@ -116,7 +116,7 @@ def test_stochastic_moments_converge(case):
         got = gaussian_moments(tableau, mean, variance)
         return abs(got[0] - alpha * mean), abs(got[1] - alpha**2 * variance - sigma**2)
 
-    coarse, fine = end_moments(320), end_moments(640)
+    coarse, fine = end_moments(640), end_moments(1280)
     assert max(coarse[0], fine[0]) < 1e-11  # a linear network keeps the mean exactly
     assert np.log2(coarse[1] / fine[1]) == pytest.approx(case.order, abs=0.15)
 
