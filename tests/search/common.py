@@ -1,7 +1,5 @@
 """What the tests of the search have in common."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -10,7 +8,6 @@ import diffsamp as ds
 PROCESS = ds.processes.edm(0.02, 20.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def start(n, seed=0):
     """Starts in four dimensions."""
     return PROCESS.prior_sample(jax.random.key(seed), (n, 4))
