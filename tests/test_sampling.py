@@ -510,6 +510,7 @@ def test_checkpointing_stores_less(score_fn):
     assert "opt-barrier" not in plain
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_the_state_keeps_its_dtype(score_fn, dtype):
     tableau = build("unipc3", 6)
