@@ -57,6 +57,7 @@ class Search:
       left_out: what could not be built.
       limit: of these.
       tasks: stages times budgets that are still to come, which share what is left.
+      own: samplers should end where the trajectory of "regress" does.
     """
 
     starts: Starts
@@ -73,6 +74,22 @@ class Search:
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
     limit: float = np.inf
     tasks: int = 1
+    own: bool = False
+    _recorded: Regression | None = None
+
+    def record(self) -> Regression:
+        """The trajectory from which all budgets are regressed, made once."""
+        if self._recorded is None:
+            before, resumed = self.starts.spent, self.starts.reference is not None
+            self._recorded = Regression.on(
+                self.starts,
+                self.budgets,
+                evaluations=None if np.isinf(self.limit) else int(self.limit),
+                progress=self.running.progress,
+            )
+            if self.own and resumed:
+                self.starts.spent = before  # it was counted when the reference was made
+        return self._recorded
 
     def part(self, first: int, last: int) -> dict[str, PyTree]:
         """Arguments of a search on samples first .. last - 1."""
@@ -279,32 +296,21 @@ def run_dynamic(search: Search) -> None:
 
 def run_regress(search: Search) -> None:
     """Least squares for each budget, on the starts that fit; one trajectory for all of them."""
-    recorded: list[Regression] = []
     for n in search.budgets:
         limit = search.share()
 
         def regression(n: int = n, limit: int | None = limit) -> Plan:
-            progress = search.running.progress
-            if not recorded:
-                whole = None if limit is None else limit * len(search.budgets)
-                recorded.append(
-                    Regression.on(
-                        search.starts, search.budgets, evaluations=whole, progress=progress
-                    )
-                )
-            return recorded[0].plan(
+            return search.record().plan(
                 n,
                 evaluations=limit,
                 data_range=search.running.data_range,
-                progress=progress,
-                thorough=n < _MANY or "refine" not in search.settings["stages"],
+                progress=search.running.progress,
             )
 
         plan = search.stage(f"regress-{n}", regression)
         search.add(n, plan.tableau, f"{plan.start}, regress")
 
 
-_MANY = 6  # evaluations: from there on `refine` ends as well from a quick regression
 _SUMS_PAY = 6  # evaluations: 0.2 to 1.2 dB at 4 to 6 on three networks, nothing from 8 on
 
 

@@ -21,7 +21,7 @@ from diffsamp.search._cost import expect_limit
 from diffsamp.search._folder import Folder, Running
 from diffsamp.search._stages import RUN, Search
 from diffsamp.search._usual import run_usual
-from diffsamp.search.objective import Objective, cost_of_reference, log_mse
+from diffsamp.search.objective import Objective, log_mse
 from diffsamp.search.plan import Front
 from diffsamp.search.running import Progress, expect_batch
 from diffsamp.search.starts import Starts
@@ -73,7 +73,8 @@ def best(
       nfe: budgets.
       key: random key of everything that is drawn.
       cond: keyword arguments for the network, every array with the leading axis n.
-      reference: samples to come close to, the tableau that makes them, or None.
+      reference: samples to come close to, the tableau that makes them, or None: where the fine
+        trajectory of "regress" ends, or the samples of `reference_tableau` if it is no stage.
       objective: what is minimised. None: `log_mse`. One without a `loss` skips "distill".
       stages: which to run, of `STAGES`, in that order; None: "regress" and "refine", which come
         close to the reference, and with an `objective` of one's own all that there are. Without
@@ -154,12 +155,7 @@ def best(
     starts.widen(max(budgets))
     folder = Folder(state, {**settings, **job})
 
-    def make() -> PyTree:
-        starts.expect_reference(reference, progress)
-        return starts.reference
-
-    starts.reference = folder.array("reference", make)
-    starts.spent = cost_of_reference(score_fn, reference) * size
+    limit = expect_limit(evaluations)
     search = Search(
         starts,
         budgets,
@@ -168,9 +164,20 @@ def best(
         effort,
         settings,
         folder,
-        limit=expect_limit(evaluations),
+        limit=limit,
         tasks=len(budgets) * sum(stage in _SHARING for stage in stages),
+        own=reference is None and "regress" in stages,
     )
+
+    def make() -> PyTree:
+        if search.own:
+            search.record()
+        else:
+            starts.expect_reference(reference, progress)
+        return starts.reference
+
+    starts.reference = folder.array("reference", make)
+    starts.spent = folder.stage("begun", lambda: {"evaluations": starts.spent})["evaluations"]
     if "compare" not in stages:
         run_usual(search)  # what the plans are held against
     for stage, run in RUN.items():

@@ -8,17 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import schedules, solvers
-from diffsamp._core.checks import expect_int
+from diffsamp._core.checks import expect_int, expect_times
+from diffsamp._core.types import Times
 from diffsamp.processes import Process
+from diffsamp.score import ScoreFn
 from diffsamp.search._tails import run_table
 from diffsamp.search.dynamic import Costs, pair_costs
 from diffsamp.search.explicit import Explicit
-from diffsamp.search.objective import teacher
+from diffsamp.search.objective import first_time, teacher
 from diffsamp.search.running import Progress
 from diffsamp.search.starts import Starts
+from diffsamp.tableau import Tableau
 
-__all__ = ["Recorded", "fine_times", "start_grids"]
+__all__ = ["Recorded", "fine_tableau", "fine_times", "start_grids"]
 
+_LEAST, _EACH = 64, 6  # points at least, and per evaluation of the largest budget
+_DENSE = 2000  # points of the curve that is inverted
 _WEIGHTS = (0.8, 1.0, 1.2)  # of the steps of least-cost paths: early or late ones count more
 
 
@@ -39,18 +44,17 @@ class Recorded:
     answers: np.ndarray
 
     @classmethod
-    def make(cls, starts: Starts, times: np.ndarray, progress: Progress | None) -> Recorded:
+    def make(cls, starts: Starts, tableau: Tableau, progress: Progress | None) -> Recorded:
         """Record it on the starts that fit; on all, if where it ends is to be their reference.
 
         Args:
           starts: of the search.
-          times: (M + 1,) the fine grid.
+          tableau: of `fine_tableau`.
           progress: as for `run`.
 
         Raises:
           ValueError: a trajectory that is not finite.
         """
-        tableau = solvers.unipc(starts.score_fn.process, times, order=3)
         table = Explicit.of(tableau)
         whole = starts.reference is None
         # as the search asks: those that fit at once, in the program that all its grids share
@@ -81,29 +85,54 @@ class Recorded:
         return ratio, self.alpha[j] - self.alpha[i] * ratio
 
 
-def fine_times(process: Process, points: int = 95, *, first: float | None = None) -> np.ndarray:
-    """A grid that is fine wherever any schedule puts points: (M + 1,) falling times, M <= points.
+def fine_tableau(score_fn: ScoreFn, points: int | Times | None, nfe: int) -> Tableau:
+    """The sampler whose points are those among which `regress` chooses.
 
-    Three parts in five uniform in log-SNR, two in t, without pairs closer than 0.02 in log-SNR.
+    Args:
+      score_fn: the network.
+      points: M, or (M + 1,) falling times; None: enough for a budget.
+      nfe: the largest budget.
+
+    Raises:
+      ValueError: fewer points than evaluations, or no times.
+    """
+    if points is None:
+        points = max(_LEAST, _EACH * nfe)
+    if np.ndim(points) == 0:
+        times = fine_times(score_fn.process, int(points), first=first_time(score_fn))
+    else:
+        times = expect_times(points)
+    if nfe >= len(times):
+        raise ValueError(
+            f"{nfe} evaluations need as many points; the fine grid has {len(times) - 1}."
+        )
+    return solvers.unipc(score_fn.process, times, order=3)
+
+
+def fine_times(process: Process, points: int = _LEAST, *, first: float | None = None) -> np.ndarray:
+    """A grid that is fine wherever any schedule puts points: (M + 1,) falling times.
+
+    Three parts in five uniform in log-SNR, two in t, mixed smoothly: UniPC of order 3 is 80 to
+    86 dB from the solution with 64 points and 88 to 98 with 95, on four networks.
 
     Args:
       process: the noise process.
-      points: how many at most, at least 4.
+      points: M, at least 4.
       first: where it begins; None: at t_max.
     """
     points = expect_int(points, "points", at_least=4)
-    one = schedules.logsnr(process, max(2, 3 * points // 5))
-    two = schedules.uniform(process, max(2, points - len(one) + 1))
-    times = np.unique(np.concatenate([one, two]))[::-1]
-    if first is not None:
-        times = np.append(first, times[times < first * (1 - 1e-12)])
+    first = float(process.t_max) if first is None else first
+    even = schedules.logsnr(process, _DENSE)
+    last, end = even[-2:]
+    times = np.unique(np.concatenate([even, np.linspace(last, first, _DENSE)]))
+    times = times[(times >= last) & (times <= first)][::-1]
     with np.errstate(divide="ignore"):
         log_snr = np.log(process.alpha(times)) - np.log(process.sigma(times))
-    kept = [0]
-    for i in range(1, len(times) - 1):
-        if log_snr[i] - log_snr[kept[-1]] >= 0.02:
-            kept.append(i)
-    return times[[*kept, len(times) - 1]]
+    log_snr = np.maximum(log_snr, log_snr[np.isfinite(log_snr)].min())
+    level, time = ((v - v[0]) / (v[-1] - v[0]) for v in (log_snr, times))
+    found = np.interp(np.linspace(0, 1, points), 0.6 * level + 0.4 * time, times)
+    found[0], found[-1] = first, last
+    return np.append(found, end)
 
 
 def start_grids(

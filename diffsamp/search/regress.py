@@ -12,19 +12,20 @@ bespoke non-stationary solvers (Shaul et al. 2024, arXiv:2403.01329); nothing is
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from diffsamp import solvers
-from diffsamp._core.checks import expect_int, expect_times
-from diffsamp._core.types import Conditions, Key, PyTree, Sharding
+from diffsamp._core.checks import expect_int
+from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Times
 from diffsamp.predictions import level_at
 from diffsamp.score import ScoreFn
 from diffsamp.search._cost import at_row, expect_limit
 from diffsamp.search.explicit import Explicit
-from diffsamp.search.fine import Recorded, fine_times, start_grids
-from diffsamp.search.objective import cost_of_reference, first_time, teacher
+from diffsamp.search.fine import Recorded, fine_tableau, start_grids
+from diffsamp.search.objective import cost_of_reference, teacher
 from diffsamp.search.plan import Plan
 from diffsamp.search.running import Progress
 from diffsamp.search.starts import Starts
@@ -33,8 +34,7 @@ from diffsamp.tableau import Tableau
 __all__ = ["Regression", "likely", "regress"]
 
 _MOVES = (8, 4, 2, 1)
-# where `refine` follows: rounds that gain less than 0.05 dB and moves of single points only cost
-_QUICK_MOVES, _QUICK_GAIN = (8, 4, 2), 0.012
+_BEGUN = 12  # evaluations of all grids together that are moved: short samplers have many valleys
 _WALKS = 100  # grids that are solved, as a rule: for the estimate
 
 
@@ -58,7 +58,7 @@ def regress(
     key: Key,
     cond: Conditions | None = None,
     reference: Tableau | PyTree = None,
-    points: int | PyTree = 95,
+    points: int | Times | None = None,
     held_out: int | None = None,
     batch: int = 64,
     ridge: float = 1e-6,
@@ -77,7 +77,7 @@ def regress(
       cond: keyword arguments for the network, every array with the leading axis n.
       reference: the samples to come close to, shaped like x_T, or the tableau that makes them;
         None: where the fine trajectory ends.
-      points: of the fine grid, or its times, (M + 1,) falling; see `fine_times`.
+      points: of the fine grid, or its times, (M + 1,) falling; None: 64, or 6 per evaluation.
       held_out: how many of the n starts are kept from fitting, half of them to decide between
         grids and half to report; at least 2. None: a quarter.
       batch: samples at a time; the states and answers of all are on the host.
@@ -96,17 +96,12 @@ def regress(
       ValueError: too few starts, no grid that gives finite samples, or a trajectory that is not
         finite.
     """
-    regression = Regression.prepare(
-        score_fn,
-        x_T,
-        key=key,
-        cond=cond,
+    starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
+    regression = Regression.on(
+        starts,
+        [expect_int(nfe, "nfe", at_least=1)],
         reference=reference,
         points=points,
-        held_out=held_out,
-        batch=batch,
-        sharding=sharding,
-        budgets=[expect_int(nfe, "nfe", at_least=1)],
         evaluations=evaluations,
         progress=progress,
     )
@@ -128,55 +123,20 @@ class Regression:
     record: Recorded
 
     @classmethod
-    def prepare(
-        cls,
-        score_fn: ScoreFn,
-        x_T: PyTree,
-        *,
-        key: Key,
-        cond: Conditions | None,
-        reference: Tableau | PyTree,
-        points: int | PyTree = 95,
-        held_out: int | None = None,
-        batch: int,
-        sharding: Sharding,
-        budgets: Sequence[int],
-        evaluations: int | None,
-        progress: Progress | None,
-    ) -> Regression:
-        """Record the trajectory; arguments as for `regress`, for all of `budgets` together."""
-        starts = Starts.split(score_fn, x_T, cond, key, held_out, batch, sharding)
-        return cls.on(
-            starts,
-            budgets,
-            reference=reference,
-            points=points,
-            evaluations=evaluations,
-            progress=progress,
-        )
-
-    @classmethod
     def on(
         cls,
         starts: Starts,
         budgets: Sequence[int],
         *,
         reference: Tableau | PyTree = None,
-        points: int | PyTree = 95,
+        points: int | Times | None = None,
         evaluations: int | None,
         progress: Progress | None,
     ) -> Regression:
         """Record the trajectory on starts that are split, with a reference of their own or None."""
         score_fn = starts.score_fn
-        if np.ndim(points) == 0:
-            times = fine_times(score_fn.process, points, first=first_time(score_fn))
-        else:
-            times = expect_times(points)
-        fine = len(times) - 1
-        if max(budgets) > fine:
-            raise ValueError(
-                f"{max(budgets)} evaluations need as many points; the fine grid has {fine}."
-            )
+        tableau = fine_tableau(score_fn, points, max(budgets))
+        fine = tableau.rows
         limit = expect_limit(evaluations)
         recorded = starts.size
         if reference is not None or starts.reference is not None:
@@ -192,10 +152,10 @@ class Regression:
         expected = before + likely(starts.fit, 0, budgets)
         starts.widen(max(budgets))
         what = f"regress, {', '.join(map(str, budgets))} NFE"
-        starts.announce(what, min(expected, limit), 2 * len(times) * recorded / starts.size)
+        starts.announce(what, min(expected, limit), 2 * (fine + 1) * recorded / starts.size)
         if reference is not None:
             starts.expect_reference(reference, progress)
-        record = Recorded.make(starts, times, progress)
+        record = Recorded.make(starts, tableau, progress)
         return cls(starts, record)
 
     def plan(
@@ -206,7 +166,6 @@ class Regression:
         evaluations: int | None,
         data_range: float,
         progress: Progress | None,
-        thorough: bool = True,
     ) -> Plan:
         """The plan of one budget; arguments as for `regress`.
 
@@ -216,7 +175,6 @@ class Regression:
           evaluations: as there.
           data_range: as there.
           progress: as there.
-          thorough: False: leave the last fractions of a dB to a search of all numbers.
         """
         starts, record = self.starts, self.record
         process = starts.score_fn.process
@@ -240,8 +198,10 @@ class Regression:
                 "every grid gave samples that are not finite: look at the network first, with a "
                 "fine solver."
             )
-        first, name = min(walked, key=lambda pair: pair[0].error)
-        found = [first, *search.descend(first, progress, thorough)]
+        walked.sort(key=lambda pair: pair[0].error)
+        first, name = walked[0]
+        begun = [walk for walk, _ in walked[: max(1, _BEGUN // nfe)]]
+        found = [first, *search.descend(begun, progress)]
         tableaux = [
             _table(record, walk).tableau(
                 process,
@@ -389,14 +349,26 @@ class _Walker:
         new = base + kappa * (weights @ others).reshape(base.shape)
         return np.append(weights, 1 - weights.sum()), new.astype(np.float32)
 
-    def descend(self, start: _Walk, progress: Progress | None, thorough: bool) -> list[_Walk]:
-        """Move one point at a time while that helps; what was kept, a walk per round."""
-        moves, least = (_MOVES, 0.0) if thorough else (_QUICK_MOVES, _QUICK_GAIN)
-        best, kept, tried = start, [], {start.grid}
-        for stage, step in enumerate(moves):
+    def descend(self, begun: Sequence[_Walk], progress: Progress | None) -> list[_Walk]:
+        """Move one point at a time while that helps; what was kept, a walk per round.
+
+        From each of several walks by the largest moves, from where the best of them led by all.
+        """
+        tried = {walk.grid for walk in begun}
+        ends = [self._move(walk, _MOVES[:1], tried)[-1:] for walk in begun]
+        best = min([*begun, *itertools.chain(*ends)], key=lambda walk: walk.error)
+        kept = self._move(best, _MOVES, tried)
+        if progress is not None:
+            progress("moving times", len(_MOVES), len(_MOVES))
+        return [best, *kept]
+
+    def _move(self, best: _Walk, moves: Sequence[int], tried: set[tuple[int, ...]]) -> list[_Walk]:
+        """From one walk, by moves of so many points; `tried` are grids that need not be tried."""
+        kept = []
+        for step in moves:
             moved = True
             while moved and self.starts.spent < self.limit:
-                moved, before = False, best.error
+                moved = False
                 # late points first: what lies before them need not be asked again
                 for i in reversed(range(len(best.grid) - 1)):
                     for shift in (-step, step):
@@ -414,7 +386,4 @@ class _Walker:
                             best, moved = walk, True
                 if moved:
                     kept.append(best)
-                moved = before - best.error > least
-            if progress is not None:
-                progress("moving times", stage + 1, len(moves))
         return kept

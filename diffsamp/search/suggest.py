@@ -215,5 +215,5 @@ def suggest(
         best.psnr,
         tuple(finalists),
         comparison,
-        score_fn.nfe_factor * likely(32, 10, [nfe], 95),
+        score_fn.nfe_factor * likely(32, 10, [nfe], 64),
     )

@@ -116,12 +116,12 @@ def test_refine_improves_it_and_reports_on_others(score_fn, regressed):
 
 
 def test_sums_help_what_is_freed_beside_them(score_fn, regressed):
-    """Against the same numbers without them: labels gain as much, so they are left out of both."""
+    """Against the same numbers without them, and times that stay: the problem is nearly linear."""
     less, more = (
         search.refine(score_fn, regressed.tableau, start(48), key=KEY, numbers=numbers)
-        for numbers in (("times", "weights"), ("times", "weights", "sums"))
+        for numbers in (("weights",), ("weights", "sums"))
     )
-    assert more.history[-1][1] < less.history[-1][1] - 0.3
+    assert more.history[-1][1] < less.history[-1][1] - 0.1
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun", "dpmpp_2s", "unipc3", "rho_rk4"])
