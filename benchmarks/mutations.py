@@ -199,7 +199,7 @@ MUTATIONS = [
         ("tests/search/test_distill.py",),
     ),
     Mutation(
-        "distill: relaxed starts leave their ball",
+        "distill: relaxed starts move twice as far",
         "diffsamp/search/_gradient.py",
         "jnp.minimum(1, largest / norm(away))",
         "jnp.minimum(2, largest / norm(away))",
@@ -325,10 +325,10 @@ MUTATIONS = [
         ("tests/solvers",),
     ),
     Mutation(
-        "DC cascade: scales in units of 12.12",
+        "DC cascade: steps out of one more",
         "diffsamp/search/fit.py",
-        "of_scale, of_nfe = np.vander([scale / 12]",
-        "of_scale, of_nfe = np.vander([scale / 12.12]",
+        "of_step = np.vander(i / nfe, 4)",
+        "of_step = np.vander(i / (nfe + 1), 4)",
         ("tests/search/test_fit.py",),
     ),
     Mutation(

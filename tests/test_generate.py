@@ -22,6 +22,7 @@ PROCESS = ds.processes.vp_linear()
 TARGET = ds.targets.gaussian_mixture([0.5, 0.5], [[-1.0, 0.5], [1.0, -0.5]], [0.05, 0.1])
 SCORE_FN = TARGET.score_fn(PROCESS, "noise")
 TABLEAU = ds.solvers.ddpm(PROCESS, ds.schedules.logsnr(PROCESS, 5))
+EULER = ds.solvers.ddim(PROCESS, ds.schedules.logsnr(PROCESS, 5))
 KEY = jax.random.key(3)
 
 
@@ -343,6 +344,7 @@ def test_errors(tmp_path):
     for options, message in (
         ({"key": jax.random.key(9)}, "holds another job: key differ"),
         ({"batch": 4}, "holds another job: batch differ"),
+        ({"tableau": EULER}, "holds another job: tableau differ"),
         ({"batch": 0}, "`batch` must be at least 1"),
         ({"format": "pt"}, "`format` must be one of 'npz', 'safetensors'"),
         ({"key": None}, "draws the starts: pass `key`"),

@@ -280,11 +280,14 @@ def test_a_band_keeps_the_start_outside_it(score_fn):
 
 
 def test_relaxed_starts_stay_in_their_ball(score_fn):
-    """Every step moves a start, and none beyond the radius."""
+    """Every step moves a start by a tenth of the radius, and none beyond it."""
     from diffsamp.search._gradient import _relax
 
     x_T = start(32)
     own, size = x_T, np.linalg.norm(np.asarray(x_T), axis=1)
+    first = _relax(0.05, x_T, own, jax.random.normal(jax.random.key(0), x_T.shape))
+    moved = np.linalg.norm(np.asarray(first - x_T), axis=1) / size
+    np.testing.assert_allclose(moved, 0.005, rtol=1e-3)
     for i in range(30):
         own = _relax(0.05, x_T, own, jax.random.normal(jax.random.key(i), x_T.shape))
         away = np.linalg.norm(np.asarray(own - x_T), axis=1) / size

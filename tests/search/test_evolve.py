@@ -113,11 +113,17 @@ def test_the_same_seed_gives_the_same_evolution_however_it_is_cut(score_fn, tmp_
     assert resumed.values == whole.values
     other = search.evolve(score_fn, x_T, key=jax.random.key(4), **options)
     assert other.genomes != whole.genomes
+
+
+def test_a_state_belongs_to_its_search(score_fn, tmp_path):
+    options = {"nfe": 3, "population": 4, "rounds": 1, "reference": start(12)}
+    x_T, file = start(12), tmp_path / "state.json"
+    search.evolve(score_fn, x_T, key=jax.random.key(3), state=file, **options)
     louder = dataclasses.replace(score_fn, sigma_data=0.6)
     with pytest.raises(ValueError, match="state of another search: network changed"):
         search.evolve(louder, x_T, key=jax.random.key(3), state=file, **options)
     with pytest.raises(ValueError, match="state of another search: starts changed"):
-        search.evolve(score_fn, start(24, 1), key=jax.random.key(3), state=file, **options)
+        search.evolve(score_fn, start(12, 1), key=jax.random.key(3), state=file, **options)
     with pytest.raises(ValueError, match="state of another search: key changed"):
         search.evolve(score_fn, x_T, key=jax.random.key(4), state=file, **options)
     file.write_text("{")
