@@ -311,7 +311,7 @@ def run_regress(search: Search) -> None:
         search.add(n, plan.tableau, f"{plan.start}, regress")
 
 
-_SUMS_PAY = 6  # evaluations: 0.2 to 1.2 dB at 4 to 6 on three networks, nothing from 8 on
+_SUMS_PAY = 6  # evaluations: 0.3 to 2.7 dB at 3 and 4, little at 5 and 6, nothing from 8 on
 
 
 def run_refine(search: Search) -> None:
