@@ -355,35 +355,35 @@ class _Walker:
         From each of several walks by the largest moves, from where the best of them led by all.
         """
         tried = {walk.grid for walk in begun}
-        ends = [self._move(walk, _MOVES[:1], tried)[-1:] for walk in begun]
+        ends = [self._move(walk, _MOVES[0], tried)[-1:] for walk in begun]
         best = min([*begun, *itertools.chain(*ends)], key=lambda walk: walk.error)
-        kept = self._move(best, _MOVES, tried)
-        if progress is not None:
-            progress("moving times", len(_MOVES), len(_MOVES))
-        return [best, *kept]
+        kept = [best]
+        for stage, step in enumerate(_MOVES):
+            kept += self._move(kept[-1], step, tried)
+            if progress is not None:
+                progress("moving times", stage + 1, len(_MOVES))
+        return kept
 
-    def _move(self, best: _Walk, moves: Sequence[int], tried: set[tuple[int, ...]]) -> list[_Walk]:
+    def _move(self, best: _Walk, step: int, tried: set[tuple[int, ...]]) -> list[_Walk]:
         """From one walk, by moves of so many points; `tried` are grids that need not be tried."""
-        kept = []
-        for step in moves:
-            moved = True
-            while moved and self.starts.spent < self.limit:
-                moved = False
-                # late points first: what lies before them need not be asked again
-                for i in reversed(range(len(best.grid) - 1)):
-                    for shift in (-step, step):
-                        trial = list(best.grid)
-                        trial[i] += shift
-                        if trial[0] < 0 or np.any(np.diff(trial) <= 0):
-                            continue
-                        if tuple(trial) in tried or self.cost(trial) > self.budget:
-                            continue
-                        if self.starts.spent >= self.limit:
-                            break
-                        tried.add(tuple(trial))
-                        walk = self(trial, best)
-                        if walk.error < best.error:
-                            best, moved = walk, True
-                if moved:
-                    kept.append(best)
+        kept, moved = [], True
+        while moved and self.starts.spent < self.limit:
+            moved = False
+            # late points first: what lies before them need not be asked again
+            for i in reversed(range(len(best.grid) - 1)):
+                for shift in (-step, step):
+                    trial = list(best.grid)
+                    trial[i] += shift
+                    if trial[0] < 0 or np.any(np.diff(trial) <= 0):
+                        continue
+                    if tuple(trial) in tried or self.cost(trial) > self.budget:
+                        continue
+                    if self.starts.spent >= self.limit:
+                        break
+                    tried.add(tuple(trial))
+                    walk = self(trial, best)
+                    if walk.error < best.error:
+                        best, moved = walk, True
+            if moved:
+                kept.append(best)
         return kept
