@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -294,15 +295,10 @@ def gs(problem: Problem, nfe: int, effort: Effort) -> Found:
 
 
 def regressed(problem: Problem, nfe: int, effort: Effort, share: int = 1) -> Found:
-    """`regress` as it is, towards where its own trajectory ends."""
+    """`regress` as it is, towards where its own trajectory ends; of a share of the starts."""
     own = problem.unsolved(effort.few // share)
     plan = search.regress(problem.score_fn, nfe=nfe, key=KEY, **own)
     return Found(plan.tableau, plan.settings["evaluations"])
-
-
-def regressed_of_few(problem: Problem, nfe: int, effort: Effort) -> Found:
-    """The same, with half as many starts."""
-    return regressed(problem, nfe, effort, share=2)
 
 
 CONSISTENT = ("times", "labels", "weights")  # with these alone a constant stays exact
@@ -320,26 +316,6 @@ def best(
     front = search.best(problem.score_fn, nfe=[nfe], key=KEY, numbers=numbers, **options)
     plan = front.plans[nfe]
     return Found(plan.tableau, plan.settings["evaluations"])
-
-
-def best_with_sums(problem: Problem, nfe: int, effort: Effort) -> Found:
-    """The same, which also frees the sums of the rows."""
-    return best(problem, nfe, effort, numbers=(*CONSISTENT, "sums"))
-
-
-def best_of_few(problem: Problem, nfe: int, effort: Effort) -> Found:
-    """`best` as it is, with half as many starts."""
-    return best(problem, nfe, effort, numbers=None, share=2)
-
-
-def regressed_of_fewer(problem: Problem, nfe: int, effort: Effort) -> Found:
-    """And with a quarter."""
-    return regressed(problem, nfe, effort, share=4)
-
-
-def best_of_fewer(problem: Problem, nfe: int, effort: Effort) -> Found:
-    """And with a quarter."""
-    return best(problem, nfe, effort, numbers=None, share=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,12 +403,18 @@ METHODS = {
         "PSNR for LPIPS; no discriminator",
     ),
     "regress": Method(regressed, "`regress`"),
-    "regress, half": Method(regressed_of_few, "the same, of half the starts"),
-    "regress, quarter": Method(regressed_of_fewer, "the same, of a quarter"),
+    "regress, half": Method(functools.partial(regressed, share=2), "the same, of half the starts"),
+    "regress, quarter": Method(functools.partial(regressed, share=4), "the same, of a quarter"),
     "best": Method(best, "`best` of consistent rows"),
-    "best, sums": Method(best_with_sums, '`best(numbers=(.., "sums"))`'),
-    "best, half": Method(best_of_few, "`best` as it is, of half the starts"),
-    "best, quarter": Method(best_of_fewer, "the same, of a quarter"),
+    "best, sums": Method(
+        functools.partial(best, numbers=(*CONSISTENT, "sums")), '`best(numbers=(.., "sums"))`'
+    ),
+    "best, half": Method(
+        functools.partial(best, numbers=None, share=2), "`best` as it is, of half the starts"
+    ),
+    "best, quarter": Method(
+        functools.partial(best, numbers=None, share=4), "the same, of a quarter"
+    ),
 }
 OURS = tuple(name for name in METHODS if name.startswith(("regress", "best")))
 OUR_LINES = {"regress, quarter": ":", "regress": "-", "best, half": "-.", "best": "--"}  # drawn
@@ -607,9 +589,10 @@ def report(arguments: argparse.Namespace) -> None:
         "thousands, fine solutions included (ours end where their own trajectory of 64 evaluations "
         "does), a gradient counted as two more; the long tables "
         "have evaluations forward and those that were differentiated apart. Seconds are wall "
-        "clock on two cores that had ten times their work, compilation included: an upper bound, "
-        "and no basis for ratios. One seed each; an empty cell was not run. Measured line by line "
-        "(`results/ladder.jsonl`) by `--network`, `--nfe` and `--methods` at the default sizes."
+        "clock on two cores that had up to ten times their work, compilation included: an upper "
+        "bound, and no basis for ratios. One seed each; an empty cell was not run. Measured line "
+        "by line (`results/ladder.jsonl`) by `--network`, `--nfe` and `--methods` at the default "
+        "sizes."
         "\n\n## Against the best of them\n\n"
     )
     text += verdict(rows) + "\n## Settings\n\n"

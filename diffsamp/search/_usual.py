@@ -18,8 +18,7 @@ __all__ = ["run_usual"]
 
 _USUAL = ("ddim", "dpmpp_2m", "unipc2", "ipndm3")
 _USUAL_GRIDS = ("logsnr", "uniform", "karras", "quadratic", "trailing")
-
-_SEVERAL = 4
+_SEVERAL = 4  # of the best, for stages that begin from several
 
 
 def run_usual(search: Search) -> None:
@@ -28,10 +27,8 @@ def run_usual(search: Search) -> None:
     fitting = schedules.names(process)
     grids = [name for name in _USUAL_GRIDS if name in fitting] or fitting
 
-    # evolution and gradient descent begin from several
     more = {"dynamic", "evolve", "distill"} & set(search.settings["stages"])
-    kept_of_each = _SEVERAL if more else 1
-
+    keep = _SEVERAL if more else 1
     low = max(0, 2 * search.starts.fit - search.starts.size)  # as many as are held out
 
     def measuring() -> dict[str, PyTree]:
@@ -52,7 +49,7 @@ def run_usual(search: Search) -> None:
             few = [_measured(search, one[-1], low) for one in made]
             finite = [i for i, value in enumerate(few) if math.isfinite(value["psnr"])]
             finite.sort(key=lambda i: few[i][objective])
-            chosen = [made[i] for i in finite[:kept_of_each]]
+            chosen = [made[i] for i in finite[:keep]]
             values = [_measured(search, one[-1], 0) for one in chosen]
             rows = [
                 [solver, grid, value, tableau.to_dict()]

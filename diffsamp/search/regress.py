@@ -3,10 +3,11 @@
 The network's own trajectory is recorded once on a fine grid. On a coarse grid of it, the weights of
 each row are then the solution of a linear least squares problem: to reach the recorded state at the
 next point from what *this* sampler has reached and been told so far, so that a later row corrects
-what an earlier one missed. The times, the first one too, are all that is left to search: from every
-fixed grid, and every path of least cost, one point is moved at a time and the weights are solved
-anew (variable projection, Golub & Pereyra 1973, doi:10.1137/0710036). The free numbers are those of
-bespoke non-stationary solvers (Shaul et al. 2024, arXiv:2403.01329); nothing is differentiated.
+what an earlier one missed. The times, the first one too, are all that is left to search: of all
+fixed grids and paths of least cost the best few go on, one point is moved at a time and the weights
+are solved anew (variable projection, Golub & Pereyra 1973, doi:10.1137/0710036). The free numbers
+are those of bespoke non-stationary solvers (Shaul et al. 2024, arXiv:2403.01329); nothing is
+differentiated.
 """
 
 from __future__ import annotations
@@ -199,9 +200,9 @@ class Regression:
                 "fine solver."
             )
         walked.sort(key=lambda pair: pair[0].error)
-        first, name = walked[0]
+        name = walked[0][1]
         begun = [walk for walk, _ in walked[: max(1, _BEGUN // nfe)]]
-        found = [first, *search.descend(begun, progress)]
+        found = search.descend(begun, progress)
         tableaux = [
             _table(record, walk).tableau(
                 process,
@@ -352,12 +353,13 @@ class _Walker:
     def descend(self, begun: Sequence[_Walk], progress: Progress | None) -> list[_Walk]:
         """Move one point at a time while that helps; what was kept, a walk per round.
 
-        From each of several walks by the largest moves, from where the best of them led by all.
+        From each of several walks, the best first, by the largest moves, then from where the best
+        of them led by all.
         """
         tried = {walk.grid for walk in begun}
-        ends = [self._move(walk, _MOVES[0], tried)[-1:] for walk in begun]
-        best = min([*begun, *itertools.chain(*ends)], key=lambda walk: walk.error)
-        kept = [best]
+        ends = itertools.chain(*(self._move(walk, _MOVES[0], tried)[-1:] for walk in begun))
+        best = min(ends, key=lambda walk: walk.error, default=begun[0])
+        kept = [begun[0]] if best.error >= begun[0].error else [begun[0], best]
         for stage, step in enumerate(_MOVES):
             kept += self._move(kept[-1], step, tried)
             if progress is not None:

@@ -16,6 +16,7 @@ from diffsamp.score import ScoreFn, expect_score_fn
 from diffsamp.search._cost import expect_limit
 from diffsamp.search._halving import price, rounds_of
 from diffsamp.search.compare import Comparison, Entry, compare
+from diffsamp.search.fine import fine_tableau
 from diffsamp.search.objective import reference_tableau
 from diffsamp.search.plan import Plan
 from diffsamp.search.regress import likely
@@ -215,5 +216,5 @@ def suggest(
         best.psnr,
         tuple(finalists),
         comparison,
-        score_fn.nfe_factor * likely(32, 10, [nfe], 64),
+        score_fn.nfe_factor * likely(32, 10, [nfe], fine_tableau(score_fn, None, nfe).rows),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ from common import PROCESS, mixture, start
 import diffsamp as ds
 from diffsamp import search, solvers
 from diffsamp.search.explicit import Explicit, from_largest_level
+from diffsamp.search.fine import fine_tableau
 from diffsamp.search.refine import _used
+from diffsamp.search.starts import Starts
 
+regressing = importlib.import_module("diffsamp.search.regress")  # the name is the function's
 KEY = jax.random.key(3)
 
 
@@ -65,6 +69,42 @@ def test_as_many_evaluations_as_points_give_the_reference(score_fn):
     own = ds.sample(network, plan.tableau, x_T)
     fine = ds.sample(network, solvers.unipc(PROCESS, times, order=3), x_T)
     assert float(ds.metrics.psnr(own, fine)) > 60
+
+
+def mixed(name):
+    """A network of two narrow Gaussians in the plane, and starts."""
+    process, prediction = PROCESSES[name]
+    x_T = process.prior_sample(jax.random.key(0), (64, 2))
+    target = ds.targets.gaussian_mixture([0.5, 0.5], [[-1.0, 0.5], [1.0, -0.5]], [0.05, 0.1])
+    return target.score_fn(process, prediction), process, x_T
+
+
+@pytest.mark.parametrize("name", list(PROCESSES))
+def test_the_trajectory_ends_at_the_solution(name):
+    """What `best` takes for its reference; a grid of two kinds of steps loses 24 dB on "vp"."""
+    network, process, x_T = mixed(name)
+    tableau = fine_tableau(network, None, 4)
+    assert tableau.nfe == 64
+    assert np.all(np.diff(tableau.times) < 0)
+    ends = [ds.sample(network, t, x_T) for t in (tableau, search.reference_tableau(process, 400))]
+    assert float(ds.metrics.psnr(*ends)) > 83
+
+
+def test_several_grids_lead_near_the_best_of_all(monkeypatch):
+    """Against every grid of 3 of 16 points; from the best start alone it ends in another valley."""
+    network, _, x_T = mixed("edm")
+    options = {"nfe": 3, "points": 16, "key": KEY}
+    plan = search.regress(network, x_T[:16], **options)
+    starts = Starts.split(network, x_T[:16], None, KEY, None, 64, None)
+    limits = {"evaluations": None, "progress": None}
+    record = regressing.Regression.on(starts, [3], points=16, **limits).record
+    walker = regressing._Walker(starts, record, 1e-6, np.inf)
+    least = min(walker((*grid, 16)).error for grid in itertools.combinations(range(16), 3))
+    found = min(row[1] for row in plan.history)
+    assert least - 1e-3 < found < least + 0.6
+    monkeypatch.setattr(regressing, "_BEGUN", 3)
+    alone = search.regress(network, x_T[:16], **options)
+    assert min(row[1] for row in alone.history) > found + 0.3
 
 
 def counting(network, calls):
@@ -215,7 +255,7 @@ def test_the_first_time_is_free_and_starts_are_scaled(score_fn, regressed, tmp_p
 
 def test_grids_that_give_nan_are_left_out_and_counted(score_fn, monkeypatch):
     """A network that knows nothing at one level, on states other than the fine trajectory's."""
-    walker = importlib.import_module("diffsamp.search.regress")._Walker
+    walker = regressing._Walker
     real = walker.ask
 
     def ask(self, x, i):
