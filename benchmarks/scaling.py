@@ -189,7 +189,7 @@ def main() -> None:
         return
 
     here = len(jax.devices()) if options.full else len(os.sched_getaffinity(0))
-    counts = [2**i for i in range(10) if 2**i <= (options.most or here)]
+    counts = [2**i for i in range(10) if 2**i <= min(options.most or here, here)]
     names = {
         "sample": "`ds.sample`, one process and a mesh",
         "processes": "`ds.sample`, a process for each device, one mesh",

@@ -255,7 +255,8 @@ def test_structures_without_a_batch_axis_and_under_jit():
     [
         pytest.param("vp_linear", gaussian_3d, marks=pytest.mark.long),
         ("vp_linear", skewed_mixture),
-        pytest.param("edm", skewed_mixture, marks=pytest.mark.long),
+        # compiled without most passes, as here, a written-out softmax had a NaN derivative in it
+        ("edm", skewed_mixture),
         ("flow", gaussian_3d),
     ],
 )

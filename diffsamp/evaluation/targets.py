@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import ndtr
+from scipy import special
 
 from diffsamp._core import random
 from diffsamp._core.checks import expect_int
@@ -70,8 +71,7 @@ class GaussianMixture(Target):
         xp, alpha, sigma, means, bases, variances, y, spread, log_joint = self._parts(
             x, alpha, sigma
         )
-        share = xp.exp(log_joint - xp.max(log_joint, axis=1, keepdims=True))
-        share = share / xp.sum(share, axis=1, keepdims=True)
+        share = _in(xp).softmax(log_joint, axis=1)
         scaled = y / spread
 
         def back(coordinates: Array) -> Array:
@@ -83,8 +83,7 @@ class GaussianMixture(Target):
 
     def log_prob(self, x: PyTree, alpha: Array = 1.0, sigma: Array = 0.0) -> Array:
         xp, *_, log_joint = self._parts(x, alpha, sigma)
-        top = xp.max(log_joint, axis=1)
-        return top + xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1))
+        return _in(xp).logsumexp(log_joint, axis=1)
 
     def sample(self, key: Key, n: int) -> jax.Array:
         expect_int(n, "n", at_least=1)
@@ -150,7 +149,7 @@ class GaussianMixture(Target):
 
         def tails(y: np.ndarray, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
             z = (y[:, None] - alpha * means[:, 0]) / np.sqrt(alpha**2 * variances[:, 0] + sigma**2)
-            return ndtr(z) @ weights, ndtr(-z) @ weights
+            return special.ndtr(z) @ weights, special.ndtr(-z) @ weights
 
         below, above = tails(x[:, 0], a_s, s_s)
         spread = np.sqrt(a_t**2 * variances[:, 0] + s_t**2)
@@ -192,17 +191,15 @@ class Empirical(Target):
 
     def posterior(self, x: PyTree, alpha: Array, sigma: Array) -> tuple[Array, Array]:
         xp, x, alpha, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
-        share = xp.exp(log_joint - xp.max(log_joint, axis=1, keepdims=True))
-        share = share / xp.sum(share, axis=1, keepdims=True)
+        share = _in(xp).softmax(log_joint, axis=1)
         data = xp.sum(share[:, :, None] * points[None], axis=1)
         return data, (x - alpha[:, None] * data) / sigma[:, None]
 
     def log_prob(self, x: PyTree, alpha: Array = 1.0, sigma: Array = 0.0) -> Array:
         """As `Target.log_prob`; there is no density at sigma = 0, where it is -inf or NaN."""
         xp, x, _, sigma, points, log_joint = self._log_joint(x, alpha, sigma)
-        top = xp.max(log_joint, axis=1)
-        total = xp.log(xp.sum(xp.exp(log_joint - top[:, None]), axis=1))
-        return top + total - 0.5 * points.shape[1] * xp.log(2 * np.pi * sigma**2)
+        total = _in(xp).logsumexp(log_joint, axis=1)
+        return total - 0.5 * points.shape[1] * xp.log(2 * np.pi * sigma**2)
 
     def sample(self, key: Key, n: int) -> jax.Array:
         expect_int(n, "n", at_least=1)
@@ -210,6 +207,12 @@ class Empirical(Target):
         draw = functools.partial(jax.random.categorical, logits=logits)
         index = jax.vmap(draw)(random.sample_keys(key, n))
         return jnp.asarray(self.points, jnp.float32)[index]
+
+
+def _in(xp: ModuleType) -> ModuleType:
+    """Where softmax and logsumexp of a namespace are: a maximum written out has NaN derivatives
+    where the compiler computes it twice and rounds differently."""
+    return jax.nn if xp is jnp else special
 
 
 def gaussian_mixture(weights: Array, means: Array, covs: Array) -> GaussianMixture:
