@@ -174,10 +174,14 @@ def best(
             search.record()
         else:
             starts.expect_reference(reference, progress)
+        counted()  # before the array is kept: a folder that has it knows what it took
         return starts.reference
 
+    def counted() -> float:
+        return folder.stage("begun", lambda: {"evaluations": starts.spent})["evaluations"]
+
     starts.reference = folder.array("reference", make)
-    starts.spent = folder.stage("begun", lambda: {"evaluations": starts.spent})["evaluations"]
+    starts.spent = counted()
     if "compare" not in stages:
         run_usual(search)  # what the plans are held against
     for stage, run in RUN.items():

@@ -15,6 +15,7 @@ import pytest
 
 import diffsamp as ds
 from diffsamp import search
+from diffsamp._core.files import write_atomically
 from diffsamp.search.fine import fine_tableau
 
 PROCESS = ds.processes.edm(0.02, 20.0)
@@ -219,6 +220,28 @@ def test_killed_in_every_stage_and_resumed(front, tmp_path):
     same(front, search.Front(plans, told["discarded"], front.by))
     again = run("never")
     assert json.loads(again.stdout)["seen"] == []
+
+
+@pytest.mark.parametrize("lost", ["begun.json", "reference.npy", "regress-2.json"])
+def test_stopped_at_any_file_it_counts_the_same(score_fn, tmp_path, monkeypatch, lost):
+    def found(folder):
+        options = {"nfe": (2,), "stages": ("regress",), "solver": ("ddim",), "state": folder}
+        return search.best(score_fn, start(16), key=jax.random.key(0), **options).plans[2]
+
+    def stopped(path, data):
+        if path.name == lost:
+            raise KeyboardInterrupt
+        write_atomically(path, data)
+
+    whole = found(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("diffsamp.search._folder.write_atomically", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            found(tmp_path / "part")
+    assert not (tmp_path / "part" / lost).exists()
+    resumed = found(tmp_path / "part")
+    assert resumed.settings["evaluations"] == whole.settings["evaluations"]
+    assert resumed.tableau.to_dict() == whole.tableau.to_dict()
 
 
 def test_the_state_belongs_to_one_search(score_fn, tmp_path):
