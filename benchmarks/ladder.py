@@ -589,9 +589,9 @@ def report(arguments: argparse.Namespace) -> None:
         "thousands, fine solutions included (ours end where their own trajectory of 64 evaluations "
         "does), a gradient counted as two more; the long tables "
         "have evaluations forward and those that were differentiated apart. Seconds are wall "
-        "clock on two cores that had up to ten times their work, compilation included: an upper "
-        "bound, and no basis for ratios. One seed each; an empty cell was not run. Measured line "
-        "by line (`results/ladder.jsonl`) by `--network`, `--nfe` and `--methods` at the default "
+        "clock on one or two cores that had up to ten times their work, compilation included: an "
+        "upper bound, and no basis for ratios. One seed each; an empty cell was not run. Measured "
+        "line by line (`results/ladder.jsonl`) by `--network`, `--nfe`, `--methods` at the default "
         "sizes."
         "\n\n## Against the best of them\n\n"
     )

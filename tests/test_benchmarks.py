@@ -158,7 +158,7 @@ def test_compilation(tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(
     shutil.which("taskset") is None or len(os.sched_getaffinity(0)) < 2,
-    reason="binds processes to cores on Linux",
+    reason="binds processes to two cores, on Linux",
 )
 def test_scaling(tmp_path):
     out = tmp_path / "scaling.md"
