@@ -12,7 +12,7 @@ from jax import lax
 from jax.interpreters import mlir
 
 import diffsamp as ds
-from diffsamp._core import convolution
+from diffsamp._core import convolution, every_core
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the rule is for CPU")
 
@@ -130,6 +130,89 @@ def test_values_and_gradients_are_those_of_jax(dims):
         for layout in layouts(dims) if not options else layouts(dims)[i % 3 :][:1]:
             convolve, x, w = case(dims, layout, **options)
             agree(both(with_gradients(convolve), x, w))
+
+
+FORMS = ("_product", "_row_made", "_row_of_zeros", "_rows_as_inputs")
+
+
+@pytest.mark.parametrize(
+    ("options", "forms"),
+    [
+        ({}, {"_row_made", "_row_of_zeros"}),
+        ({"groups": 2}, {"_row_made", "_row_of_zeros"}),
+        ({"stride": (1, 2)}, {"_row_made", "_row_of_zeros"}),
+        ({"stride": 2}, {"_rows_as_inputs"}),
+        ({"stride": (2, 1), "rhs": (1, 2), "kernel": (3, 2)}, {"_rows_as_inputs"}),
+        ({"kernel": 1, "padding": 0}, {"_product"}),
+        ({"kernel": (6, 5), "padding": 0}, {"_product"}),
+        ({"rhs": 2, "padding": 2}, {"_row_made"}),
+    ],
+)
+def test_forms_for_several_cores(monkeypatch, options, forms):
+    """Those for large convolutions and several cores, on small ones and any number of cores."""
+    used = set()
+    for name in FORMS:
+        form = getattr(every_core, name)
+
+        def noted(*args, name=name, form=form):
+            used.add(name)
+            return form(*args)
+
+        monkeypatch.setattr(every_core, name, noted)
+    for name in ("SMALL", "SHORT"):
+        monkeypatch.setattr(every_core, name, 0)
+    monkeypatch.setattr(every_core, "_cores", lambda: 64)
+    for layout in layouts(2)[:2]:
+        convolve, x, w = pair(layout, **options)
+        agree(both(with_gradients(convolve), x, w))
+    assert forms <= used
+    monkeypatch.setattr(every_core, "_cores", lambda: 1)
+    used.clear()
+    jax.clear_caches()
+    agree(both(convolve, x, w))
+    assert used <= {"_product"}
+
+
+def pair(layout, groups=1, stride=1, rhs=1, kernel=3, padding=1):
+    """A convolution of 24 channels, and two arguments; numbers of both axes may differ."""
+
+    def two(value):
+        return (value, value) if isinstance(value, int) else value
+
+    rng = np.random.default_rng(0)
+    plain = layouts(2)[0]
+    x = jnp.asarray(rng.normal(size=(8, 24, 6, 5)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(24, 24 // groups, *two(kernel))), jnp.float32)
+    x, w = arrange(x, plain[0], layout[0]), arrange(w, plain[1], layout[1])
+    edges = [(p, p) for p in two(padding)]
+    named = {"dimension_numbers": layout, "feature_group_count": groups}
+    return (
+        lambda x, w: lax.conv_general_dilated(
+            x, w, two(stride), edges, rhs_dilation=two(rhs), **named
+        ),
+        x,
+        w,
+    )
+
+
+def test_gradient_of_depthwise_kernels(monkeypatch):
+    """With strides, dilations and two outputs an input; the sums over pixels are used."""
+    used = []
+    form = convolution._sums_over_pixels
+    monkeypatch.setattr(convolution, "_sums_over_pixels", lambda *a: used.append(1) or form(*a))
+    for more in ({}, {"window_strides": (2, 1), "rhs_dilation": (1, 2)}, {"lhs_dilation": (2, 2)}):
+        for layout in layouts(2):
+            x = arrange(case(2, layouts(2)[0])[1], "NCHW", layout[0])
+            w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 1, 3, 2)), jnp.float32)
+            named = {"window_strides": (1, 1), "padding": ((1, 2), (1, 1))} | more
+            named["dimension_numbers"] = layout
+
+            def convolve(x, w, named=named):
+                return lax.conv_general_dilated(x, w, feature_group_count=8, **named)
+
+            used.clear()
+            agree(both(with_gradients(convolve), x, arrange(w, "OIHW", layout[1])))
+            assert used
 
 
 def test_other_types_and_arguments():

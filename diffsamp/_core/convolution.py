@@ -12,12 +12,14 @@ into the fast form itself, with explicit transposes. JAX's own rule still does w
 already, and whatever has no fast form. It acts when a program is compiled, below differentiation
 and vectorisation, and on nothing but the CPU; only speed changes.
 
-Three more forms, each chosen by measurement:
+What is in form goes on to `every_core`, which sees to it that more than one core is at work. Three
+more forms, each chosen by measurement:
 
 - Few inputs per group (depthwise convolutions): XLA's grouped convolution takes 5 to 50 times as
   long as the sum of products written out, tap by tap.
 - Groups over the batch (the kernel's gradient of a grouped convolution) are made groups over the
-  channels; XLA computes all pairs of groups, and keeps the diagonal.
+  channels; XLA computes all pairs of groups, and keeps the diagonal. With one input a group (a
+  depthwise convolution's) they are sums over all pixels, one for every element of the kernel.
 - Zeros are written out before a dilated convolution in three dimensions (a transposed one), and
   where the kernel is larger than its input: XLA would exchange the two, and leave the fast form.
 """
@@ -36,6 +38,7 @@ import numpy as np
 from jax import lax
 from jax.interpreters import mlir
 
+from diffsamp._core import every_core
 from diffsamp._core.types import Array, PyTree
 
 __all__ = ["fast_convolutions"]
@@ -127,15 +130,20 @@ def _form(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Rule
             return functools.partial(_sum_of_products, out, params)
         return _unless(spec, _first(dims), params)
     batch_groups = params["batch_group_count"]
-    # XLA knows the gradient of a depthwise convolution, and writes it as products and sums
-    if batch_groups > 1 and not batch_groups == batch == outputs:
+    if batch_groups > 1:
+        made = [out.shape[axis] for axis in spec.out_spec[2:]]
+        if batch_groups == batch and outputs <= FEW * batch and known and math.prod(made) <= TERMS:
+            return functools.partial(_sums_over_pixels, out, params)
         return functools.partial(_channel_groups, params)
     if known and groups == 1:
         space = [lhs.shape[axis] for axis in spec.lhs_spec[2:]]
         dilated = any(dilation > 1 for dilation in params["lhs_dilation"])
         if math.prod(kernel) > math.prod(space) or (dims == 3 and dilated):
             return functools.partial(_filled, params)
-    return _unless(spec, _last(dims), params)
+    if spec == _last(dims):  # whether it was so, or has come back from another form
+        plain = known and out.dtype in (np.float32, np.float64) and out.dtype == lhs.dtype
+        return every_core.form_of(lhs, rhs, out, params) if plain else None
+    return functools.partial(_in_layout, _last(dims), params)
 
 
 def _last(dims: int) -> lax.ConvDimensionNumbers:
@@ -158,18 +166,13 @@ def _in_layout(layout: Array, params: dict[str, PyTree], lhs: Array, rhs: Array)
     spec = params["dimension_numbers"]
     lhs = lax.transpose(lhs, _order(spec.lhs_spec, layout.lhs_spec))
     rhs = lax.transpose(rhs, _order(spec.rhs_spec, layout.rhs_spec))
-    out = _convolve(lhs, rhs, params | {"dimension_numbers": layout})
+    out = every_core.convolve(lhs, rhs, params | {"dimension_numbers": layout})
     return lax.transpose(out, _order(layout.out_spec, spec.out_spec))
 
 
 def _order(source: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
     """The transposition that puts the axes named by `source` to where `target` has them."""
     return tuple(source[i] for i in np.argsort(target))
-
-
-def _convolve(lhs: Array, rhs: Array, params: dict[str, PyTree]) -> Array:
-    # `bind`, not the function: the numbers are checked, and every one of them is passed on
-    return lax.conv_general_dilated_p.bind(lhs, rhs, **params)
 
 
 def _channel_groups(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
@@ -183,6 +186,35 @@ def _channel_groups(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     spec = spec._replace(lhs_spec=layout.lhs_spec)
     changed = {"dimension_numbers": spec, "batch_group_count": 1, "feature_group_count": groups}
     return _in_layout(layout, params | changed, lhs, rhs)
+
+
+def _sums_over_pixels(result: Array, params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
+    """One batch entry in every group: the kernel's gradient of a depthwise convolution."""
+    spec = params["dimension_numbers"]
+    wide = np.float64 if result.dtype == np.float64 else np.float32  # as XLA adds up itself
+    # inputs, space, groups: so they were before the gradient named them anew
+    lhs = lax.transpose(lhs, (*spec.lhs_spec[1:], spec.lhs_spec[0])).astype(wide)
+    rhs = lax.transpose(rhs, (*spec.rhs_spec[1:], spec.rhs_spec[0])).astype(wide)
+    edges = zip(params["padding"], params["lhs_dilation"], strict=True)
+    widths = [(0, 0, 0), *((*pad, dilation - 1) for pad, dilation in edges), (0, 0, 0)]
+    lhs = lax.pad(lhs, jnp.zeros((), wide), widths)[..., None]
+    inputs, *kernel, outputs = rhs.shape
+    groups = lhs.shape[-2]
+    rhs = rhs.reshape(inputs, *kernel, groups, outputs // groups)
+    made = [result.shape[axis] for axis in spec.out_spec[2:]]
+    steps = list(zip(kernel, params["window_strides"], params["rhs_dilation"], strict=True))
+    summed = tuple(range(len(made) + 1))
+
+    def one(place: Sequence[int]) -> Array:
+        window = tuple(
+            slice(k * stride, k * stride + (size - 1) * dilation + 1, dilation)
+            for k, (size, stride, dilation) in zip(place, steps, strict=True)
+        )
+        return jnp.sum(lhs[(slice(None), *window)] * rhs, summed).reshape(outputs)
+
+    out = jnp.stack([one(place) for place in itertools.product(*map(range, made))])
+    out = out.reshape(1, *made, outputs).astype(result.dtype)
+    return lax.transpose(out, _order(_last(len(made)).out_spec, spec.out_spec))
 
 
 def _filled(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
