@@ -23,16 +23,17 @@ def data(n=64):
 
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("steps", [10, 50])
-@pytest.mark.parametrize("schedule", ["uniform", "logsnr", "karras"])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_round_trip_is_exact_to_rounding_in_float32(name, schedule, steps):
+def test_round_trip_is_exact_to_rounding_in_float32(name, steps):
     process = PROCESSES[name]
     score_fn, x_0 = skewed_mixture().score_fn(process), data()
-    times = schedules.get(schedule)(process, steps, final="t_min")
-    tableaux = [solvers.bdia(process, times, gamma=gamma) for gamma in (1.0, 0.98)]
-    # backwards on trig's grids in log-SNR it multiplies rounding by 1e8, and says so
-    if name != "trig" and (name not in BELM_FAILS or schedule != "uniform"):
-        tableaux.append(solvers.belm(process, times))
+    tableaux = []
+    for schedule in ("uniform", "logsnr", "karras"):
+        times = schedules.get(schedule)(process, steps, final="t_min")
+        tableaux += [solvers.bdia(process, times, gamma=gamma) for gamma in (1.0, 0.98)]
+        # backwards on trig's grids in log-SNR it multiplies rounding by 1e8, and says so
+        if name != "trig" and (name not in BELM_FAILS or schedule != "uniform"):
+            tableaux.append(solvers.belm(process, times))
     for tableau in tableaux:
         noise = ds.inversion.encode(score_fn, tableau, x_0)
         back = ds.resume(score_fn, tableau, noise.state)
