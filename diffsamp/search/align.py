@@ -13,7 +13,9 @@ Reference: Sabour, Fidler & Kreis 2024, arXiv:2404.14507.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from diffsamp._core.checks import expect_choice, expect_int
 from diffsamp._core.sharding import expect_sharding, on_mesh, put
 from diffsamp._core.types import Conditions, Key, PyTree, Sharding, Times
 from diffsamp.score import ScoreFn
-from diffsamp.search._cost import affordable, announce, expect_limit
+from diffsamp.search._cost import Estimate, affordable, announce, expect_limit
 from diffsamp.search.dynamic import Costs
 from diffsamp.search.running import Progress, expect_batch, slice_batch
 
@@ -70,60 +72,103 @@ def align_costs(
     levels = np.asarray(levels, np.float64)
     if levels.ndim != 1 or len(levels) < 2 or not np.all(np.diff(levels) < 0) or levels[-1] <= 0:
         raise ValueError("`levels` must be at least two positive noise levels that fall.")
-    size = expect_batch(data, cond)
-    batch = min(expect_int(batch, "batch", at_least=1), size)
-    expect_sharding(sharding, batch if batch < size else None)
-    score_fn = on_mesh(score_fn, sharding)
-    cells = len(levels) - 1
-    each = (2 * cells + 1) * score_fn.nfe_factor
-    size = affordable("align", size, each + 2 * score_fn.nfe_factor, expect_limit(evaluations))
-    batch = min(batch, size)
-    estimate, spent = announce(
-        "align",
-        score_fn,
-        slice_batch(data, 0, size),
-        slice_batch(cond, 0, size),
-        evaluations=size * each,
-        batch=batch,
-        states=4 * cells * batch / size,
-        sharding=sharding,
+    aligned = _Aligned.of(
+        score_fn, data, cond, [len(levels) - 1], batch, evaluations, sharding, progress
     )
-    spent += size * each
-    # quantiles of rho^-3 in each cell, one of `size` strata per sample in an order of its own
-    key_strata, key_noise = jax.random.split(key)
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key_strata)).ravel().tolist())
-    order = np.stack([rng.permutation(size) for _ in range(cells)], axis=1)
-    quantile = (order + rng.uniform(size=order.shape)) / size
-    high, low = levels[:-1] ** -2.0, levels[1:] ** -2.0
-    inside = (low + quantile * (high - low)) ** -0.5  # (size, cells), one per cell
-    weight = (low - high) / 2  # int rho^-3 over the cell
-    process = score_fn.process
-    total = np.zeros((cells, cells))
-    for start in range(0, size, batch):
-        stop = min(start + batch, size)
-        rho = np.concatenate([np.repeat(levels[None], stop - start, 0), inside[start:stop]], axis=1)
-        time = np.asarray(process.time(-np.log(rho)), np.float64)
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key_noise))(jnp.arange(start, stop))
-        part = _cell_costs(
+    return aligned.costs(levels, key)
+
+
+@dataclasses.dataclass
+class _Aligned:
+    """What all grids share that are measured one after the other."""
+
+    score_fn: ScoreFn
+    data: PyTree
+    cond: Conditions | None
+    batch: int
+    sharding: Sharding
+    progress: Progress | None
+    estimate: Estimate
+    spent: float
+
+    @classmethod
+    def of(
+        cls,
+        score_fn: ScoreFn,
+        data: PyTree,
+        cond: Conditions | None,
+        cells: Sequence[int],
+        batch: int,
+        evaluations: int | None,
+        sharding: Sharding,
+        progress: Progress | None,
+    ) -> _Aligned:
+        """Say what grids of so many cells at most will cost, and take what data can be paid."""
+        size = expect_batch(data, cond)
+        batch = min(expect_int(batch, "batch", at_least=1), size)
+        expect_sharding(sharding, batch if batch < size else None)
+        score_fn = on_mesh(score_fn, sharding)
+        each = sum(2 * n + 1 for n in cells) * score_fn.nfe_factor
+        size = affordable("align", size, each + 2 * score_fn.nfe_factor, expect_limit(evaluations))
+        batch = min(batch, size)
+        data, cond = slice_batch(data, 0, size), slice_batch(cond, 0, size)
+        estimate, spent = announce(
+            "align",
             score_fn,
-            put(slice_batch(data, start, stop), sharding),
-            keys,
-            jnp.asarray(rho, jnp.float32),
-            jnp.asarray(time, jnp.float32),
-            put(slice_batch(cond, start, stop), sharding),
+            data,
+            cond,
+            evaluations=size * each,
+            batch=batch,
+            states=4 * max(cells) * batch / size,
+            sharding=sharding,
         )
-        total += np.asarray(part, np.float64)
-        if progress is not None:
-            progress("aligning", stop, size)
-    if not np.all(np.isfinite(total)):
-        raise ValueError("the network's predictions are not all finite; look at it first.")
-    # [i, m]: cell m while the prediction is frozen at level i <= m
-    integrand = np.triu(total / size * weight)
-    cost = np.zeros((cells + 1, cells + 1))
-    cost[:-1, 1:] = np.cumsum(integrand, axis=1)
-    times = np.asarray(process.time(-np.log(levels)), np.float64)
-    times[0] = min(times[0], process.t_max)
-    return Costs(times, np.triu(cost, 1), evaluations=spent, estimate=estimate)
+        return cls(score_fn, data, cond, batch, sharding, progress, estimate, spent)
+
+    def costs(self, levels: np.ndarray, key: Key) -> Costs:
+        """Of one grid; adds to what is spent."""
+        score_fn, data, cond, batch = self.score_fn, self.data, self.cond, self.batch
+        size, cells = expect_batch(data, cond), len(levels) - 1
+        self.spent += size * (2 * cells + 1) * score_fn.nfe_factor
+        # quantiles of rho^-3 in each cell, one of `size` strata per sample in an order of its own
+        key_strata, key_noise = jax.random.split(key)
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key_strata)).ravel().tolist())
+        order = np.stack([rng.permutation(size) for _ in range(cells)], axis=1)
+        quantile = (order + rng.uniform(size=order.shape)) / size
+        high, low = levels[:-1] ** -2.0, levels[1:] ** -2.0
+        inside = (low + quantile * (high - low)) ** -0.5  # (size, cells), one per cell
+        weight = (low - high) / 2  # int rho^-3 over the cell
+        process = score_fn.process
+        total = np.zeros((cells, cells))
+        for start in range(0, size, batch):
+            stop = min(start + batch, size)
+            rho = np.concatenate(
+                [np.repeat(levels[None], stop - start, 0), inside[start:stop]], axis=1
+            )
+            time = np.asarray(process.time(-np.log(rho)), np.float64)
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key_noise))(
+                jnp.arange(start, stop)
+            )
+            part = _cell_costs(
+                score_fn,
+                put(slice_batch(data, start, stop), self.sharding),
+                keys,
+                jnp.asarray(rho, jnp.float32),
+                jnp.asarray(time, jnp.float32),
+                put(slice_batch(cond, start, stop), self.sharding),
+            )
+            total += np.asarray(part, np.float64)
+            if self.progress is not None:
+                self.progress("aligning", stop, size)
+        if not np.all(np.isfinite(total)):
+            raise ValueError("the network's predictions are not all finite; look at it first.")
+        # [i, m]: cell m while the prediction is frozen at level i <= m
+        integrand = np.triu(total / size * weight)
+        cost = np.zeros((cells + 1, cells + 1))
+        cost[:-1, 1:] = np.cumsum(integrand, axis=1)
+        times = np.asarray(process.time(-np.log(levels)), np.float64)
+        times[0] = min(times[0], process.t_max)
+        cost = np.triu(cost, 1)
+        return Costs(times, cost, evaluations=self.spent, estimate=self.estimate)
 
 
 @jax.jit
@@ -188,7 +233,8 @@ def align_steps(
       final: "clean": n levels are aligned and the clean end follows, as the published tables;
         "t_min": n + 1 levels.
       batch: samples at a time.
-      evaluations: spend at most so many network evaluations, on fewer of the data; None: all.
+      evaluations: spend at most so many network evaluations, on fewer of the data; None: all. What
+        all rounds cost at most is logged before the first.
       sharding: over the batch axis, as for `run`.
       progress: called with (what, done, total).
 
@@ -203,22 +249,14 @@ def align_steps(
     coarse = schedules.logsnr(process, points, final="t_min")
     levels = np.exp(-np.asarray(process.log_snr(coarse), np.float64))
     found = np.zeros(0)
-    share = None if evaluations is None else int(expect_limit(evaluations)) // rounds
+    each = max(2, points // max(steps - 1, 1))
+    finer = steps + 2 * (steps - 1) * (each // 2)  # cells at most
+    cells = [points, *[finer] * (rounds - 1)]
+    aligned = _Aligned.of(score_fn, data, cond, cells, batch, evaluations, sharding, progress)
     for i in range(rounds):
-        costs = align_costs(
-            score_fn,
-            data,
-            levels,
-            key=jax.random.fold_in(key, i),
-            cond=cond,
-            batch=batch,
-            evaluations=share,
-            sharding=sharding,
-            progress=progress,
-        )
+        costs = aligned.costs(levels, jax.random.fold_in(key, i))
         found = levels[costs.path(steps)]
         logs = np.log(found)
-        each = max(2, points // max(steps - 1, 1))
         window = 0.5 ** (i + 1)
         fine = [
             logs[k] + window * np.linspace(0, 1, each // 2 + 1)[1:] * (logs[k + side] - logs[k])

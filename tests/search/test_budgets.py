@@ -182,3 +182,16 @@ def test_guidance_counts_twice():
     table = search.compare(guided, x_T, nfe=(3,), solver=("ddim",), schedule=("logsnr",), cond=cond)
     reference = ds.search.reference_tableau(PROCESS).nfe
     assert table.evaluations == 2 * 8 * (reference + 2 * 3 + 3)
+
+
+def test_rounds_of_aligning_are_announced_together(caplog):
+    counted, x_T = Counted(), start(8)
+    with caplog.at_level(logging.INFO, logger="diffsamp.search"):
+        search.align_steps(counted.network, x_T, 4, key=KEY, points=10, rounds=3, batch=4)
+    (line,) = [r.args[1] for r in caplog.records if r.args and r.args[0] == "align"]
+    assert 0.5 * line.evaluations < counted.count <= line.evaluations + 2 * 4
+    limited = Counted()
+    search.align_steps(
+        limited.network, x_T, 4, key=KEY, points=10, rounds=3, batch=4, evaluations=250
+    )
+    assert 0 < limited.count <= 250
