@@ -166,6 +166,12 @@ def test_forms_for_several_cores(monkeypatch, options, forms):
         convolve, x, w = pair(layout, **options)
         agree(both(with_gradients(convolve), x, w))
     assert forms <= used
+    used.clear()
+    assert ds.fast_convolutions(True)
+    symbol = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(convolve), platforms=("cpu",))(symbol, w)
+    assert used == forms - {"_row_of_zeros"}  # which is for gradients
+    agree([exported.call(x, w), convolve(x, w)])
     monkeypatch.setattr(every_core, "_cores", lambda: 1)
     used.clear()
     jax.clear_caches()

@@ -141,8 +141,9 @@ def _form(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Rule
         if math.prod(kernel) > math.prod(space) or (dims == 3 and dilated):
             return functools.partial(_filled, params)
     if spec == _last(dims):  # whether it was so, or has come back from another form
-        plain = known and out.dtype in (np.float32, np.float64) and out.dtype == lhs.dtype
-        return every_core.form_of(lhs, rhs, out, params) if plain else None
+        plain = out.dtype in (np.float32, np.float64) and out.dtype == lhs.dtype
+        sized = all(isinstance(v, int) for v in (*lhs.shape[1:], *rhs.shape, *out.shape[1:]))
+        return every_core.form_of(lhs, rhs, out, params) if plain and sized else None
     return functools.partial(_in_layout, _last(dims), params)
 
 

@@ -33,13 +33,14 @@ SHORT = 64  # numbers in a sum of products, likewise: what is around them takes 
 PART = 65_536  # numbers of a kernel, and
 PART_OUTPUTS = 64  # outputs, for which YNNPACK uses one core more
 COPIES = 2  # at most, of the input, where rows become inputs
+UNKNOWN = 8  # what a batch is taken for whose size is a symbol of an export
 
 
 def form_of(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Callable | None:
     """The function (lhs, rhs) that computes a convolution faster, or None for XLA's own way.
 
     Args:
-      lhs: the input's shape and dtype, likewise
+      lhs: the input's shape and dtype (its batch may be a symbol), likewise
       rhs: the kernel's, and
       out: the output's.
       params: of `lax.conv_general_dilated_p`.
@@ -50,6 +51,7 @@ def form_of(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Ca
     if params["feature_group_count"] == 1 and _is_product(space, kernel, params):
         return functools.partial(_product, params)
     outputs, terms = rhs.shape[-1], math.prod(rhs.shape[:-1])
+    batch = out.shape[0] if isinstance(out.shape[0], int) else UNKNOWN
     parts = max(min(outputs // PART_OUTPUTS, terms * outputs // PART), 1)
     edges = [edge for pad in params["padding"] for edge in pad]
     if (
@@ -58,7 +60,7 @@ def form_of(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Ca
         or any(n > size for n, size in zip((*kernel, *made), (*space, *space), strict=True))
         or parts >= _cores()
         or terms < SHORT
-        or terms * math.prod(out.shape) < SMALL
+        or terms * outputs * batch * math.prod(made) < SMALL
         or min(edges) < 0
     ):
         return None
@@ -92,7 +94,8 @@ def _is_product(space: list[int], kernel: list[int], params: dict[str, PyTree]) 
 
 def _product(params: dict[str, PyTree], lhs: Array, rhs: Array) -> Array:
     pixel = math.prod(rhs.shape[:-2]) == 1
-    kept, size = (lhs.shape[:-1], rhs.shape[-2]) if pixel else (lhs.shape[:1], lhs[0].size)
+    kept = lhs.shape[:-1] if pixel else lhs.shape[:1]
+    size = math.prod(rhs.shape[:-1])
     out = lax.dot_general(
         lhs.reshape(*kept, size),
         rhs.reshape(size, -1),
