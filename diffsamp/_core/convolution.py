@@ -31,7 +31,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +39,7 @@ from jax import lax
 from jax.interpreters import mlir
 
 from diffsamp._core import every_core
+from diffsamp._core.every_core import Rule
 from diffsamp._core.types import Array, PyTree
 
 __all__ = ["fast_convolutions"]
@@ -59,9 +60,6 @@ PARAMETERS = {
 }
 TERMS = 49  # at most, in a sum of products written out: 7 x 7, one input
 FEW = 4  # inputs per group with which XLA's plain loops are faster than its grouped convolution
-
-
-Rule = Callable[..., Array]
 
 
 def fast_convolutions(enabled: bool) -> bool:

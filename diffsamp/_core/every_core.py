@@ -26,7 +26,7 @@ from jax import lax
 
 from diffsamp._core.types import Array, PyTree
 
-__all__ = ["convolve", "form_of"]
+__all__ = ["Rule", "convolve", "form_of"]
 
 SMALL = 4_000_000  # multiplications for which a second core does not pay
 SHORT = 64  # numbers in a sum of products, likewise: what is around them takes the time
@@ -35,8 +35,10 @@ PART_OUTPUTS = 64  # outputs, for which YNNPACK uses one core more
 COPIES = 2  # at most, of the input, where rows become inputs
 UNKNOWN = 8  # what a batch is taken for whose size is a symbol of an export
 
+Rule = Callable[..., Array]
 
-def form_of(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Callable | None:
+
+def form_of(lhs: Array, rhs: Array, out: Array, params: dict[str, PyTree]) -> Rule | None:
     """The function (lhs, rhs) that computes a convolution faster, or None for XLA's own way.
 
     Args:
