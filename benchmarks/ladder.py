@@ -209,8 +209,11 @@ def ays(problem: Problem, nfe: int, effort: Effort) -> Found:
         points=points,
         rounds=rounds,
     )
-    # what a round takes a sample: its cells' levels and a point in each, and the last level
-    spent = size * rounds * (2 * (max(points, 2 * nfe) + nfe) + 1)
+    # what a round takes a sample: its cells' levels and a point in each, and the last level; before
+    # them a timed batch, twice. A few points of the later rounds coincide.
+    points, inner = max(points, 2 * nfe), nfe - 2
+    finer = nfe - 1 + 2 * inner * (max(2, points // inner) // 2)
+    spent = size * (2 * points + 1 + (rounds - 1) * (2 * finer + 1)) + 2 * min(size, BATCH)
     solvers = ("ddim", "dpmpp_2m", "ipndm3")
     tableau, compared = fixed(problem, nfe, effort, solvers, {"aligned": lambda _, n: times})
     return Found(tableau, spent + compared + problem.cost * size)
